@@ -1,0 +1,214 @@
+"""Which images there are: lists a source, screens it once, and says what is read in place of a bad file.
+
+Other readers (WebDataset tars, COCO, VOC) belong beside `open_images` and return the same ImageSet.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from engine.data import cache, digits, screen
+from engine.errors import BadInput
+
+SCREEN_VERSION = 1  # rises when screening judges differently, so that old verdicts are not reused
+BAD_LIMIT = 0.001
+ACCEPTED = ", ".join(suffix[1:] for suffix in screen.SUFFIXES)
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A listed and screened set of n image files; an image's id is its place in the list.
+
+    Attributes:
+        root: folder that the paths are relative to.
+        split: "train" or "val".
+        paths: n relative paths, in order of name.
+        labels: int64 [n], or None where the set has no classes.
+        classes: names, the label is the index; or None.
+        sizes: int32 [n, 2], (width, height) in pixels as stored; zero where the file is bad.
+        substitute: int64 [n], the id that is read for each id: itself, or for a bad file the next good one, cyclically.
+        bad: (path, reason) of every bad file, in order.
+        bad_limit: fraction of bad files above which work stops, also counting those found while training.
+    """
+
+    root: Path
+    split: str
+    paths: list[str]
+    labels: np.ndarray | None
+    classes: tuple[str, ...] | None
+    sizes: np.ndarray
+    substitute: np.ndarray
+    bad: tuple[tuple[str, str], ...] = ()
+    bad_limit: float = BAD_LIMIT
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @property
+    def good(self) -> np.ndarray:
+        """bool [n]: the files that can be read."""
+        return self.substitute == np.arange(len(self))
+
+
+def open_images(
+    source: str | Path | None,
+    split: Literal["train", "val"],
+    bad_limit: float = BAD_LIMIT,
+    screening: Literal["auto", "header", "decode"] = "auto",
+) -> ImageSet:
+    """Lists and screens the images of a source.
+
+    Args:
+        source: None or "digits" for the embedded set, else a folder: train/CLASS/* and val/CLASS/* (images may lie
+            deeper), or any folder of images without labels, searched with its subfolders. Files of other suffixes than
+            jpg, jpeg, png, webp, bmp, tif and tiff are passed over, and so are hidden ones.
+        split: which part; a folder without train/ and val/ has "train" only.
+        bad_limit: fraction of unreadable files above which this refuses.
+        screening: "decode" reads all pixels, "header" only headers; "auto" decodes up to 50,000 images. The verdicts
+            are cached by path, size and modification time of every file.
+
+    Raises:
+        BadInput: no such folder or split, no images, an empty class, a class in val that train lacks, an unreadable
+            folder, or too many bad files.
+    """
+    if split not in ("train", "val"):
+        raise BadInput(f"split {split!r} is unknown: choose train or val")
+    if screening not in ("auto", "header", "decode"):
+        raise BadInput(f"screening {screening!r} is unknown: choose auto, header or decode")
+    if not 0 <= bad_limit <= 1:
+        raise BadInput(f"bad_limit {bad_limit} is not a fraction between 0 and 1")
+    root = _locate(source)
+    if not has_split(source, split):
+        raise BadInput(f"{root} has no {split} split: it needs a folder {split}/ with one folder of images per class")
+    if _is_flat(root):
+        files, classes, labels = list(_walk(root, "")), None, None
+        if not files:
+            raise BadInput(f"no images in {root}: the accepted files are {ACCEPTED}")
+    else:
+        files, classes, labels = _list_classes(root, split)
+    paths = [path for path, _, _ in files]
+    decode = screening == "decode" or (screening == "auto" and len(paths) <= screen.DECODED_UP_TO)
+    sizes, reasons, ledger = _screen(root, files, decode)
+    bad = tuple((paths[index], reason) for index, reason in reasons.items())
+    check_bad(bad, len(paths), bad_limit, ledger)
+    good = np.ones(len(paths), bool)
+    good[list(reasons)] = False
+    return ImageSet(root, split, paths, labels, classes, sizes, substitutes(good), bad, bad_limit)
+
+
+def has_split(source: str | Path | None, split: Literal["train", "val"]) -> bool:
+    """Whether the source has this split. Raises BadInput if there is no such source."""
+    root = _locate(source)
+    return split == "train" if _is_flat(root) else (root / split).is_dir()
+
+
+def substitutes(good: np.ndarray) -> np.ndarray:
+    """int64 [n] from bool [n]: each good id itself, each bad one the next good id in the list, cyclically."""
+    good_ids = np.flatnonzero(good)
+    return good_ids[np.searchsorted(good_ids, np.arange(len(good))) % len(good_ids)]
+
+
+def check_bad(bad: tuple[tuple[str, str], ...], total: int, limit: float, ledger: str | Path) -> None:
+    """Raises BadInput if more than `limit` of `total` files are bad; the sentence points to the full list."""
+    if len(bad) <= limit * total and len(bad) < total:
+        return
+    first = "; ".join(f"{path}: {reason}" for path, reason in bad[:SHOWN]) + ("; ..." if len(bad) > SHOWN else "")
+    raise BadInput(
+        f"{len(bad)} of {total} images are bad, above the limit of {limit:g} ({first}): mend or remove them "
+        f"(all are listed in {ledger}), or raise the limit"
+    )
+
+
+def _locate(source: str | Path | None) -> Path:
+    if source is None or str(source) == "digits":
+        return digits.write()
+    root = Path(source).expanduser()
+    if not root.is_dir():
+        raise BadInput(f"{source} is no folder: give a folder of images or 'digits', the embedded set")
+    if (root / "val").is_dir() and not (root / "train").is_dir():
+        raise BadInput(f"{root} has a folder val/ but no train/, which names the classes")
+    return root.resolve()
+
+
+def _is_flat(root: Path) -> bool:
+    return not (root / "train").is_dir()
+
+
+def _list_classes(root: Path, split: str) -> tuple[list[tuple[str, int, int]], tuple[str, ...], np.ndarray]:
+    classes = _class_names(root, "train")
+    if (root / "val").is_dir() and (unknown := sorted(set(_class_names(root, "val")) - set(classes))):
+        raise BadInput(f"{root / 'val'} has the class {unknown[0]!r} that {root / 'train'} has not")
+    present = _class_names(root, split)
+    files, labels = [], []
+    for name in present:
+        members = list(_walk(root, f"{split}/{name}"))
+        if not members:
+            raise BadInput(f"the class folder {root / split / name} has no images: the accepted files are {ACCEPTED}")
+        files += members
+        labels += [classes.index(name)] * len(members)
+    return files, classes, np.array(labels, np.int64)
+
+
+def _class_names(root: Path, split: str) -> tuple[str, ...]:
+    names = tuple(sorted(entry.name for entry in _scan(root / split) if entry.is_dir() and entry.name[0] != "."))
+    if not names:
+        raise BadInput(f"no class folders in {root / split}: images belong in {split}/CLASS/")
+    return names
+
+
+def _walk(root: Path, folder: str, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, int, int]]:
+    """(relative path, bytes, modification time in ns) of the images below root/folder, in order of name."""
+    real = os.path.realpath(root / folder)
+    if real in above:  # a link that leads back up
+        return
+    for entry in sorted(_scan(root / folder), key=lambda entry: entry.name):
+        path = f"{folder}/{entry.name}" if folder else entry.name
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from _walk(root, path, above | {real})
+        elif path.lower().endswith(screen.SUFFIXES):
+            try:
+                status = entry.stat()
+                yield path, status.st_size, status.st_mtime_ns
+            except OSError:  # a dangling link keeps its place in the list; screening says what is wrong with it
+                yield path, -1, 0
+
+
+def _scan(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise BadInput(f"the folder {folder} cannot be read: {error.strerror}") from error
+
+
+def _screen(root: Path, files: list[tuple[str, int, int]], decode: bool) -> tuple[np.ndarray, dict[int, str], Path]:
+    """Sizes, {index: reason} and the ledger file; from the cache if these very files were screened before."""
+    key = hashlib.blake2b(f"{SCREEN_VERSION}\0{decode}\0{root}\0".encode("utf-8", "surrogateescape"), digest_size=16)
+    key.update("\0".join(f"{path}\0{size}\0{time}" for path, size, time in files).encode("utf-8", "surrogateescape"))
+    verdicts = cache.folder() / "screened" / f"{key.hexdigest()}.npz"
+    ledger = verdicts.with_suffix(".bad.txt")
+    with cache.locked(verdicts):
+        if not verdicts.exists():
+            sizes, reasons = screen.inspect_all(root, [path for path, _, _ in files], decode, 2 * usable_cpus())
+            lines = "".join(f"{files[index][0]}\t{reason}\n" for index, reason in reasons.items())
+            ledger.write_text(lines, encoding="utf-8", errors="surrogateescape")
+            with tempfile.NamedTemporaryFile(dir=verdicts.parent, delete=False) as aside:
+                ids, words = np.array(list(reasons), np.int64), np.array(list(reasons.values()), str)
+                np.savez(aside, sizes=sizes, ids=ids, reasons=words)
+            os.replace(aside.name, verdicts)
+    with np.load(verdicts, allow_pickle=False) as stored:
+        return stored["sizes"], dict(zip(stored["ids"].tolist(), stored["reasons"].tolist(), strict=True)), ledger
+
+
+def usable_cpus() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))

@@ -1,0 +1,39 @@
+"""Random choices of a step, as a pure function of (seed, purpose, step) and the position in the global batch.
+
+Nothing here has a state to save: a resumed run draws what an uninterrupted one would have drawn, and N ranks draw what one
+process would, each keeping its own rows.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def seed_of(*keys: int | str) -> int:
+    """A 63-bit seed from any keys; equal keys give equal seeds on every machine."""
+    digest = hashlib.blake2b("/".join(map(str, keys)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class Draws:
+    """What a method may draw for one step.
+
+    Args:
+        seed_keys: what the numbers depend on, for example (seed, stage, step).
+        batch: images in the global batch.
+        rows: this rank's rows of it.
+        device: where the numbers are wanted; they are drawn there.
+    """
+
+    def __init__(self, *seed_keys: int | str, batch: int, rows: slice, device: torch.device):
+        self.generator = torch.Generator(device).manual_seed(seed_of(*seed_keys))
+        self.batch, self.rows, self.device = batch, rows, device
+
+    def uniform(self, *shape: int) -> Tensor:
+        """fp32 [b, *shape] in [0, 1)."""
+        return torch.rand(self.batch, *shape, generator=self.generator, device=self.device)[self.rows]
+
+    def integers(self, below: int) -> Tensor:
+        """int64 [b] in [0, below)."""
+        return torch.randint(below, (self.batch,), generator=self.generator, device=self.device)[self.rows]

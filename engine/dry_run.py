@@ -1,0 +1,69 @@
+"""`--dry-run`: build every stage, make a few measured steps, say how fast, how large and how long. Nothing is written."""
+
+import resource
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from engine import dist
+from engine.data.pipeline import TrainLoader
+from engine.draws import Draws
+from engine.state import TrainState
+
+if TYPE_CHECKING:
+    from engine.train import Parts
+
+WARM_UP, MEASURED = 3, 8
+
+
+def dry_run(parts: "Parts", build: Callable[..., TrainState]) -> None:
+    """Print images/s, peak memory and hours of every stage, measured on real batches of the data."""
+    table = Table(title=f"dry run: {parts.plan.train.method}, {parts.plan.model}, {parts.precision}")
+    for heading in ("stage", "first step (s)", "images/s", "steps", "hours", "peak memory (GiB)"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    state, hours = None, 0.0
+    for stage in parts.stages:
+        state = build(parts, stage.index, state.method if state else None)
+        first, rate = _measure(parts, state)
+        stage_hours = stage.total_steps * stage.images_per_step / rate / 3600
+        hours += stage_hours
+        cells = (f"{first:.1f}", f"{rate:,.0f}", f"{stage.total_steps:,}", f"{stage_hours:,.2f}", f"{_peak_memory(parts):.1f}")
+        table.add_row(stage.name, *cells)
+    if parts.ranks.first:
+        Console().print(table)
+        print(f"the whole run: about {hours:,.2f} hours with {parts.ranks.world} process(es), evaluation not counted.")
+
+
+def _measure(parts: "Parts", state: TrainState) -> tuple[float, float]:
+    """Seconds of the first step (compilation included), and images per second of the run after the warm-up."""
+    train, ranks, stage = parts.plan.train, parts.ranks, parts.stages[state.stage]
+    loader = TrainLoader(
+        parts.train_images, state.method.views(), stage.images_per_step, seed=parts.seed(stage.index, "data"),
+        rank=ranks.rank, world=ranks.world, device=ranks.device, threads=train.threads or None,
+    )  # fmt: skip
+    marks = [time.perf_counter()]
+    try:
+        for step in range(WARM_UP + MEASURED):
+            batch, rows = next(loader), ranks.rows(stage.images_per_step)
+            draws = Draws(train.seed, stage.index, step, batch=stage.images_per_step, rows=rows, device=ranks.device)
+            state.update(step, batch.images, batch.ids.to(ranks.device), state.method.draw(draws))
+            if step in (0, WARM_UP - 1, WARM_UP + MEASURED - 1):
+                if ranks.device.type == "cuda":
+                    torch.cuda.synchronize()
+                dist.barrier()
+                marks.append(time.perf_counter())
+    finally:
+        loader.close()
+    start, first, warm, end = marks
+    return first - start, MEASURED * stage.images_per_step / (end - warm)
+
+
+def _peak_memory(parts: "Parts") -> float:
+    """GiB: of the GPU where there is one, else of this process."""
+    if parts.ranks.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,213 @@
+"""Low-shot: L2-regularised multinomial logistic regression on frozen features of a few images per class.
+
+MSN's protocol, which MAE-CT follows: 1, 2 and 5 images per class over three splits, and 1 % (here 10 % too) of the training
+set; each feature row is centred by its own mean and L2-normalised; no intercept; penalty lambda / n with lambda = .00025.
+Test rows get the same treatment, as MSN's code does and MAE-CT's does not. Other codebases use other lambdas and the figure
+depends on it, so a sweep is reported beside the published one; its best is chosen on the test set and named so.
+
+Shapes: n images of a subset, m test images, C feature width, K classes.
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+from torch.nn.functional import normalize
+from torchmetrics.functional.classification import multiclass_accuracy
+from tyro.conf import Suppress
+
+from engine.errors import BadInput
+from engine.evals.features import (
+    Features,
+    Labelled,
+    Result,
+    as_numpy,
+    check_labelled,
+    class_counts,
+    number_of_classes,
+    threads_for,
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Low-shot settings."""
+
+    shots: tuple[int, ...] = (1, 2, 5)
+    """Images per class."""
+    percents: tuple[float, ...] = (1.0, 10.0)
+    """Shares of the training set, in percent, drawn class by class."""
+    splits: int = 3
+    """Splits per subset, disjoint by construction; mean and deviation are over them."""
+    files: tuple[Path, ...] = ()
+    """Published split files instead of drawn ones: one image name per line; files of the same stem are splits of one subset."""
+    penalty: float = 0.00025
+    """Lambda of the headline figure: the objective is mean loss + lambda / (2 n) |W|^2."""
+    sweep: tuple[float, ...] = (0.0025, 0.01, 0.075, 0.1, 0.25)
+    """Further lambdas, each reported."""
+    max_iterations: int = 1000
+    """L-BFGS iterations at most."""
+    tolerance: float = 1e-6
+    """L-BFGS stops when no entry of the gradient is larger."""
+    seed: Suppress[int] = 0
+
+    def __post_init__(self):
+        if not (self.shots or self.percents or self.files):
+            raise BadInput("lowshot needs shots, percents or files; all are empty.")
+        if not all(shots >= 1 for shots in self.shots):
+            raise BadInput(f"lowshot shots = {self.shots} must be whole numbers of at least 1.")
+        if not all(0 < percent <= 100 for percent in self.percents):
+            raise BadInput(f"lowshot percents = {self.percents} must be above 0 and at most 100.")
+        for name in ("splits", "max_iterations"):
+            if getattr(self, name) < 1:
+                raise BadInput(f"lowshot {name} = {getattr(self, name)} must be at least 1.")
+        if not all(value > 0 for value in (self.penalty, *self.sweep, self.tolerance)):
+            raise BadInput("lowshot penalty, sweep and tolerance must be above 0.")
+
+
+def check(train: Labelled, test: Labelled, settings: Settings) -> None:
+    """Raise BadInput if `evaluate` could not run on these sets."""
+    check_labelled("lowshot", train, test)
+    subsets(train, settings)
+
+
+def subsets(train: Labelled, settings: Settings) -> dict[str, list[np.ndarray]]:
+    """Row numbers of every split of every subset, by the subset's name; a pure function of labels, order and seed.
+
+    Within a class the images are permuted once; split s of a subset takes the s-th run of that permutation, so splits of
+    one subset share no image and a smaller subset's first split lies inside a larger one's.
+
+    Raises:
+        BadInput: a class has too few images for disjoint splits, or a split file names no or unknown images.
+    """
+    if settings.files:
+        return _published(train, settings.files)
+    labels_n, counts_K = as_numpy(train.labels), class_counts(train)
+    present = np.flatnonzero(counts_K)
+    # RandomState, whose stream numpy has frozen: the splits stay the same for good
+    orders = {c: np.random.RandomState([settings.seed, c]).permutation(np.flatnonzero(labels_n == c)) for c in present}
+    wanted = {f"{shots}-shot": np.where(counts_K > 0, shots, 0) for shots in settings.shots}
+    wanted |= {f"{percent:g}%": _stratified(counts_K, percent / 100) for percent in settings.percents}
+    drawn = {}
+    for name, take_K in wanted.items():
+        splits = 1 if name == "100%" else settings.splits
+        for c in present:
+            if take_K[c] * splits > counts_K[c]:
+                label = train.classes[c] if train.classes else c
+                raise BadInput(f"lowshot {name}: class {label} has {counts_K[c]} training images and {splits} disjoint "
+                               f"splits need {take_K[c] * splits}; choose smaller subsets or fewer splits.")
+        drawn[name] = [
+            np.sort(np.concatenate([orders[c][split * take_K[c] : (split + 1) * take_K[c]] for c in present]))
+            for split in range(splits)
+        ]
+    return drawn
+
+
+def _stratified(counts_K: np.ndarray, share: float) -> np.ndarray:
+    """How many images of each class make `share` of the whole: by largest remainder, at least one of each."""
+    exact = counts_K * share
+    take = np.maximum(np.floor(exact), counts_K > 0).astype(np.int64)
+    missing = int(round(exact.sum())) - int(take.sum())
+    if missing > 0:
+        take[np.argsort(take - exact, kind="stable")[:missing]] += 1
+    return take
+
+
+def _published(train: Labelled, files: tuple[Path, ...]) -> dict[str, list[np.ndarray]]:
+    if train.paths is None:
+        raise BadInput("lowshot split files need features that know their image paths; leave files empty.")
+    row_of: dict[str, int] = {}
+    for row, path in enumerate(train.paths):
+        row_of |= {str(path): row, Path(path).name: row}
+    drawn: dict[str, list[np.ndarray]] = {}
+    for file in files:
+        try:
+            names = file.read_text().split()
+        except (OSError, UnicodeDecodeError) as error:
+            raise BadInput(f"lowshot split file {file} cannot be read; give a text file of image names.") from error
+        wrong = "no image" if not names else next((f"{name}, no training image" for name in names if name not in row_of), None)
+        if wrong:
+            raise BadInput(f"lowshot split file {file} names {wrong}; give one training image per line.")
+        rows = np.unique([row_of[name] for name in names])
+        if len(np.unique(as_numpy(train.labels)[rows])) < 2:
+            raise BadInput(f"lowshot split file {file} names images of one class only; it needs at least two.")
+        drawn.setdefault(file.stem, []).append(rows)
+    return drawn
+
+
+def preprocess(values_nC: Tensor) -> Tensor:
+    """fp64 [n, C]: every row minus its own mean, then L2-normalised (MSN; the `cyanure` package's row centring)."""
+    values_nC = values_nC.double()
+    return normalize(values_nC - values_nC.mean(1, keepdim=True))
+
+
+def fit(x_nC: Tensor, labels_n: Tensor, penalty: float, start_CK: Tensor | None, settings: Settings) -> Tensor:
+    """fp64 [C, K] minimising mean cross-entropy + penalty / (2 n) |W|^2, by L-BFGS; labels are 0 ... K-1, all present."""
+    n, classes = len(x_nC), int(labels_n.max()) + 1
+    shape, decay = (x_nC.shape[1], classes), penalty / n
+    truth_nK = torch.nn.functional.one_hot(labels_n, classes).to(x_nC)
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weight_CK = torch.from_numpy(flat).to(x_nC).view(shape)
+        log_p_nK = (x_nC @ weight_CK).log_softmax(1)
+        loss = -(log_p_nK * truth_nK).sum() / n + decay / 2 * weight_CK.square().sum()
+        gradient_CK = x_nC.T @ ((log_p_nK.exp() - truth_nK) / n) + decay * weight_CK
+        return loss.item(), gradient_CK.flatten().cpu().numpy()
+
+    start = np.zeros(shape) if start_CK is None else start_CK.cpu().numpy()
+    options = {"maxiter": settings.max_iterations, "maxfun": 2 * settings.max_iterations, "gtol": settings.tolerance, "ftol": 0.0}
+    found = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=options)
+    return torch.from_numpy(found.x).to(x_nC).view(shape)
+
+
+def path(x_nC: Tensor, labels_n: Tensor, penalties: tuple[float, ...], settings: Settings) -> dict[float, Tensor]:
+    """One [C, K] per penalty. Each starts from the next stronger one's solution; the problem is convex, so only faster."""
+    basis = None
+    if len(x_nC) < x_nC.shape[1]:
+        # the optimum is a combination of the rows: solving in their span is exact, and n wide instead of C
+        basis, triangle = torch.linalg.qr(x_nC.T)
+        x_nC = triangle.T
+    weights, weight = {}, None
+    with threads_for(2 * x_nC.numel() * (int(labels_n.max()) + 1)):
+        for penalty in sorted(set(penalties), reverse=True):
+            weight = fit(x_nC, labels_n, penalty, weight, settings)
+            weights[penalty] = weight if basis is None else basis @ weight
+    return weights
+
+
+def evaluate(train: Features, test: Features, settings: Settings = Settings()) -> Result:
+    """Top-1 of every subset at the published lambda, mean and deviation over its splits, and the sweep's best mean.
+
+    Raises:
+        BadInput: labels are missing, a class has too few images, or a split file does not fit the training set.
+    """
+    check(train, test, settings)
+    classes, drawn = number_of_classes(train, test), subsets(train, settings)
+    test_mC, labels_m = preprocess(test.values), test.labels
+    penalties = (settings.penalty, *settings.sweep)
+    values, sweeps = {}, {}
+    for name, splits in drawn.items():
+        top1 = {penalty: [] for penalty in sorted(penalties)}
+        for rows in splits:
+            present, labels_n = train.labels[rows].unique(return_inverse=True)
+            for penalty, weight_CK in path(preprocess(train.values[rows]), labels_n, penalties, settings).items():
+                predicted_m = present[(test_mC @ weight_CK).argmax(1)]
+                top1[penalty].append(float(multiclass_accuracy(predicted_m, labels_m, classes, average="micro")))
+        values |= {name: float(np.mean(top1[settings.penalty])), f"{name} std": float(np.std(top1[settings.penalty]))}
+        values[f"{name} sweep-best"] = max(float(np.mean(runs)) for runs in top1.values())
+        sweeps[name] = {f"{penalty:g}": runs for penalty, runs in top1.items()}
+    return Result(
+        protocol="lowshot",
+        values=values,
+        settings=asdict(settings)
+        | {"files": [str(file) for file in settings.files], "features": "rows centred by their own mean, L2-normalised; test too"},
+        details={
+            "images per split": {name: [len(rows) for rows in splits] for name, splits in drawn.items()},
+            "top-1 by lambda": sweeps,
+            "sweep-best is": "the lambda whose mean over splits is best on the test set",
+        },
+        headline=tuple(drawn),
+    )

@@ -1,0 +1,152 @@
+"""What sits on the backbone during pre-training: the MAE decoder, projector and predictor, and the queue of keys.
+
+Shapes: B images, N patches of an image, V visible and M masked ones, C encoder width, D decoder width, P patch size.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine import dist
+from engine.tokens import Packed
+from engine.vit import Block, initialise, sincos_positions
+
+
+class Decoder(nn.Module):
+    """The MAE decoder (He et al. 2022, section 3): visible tokens back in place, mask tokens elsewhere, blocks, pixels.
+
+    Parameter names are those of the published MAE files. Only masked patches get a prediction, since only they have a loss.
+
+    Args:
+        width: encoder width C.
+        grid: patches of an image, (rows, columns).
+        prefix: tokens before the patches; they pass through the blocks and are dropped at the end.
+    """
+
+    def __init__(
+        self, width: int, grid: tuple[int, int], patch_size: int, prefix: int, dim: int = 512, depth: int = 8, heads: int = 16
+    ):
+        super().__init__()
+        self.prefix = prefix
+        self.decoder_embed = nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        positions_ND = sincos_positions(dim, grid)
+        self.decoder_pos_embed = nn.Parameter(
+            torch.cat([positions_ND.new_zeros(prefix, dim), positions_ND])[None], requires_grad=False
+        )
+        self.decoder_blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(dim, patch_size**2 * 3)
+        initialise(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent_BLC: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
+        """[B, prefix + V, C] -> predicted pixels [B, M, P*P*3] of the masked patches, in the order of `masked_BM`."""
+        packed = Packed.pack([self.assemble(latent_BLC, visible_BV)])
+        tokens_TD, cu_seqlens = packed.tokens_TC, packed.layout.cu_seqlens(latent_BLC.device)
+        for block in self.decoder_blocks:
+            tokens_TD = block(tokens_TD, cu_seqlens, packed.layout.max_seqlen)
+        return self.predict(tokens_TD, masked_BM)
+
+    def assemble(self, latent_BLC: Tensor, visible_BV: Tensor) -> Tensor:
+        """Every token of the image in its place, with positions: [B, prefix + N, D]."""
+        tokens_BLD = self.decoder_embed(latent_BLC)
+        prefix_BpD, patches_BVD = tokens_BLD[:, : self.prefix], tokens_BLD[:, self.prefix :]
+        patches = self.decoder_pos_embed.shape[1] - self.prefix
+        rows_BVD = visible_BV[..., None].expand(-1, -1, patches_BVD.shape[-1])
+        full_BND = self.mask_token.to(tokens_BLD.dtype).repeat(len(latent_BLC), patches, 1)
+        full_BND = full_BND.scatter(1, rows_BVD, patches_BVD)
+        return torch.cat([prefix_BpD, full_BND], 1) + self.decoder_pos_embed
+
+    def predict(self, tokens_TD: Tensor, masked_BM: Tensor) -> Tensor:
+        """Norm and pixels, for the masked patches alone."""
+        tokens_BLD = tokens_TD.view(len(masked_BM), -1, tokens_TD.shape[-1])
+        rows_BMD = (masked_BM + self.prefix)[..., None].expand(-1, -1, tokens_TD.shape[-1])
+        return self.decoder_pred(self.decoder_norm(tokens_BLD.gather(1, rows_BMD)))
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the rows of all ranks, in fp32; state-dict keys of nn.BatchNorm1d.
+
+    Running statistics wait in `pending` until `commit`, so that a skipped update leaves them as they were.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(features))
+        self.bias = nn.Parameter(torch.zeros(features))
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.pending: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        with torch.autocast(x_BC.device.type, enabled=False):
+            x_BC = x_BC.float()
+            if not self.training:
+                return F.batch_norm(x_BC, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            count = len(x_BC) * dist.world_size()
+            mean_C = dist.all_reduce(x_BC.sum(0)) / count
+            centred_BC = x_BC - mean_C
+            var_C = dist.all_reduce(centred_BC.square().sum(0)) / count
+            self.pending.append((mean_C.detach(), var_C.detach() * count / max(1, count - 1)))
+            return centred_BC * (var_C + self.eps).rsqrt() * self.weight + self.bias
+
+    @torch.no_grad()
+    def commit(self, applied: Tensor) -> None:
+        """Move the running statistics by the passes since the last call, if the update was applied."""
+        for mean_C, var_C in self.pending:
+            for running, new in ((self.running_mean, mean_C), (self.running_var, var_C)):
+                running.copy_(torch.where(applied, torch.lerp(running, new, self.momentum), running))
+            self.num_batches_tracked += applied.to(torch.int64)
+        self.pending.clear()
+
+
+def projector(features: int, hidden: int = 2048, out: int = 256) -> nn.Sequential:
+    """Three bias-free linear layers, batch norm after each, ReLU between them (MAE-CT's NNCLR head)."""
+    return nn.Sequential(
+        nn.Linear(features, hidden, bias=False),
+        BatchNorm(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden, bias=False),
+        BatchNorm(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, out, bias=False),
+        BatchNorm(out),
+    )
+
+
+def predictor(features: int = 256, hidden: int = 4096) -> nn.Sequential:
+    """Two bias-free linear layers with batch norm and ReLU between them (MAE-CT's NNCLR head)."""
+    return nn.Sequential(
+        nn.Linear(features, hidden, bias=False), BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, features, bias=False)
+    )
+
+
+class Queue(nn.Module):
+    """A first-in-first-out ring of normalised keys with the dataset ids they came from, equal on every rank.
+
+    Starts as normalised Gaussian noise with id -1. Keys offered in a step are written by `commit`, after all lookups.
+    """
+
+    def __init__(self, size: int, features: int):
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, features), dim=-1))
+        self.register_buffer("ids", torch.full((size,), -1))
+        self.register_buffer("pointer", torch.tensor(0))
+        self.offered: tuple[Tensor, Tensor] | None = None
+
+    def offer(self, keys_bC: Tensor, ids_b: Tensor) -> None:
+        """Hand in this rank's new keys, [b, C]."""
+        self.offered = dist.all_gather(keys_bC.detach().float()), dist.all_gather(ids_b)
+
+    @torch.no_grad()
+    def commit(self, applied: Tensor) -> None:
+        """Write the offered keys over the oldest ones, if the update was applied."""
+        keys_BC, ids_B = self.offered
+        self.offered = None
+        slots_B = (self.pointer + torch.arange(len(keys_BC), device=keys_BC.device)) % len(self.keys)
+        self.keys[slots_B] = torch.where(applied, keys_BC, self.keys[slots_B])
+        self.ids[slots_B] = torch.where(applied, ids_B, self.ids[slots_B])
+        self.pointer.add_(applied * len(keys_BC)).remainder_(len(self.keys))

@@ -1,0 +1,103 @@
+"""MAE-CT, stage three: contrastive tuning of a pre-trained MAE's upper blocks (Lehner et al., "Contrastive Tuning: A Little
+Help to Make Masked Autoencoders Forget", AAAI 2024)."""
+
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.errors import BadInput
+from engine.methods.base import Method
+from engine.methods.nnclr import Nnclr
+from engine.methods.nnclr import Settings as NnclrSettings
+from engine.optim import Group, move_average, scaled_lr, with_decay
+from engine.tokens import Packed, View
+from engine.vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class Settings(NnclrSettings):
+    """Contrastive tuning. `base_lr` and `weight_decay` are the encoder's; the head has its own."""
+
+    weight_decay: float = 0.05
+    head_base_lr: float = 1e-4
+    head_weight_decay: float = 1e-5
+    layer_decay: float = 0.65
+    """Block k of L trains at layer_decay ** (L - k) of the encoder's learning rate, the final norm at all of it."""
+    frozen_blocks: int = -1
+    """Blocks from below that stay as they are, and with the first one the patch embedding; -1 is the lower half."""
+    projector_ema: float = 0.99
+    """Momentum of the projector's average, which makes queries and queue."""
+    weight_ema: float = 0.9999
+    top_k: int = 20
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        return super().rules() | {
+            "head-base-lr": (self.head_base_lr > 0, "a number above 0"),
+            "head-weight-decay": (self.head_weight_decay >= 0, "a number from 0"),
+            "layer-decay": (0 < self.layer_decay <= 1, "a number above 0, at most 1"),
+            "projector-ema": (0 <= self.projector_ema < 1, "a number from 0 to below 1"),
+            "frozen-blocks": (self.frozen_blocks >= -1, "a whole number from 0, or -1 for the lower half"),
+        }
+
+    def check_encoder(self, encoder: VisionTransformer) -> None:
+        if self.frozen_blocks > len(encoder.blocks):
+            raise BadInput(
+                f"--maect.frozen-blocks is {self.frozen_blocks}; it must be at most the encoder's {len(encoder.blocks)} blocks."
+            )
+
+
+class Maect(Nnclr):
+    """NNCLR through the upper blocks, queries and queue from an average of the projector, neighbours drawn from the top k."""
+
+    name = "maect"
+    Settings = Settings
+    trains_encoder = True
+
+    def __init__(self, encoder: VisionTransformer, settings: Settings):
+        super().__init__(encoder, settings)
+        self.frozen = len(encoder.blocks) // 2 if settings.frozen_blocks < 0 else settings.frozen_blocks
+        self.projector_average = deepcopy(self.projector).requires_grad_(False)
+        for name, parameter in encoder.named_parameters():
+            parameter.requires_grad_(self.layer_of(name) >= self.frozen and name != "pos_embed")
+
+    def layer_of(self, name: str) -> int:
+        """The depth an encoder parameter counts as: its block, 0 for what comes before the blocks, L for the final norm."""
+        if name.startswith("blocks."):
+            return int(name.split(".")[1])
+        return len(self.encoder.blocks) if name.startswith(("norm.", "fc_norm.")) else 0
+
+    def pooled(self, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        views = [View(view, None) for view in images]
+        with torch.set_grad_enabled(self.frozen == 0):
+            packed = self.encoder.run_blocks(self.encoder.embed(views), 0, self.frozen)
+        packed = self.encoder.run_blocks(packed, self.frozen)
+        tokens = Packed(self.encoder.norm(packed.tokens_TC), packed.layout).unpack()
+        return tuple(self.encoder.pool(tokens_bLC) for tokens_bLC in tokens)
+
+    def query(self, projected: list[Tensor], pooled: tuple[Tensor, ...]) -> list[Tensor]:
+        return [self.projector_average(view_bC.detach()) for view_bC in pooled]
+
+    def groups(self, images_per_step: int) -> Iterator[Group]:
+        settings, depth = self.settings, len(self.encoder.blocks)
+        # Both views count as images in MAE-CT's scaling rule.
+        peak_lr = scaled_lr(settings.base_lr, 2 * images_per_step)
+        for layer in range(self.frozen, depth + 1):
+            named = [(f"encoder.{n}", p) for n, p in self.encoder.named_parameters() if self.layer_of(n) == layer]
+            yield from with_decay(named, peak_lr * settings.layer_decay ** (depth - layer), settings.weight_decay)
+        yield from self.head_groups(images_per_step, settings.head_base_lr, settings.head_weight_decay)
+
+    @torch.no_grad()
+    def after_step(self, applied: Tensor) -> None:
+        super().after_step(applied)
+        weight = torch.where(applied, 1 - self.settings.projector_ema, 0.0)
+        move_average(list(self.projector_average.parameters()), list(self.projector.parameters()), weight)
+        # The average runs in train mode, so its own statistics are never read: they follow the projector's.
+        for average, online in zip(self.projector_average.buffers(), self.projector.buffers()):
+            average.copy_(online)
+
+    def inherit(self, earlier: Method) -> None:
+        super().inherit(earlier)
+        self.projector_average.load_state_dict(self.projector.state_dict())

@@ -1,0 +1,133 @@
+"""What crosses from data to model: views of images, and their tokens packed back to back.
+
+Shapes: T packed tokens, S sequences, L sequence length, C channels, B batch, N patches, V visible and M masked patches.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate, chain, repeat
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Group:
+    """`sequences` sequences of `length` tokens each."""
+
+    sequences: int
+    length: int
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or self.length < 1:
+            raise ValueError(f"a group needs at least one sequence of one token, got {self}")
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.length
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The lengths of all sequences of a packed tensor: static and hashable, so that a compiler sees constant shapes."""
+
+    groups: tuple[Group, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(group.tokens for group in self.groups)
+
+    @property
+    def sequences(self) -> int:
+        return sum(group.sequences for group in self.groups)
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(group.length for group in self.groups)
+
+    def cu_seqlens(self, device: torch.device | str) -> Tensor:
+        """Where each sequence starts, and the end: int32 [S+1]. One tensor per layout and device, to read only."""
+        return _cu_seqlens(self, torch.device(device))
+
+    def thinned(self, rate: float) -> "Layout":
+        """The layout left when each group loses its share `rate` of sequences, rounded, but keeps at least one."""
+        return Layout(tuple(Group(max(1, round(g.sequences * (1 - rate))), g.length) for g in self.groups))
+
+
+@lru_cache(maxsize=256)
+def _cu_seqlens(layout: Layout, device: torch.device) -> Tensor:
+    lengths = chain.from_iterable(repeat(g.length, g.sequences) for g in layout.groups)
+    with torch.inference_mode(False):  # the cached tensor outlives the mode of its first caller
+        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Tokens of many sequences back to back: `tokens_TC` [T, C] with group after group as `layout` says.
+
+    Raises ValueError where the two disagree on T.
+    """
+
+    tokens_TC: Tensor
+    layout: Layout
+
+    def __post_init__(self) -> None:
+        if self.tokens_TC.ndim != 2 or len(self.tokens_TC) != self.layout.tokens:
+            raise ValueError(f"tokens {tuple(self.tokens_TC.shape)} do not fit {self.layout}")
+
+    @staticmethod
+    def pack(groups: Sequence[Tensor]) -> "Packed":
+        """Packs tensors [S, L, C], one per group. A single contiguous group is not copied."""
+        layout = Layout(tuple(Group(group.shape[0], group.shape[1]) for group in groups))
+        flat = [group.flatten(0, 1) for group in groups]
+        return Packed(flat[0] if len(flat) == 1 else torch.cat(flat), layout)
+
+    def unpack(self) -> list[Tensor]:
+        """The groups as views [S, L, C] of `tokens_TC`, without a copy."""
+        parts = self.tokens_TC.split([group.tokens for group in self.layout.groups])
+        return [part.unflatten(0, (g.sequences, g.length)) for part, g in zip(parts, self.layout.groups, strict=True)]
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        return self.layout.cu_seqlens(self.tokens_TC.device)
+
+
+@dataclass(frozen=True)
+class View:
+    """One view of a batch: `images` fp32 [B, 3, H, W] and which of their patches the model may see.
+
+    `visible` is int64 [B, V], row-major patch indices in the order wanted; None shows every patch.
+    """
+
+    images: Tensor
+    visible: Tensor | None = None
+
+
+def random_masking(noise_BN: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Splits patches at random, as MAE does (He et al. 2022, section 3): the `keep` of lowest noise stay visible.
+
+    Returns `visible` int64 [B, V=keep] and `masked` int64 [B, M=N-keep], both in ascending order of their noise.
+    Raises ValueError unless 1 <= keep <= N.
+    """
+    if not 1 <= keep <= noise_BN.shape[1]:
+        raise ValueError(f"cannot keep {keep} of {noise_BN.shape[1]} patches")
+    order_BN = noise_BN.argsort(dim=1, stable=True)
+    return order_BN[:, :keep], order_BN[:, keep:]
+
+
+def thinning_rows(layout: Layout, thinned: Layout, noise_S: Tensor) -> tuple[Tensor, Tensor]:
+    """Which rows of a packed tensor stay when `layout` is thinned to `thinned` at random.
+
+    The sequences of lowest noise stay, in ascending order of position. Returns their rows, int64 [T'], and what the
+    kept rows are worth, fp32 [T', 1]: sequences / kept of their group, so that the expectation over noise is the whole.
+    """
+    rows, worth, sequence, token = [], [], 0, 0
+    for full, kept in zip(layout.groups, thinned.groups, strict=True):
+        noise = noise_S[sequence : sequence + full.sequences]
+        chosen = noise.argsort(stable=True)[: kept.sequences].sort().values
+        within = torch.arange(full.length, device=noise.device)
+        rows.append((token + chosen[:, None] * full.length + within).flatten())
+        worth.append(torch.full((kept.tokens, 1), full.sequences / kept.sequences, device=noise.device))
+        sequence, token = sequence + full.sequences, token + full.tokens
+    return torch.cat(rows), torch.cat(worth)

@@ -1,0 +1,24 @@
+"""The public ops. Each runs one of its implementations (reference, triton, cuda); `use` chooses, `describe` tells."""
+
+import os
+
+from kernels.choice import describe, request, use
+from kernels.info_nce import info_nce
+from kernels.nearest_neighbours import nearest_neighbours
+from kernels.packed_attention import packed_attention
+from kernels.patches import gather_patches, masked_pixel_loss
+from kernels.sinkhorn import sinkhorn, sinkhorn_cross_entropy
+
+__all__ = [
+    "describe",
+    "gather_patches",
+    "info_nce",
+    "masked_pixel_loss",
+    "nearest_neighbours",
+    "packed_attention",
+    "sinkhorn",
+    "sinkhorn_cross_entropy",
+    "use",
+]
+
+request(os.environ.get("TESSERA_KERNELS", "auto"))

@@ -1,0 +1,204 @@
+"""Packed attention in plain torch: sequences of equal shape share one batched attention, so nothing is padded.
+
+CPU: aten's flash attention, forward and backward, per group of sequences with equal length and number of keys.
+CUDA, 16 bit, from sm_80: aten's variable-length flash attention over the whole batch, without a host sync.
+Elsewhere: the formula written out, on the same groups; scores are formed again in backward, never kept. Grouping reads
+the layout on the host, which syncs a GPU, unless the shapes tell that all sequences are equally long and all tokens are
+keys.
+
+T tokens, S sequences of one group, L their length, K their keys, H heads, D head dim.
+"""
+
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_aten = torch.ops.aten
+
+
+class _Group(NamedTuple):
+    """Sequences of equal length and number of keys; `rows` is a slice where they are neighbours, else row indices."""
+
+    rows: slice | Tensor
+    sequences: int
+    length: int
+    keys: int
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[T, ...] -> [S, L, ...], a view where the sequences are neighbours."""
+        return packed[self.rows].unflatten(0, (self.sequences, self.length))
+
+
+def forward(
+    qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `kernels.packed_attention`; returns (out [T,H,D], lse [H,T])."""
+    tokens, _, heads, dim = qkv_T3HD.shape
+    qkv_T3HD = _last_dim_contiguous(qkv_T3HD)
+    if tokens and _has_gpu_flash(qkv_T3HD):
+        return _gpu_flash_forward(qkv_T3HD, cu_seqlens, max_seqlen, kv_lengths, scale)
+    attend = _cpu_flash_forward if qkv_T3HD.device.type == "cpu" else _plain_forward
+    out_THD = qkv_T3HD.new_empty(tokens, heads, dim)
+    lse_HT = qkv_T3HD.new_empty(heads, tokens, dtype=_wide(qkv_T3HD.dtype))
+    for group in _groups(tokens, cu_seqlens, max_seqlen, kv_lengths):
+        if group.keys == 0:
+            out_THD[group.rows] = 0
+            lse_HT[:, group.rows] = -torch.inf
+            continue
+        q, k, v = group.unpack(qkv_T3HD).permute(2, 0, 3, 1, 4)
+        out_SHLD, lse_SHL = attend(q, k[:, :, : group.keys], v[:, :, : group.keys], scale)
+        out_rows, lse_rows = out_SHLD.transpose(1, 2).flatten(0, 1), lse_SHL.transpose(0, 1).flatten(1)
+        if len(out_rows) == tokens and isinstance(group.rows, slice):
+            return out_rows.contiguous(), lse_rows.contiguous()
+        out_THD[group.rows] = out_rows
+        lse_HT[:, group.rows] = lse_rows
+    return out_THD, lse_HT
+
+
+def backward(
+    grad_out_THD: Tensor,
+    qkv_T3HD: Tensor,
+    out_THD: Tensor,
+    lse_HT: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    kv_lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Gradient of qkv, [T,3,H,D] contiguous."""
+    tokens = len(qkv_T3HD)
+    qkv_T3HD, grad_out_THD = _last_dim_contiguous(qkv_T3HD), _last_dim_contiguous(grad_out_THD)
+    if tokens and _has_gpu_flash(qkv_T3HD):
+        return _gpu_flash_backward(grad_out_THD, qkv_T3HD, out_THD, lse_HT, cu_seqlens, max_seqlen, kv_lengths, scale)
+    attend = _cpu_flash_backward if qkv_T3HD.device.type == "cpu" else _plain_backward
+    grad_T3HD = qkv_T3HD.new_empty(qkv_T3HD.shape)
+    for group in _groups(tokens, cu_seqlens, max_seqlen, kv_lengths):
+        if group.keys == 0:
+            grad_T3HD[group.rows] = 0
+            continue
+        in_place = isinstance(group.rows, slice)
+        grad_SL3HD = group.unpack(grad_T3HD) if in_place else grad_T3HD.new_empty(group.unpack(qkv_T3HD).shape)
+        q, k, v = group.unpack(qkv_T3HD).permute(2, 0, 3, 1, 4)
+        grad_out, out = (group.unpack(x).transpose(1, 2) for x in (grad_out_THD, out_THD))
+        lse = lse_HT[:, group.rows].unflatten(1, (group.sequences, group.length)).transpose(0, 1)
+        grads = attend(grad_out, q, k[:, :, : group.keys], v[:, :, : group.keys], out, lse, scale)
+        for target, grad in zip(grad_SL3HD.permute(2, 0, 3, 1, 4), grads, strict=True):
+            rows = grad.shape[2]
+            target[:, :, :rows] = grad
+            target[:, :, rows:] = 0
+        if not in_place:
+            grad_T3HD[group.rows] = grad_SL3HD.flatten(0, 1)
+    return grad_T3HD
+
+
+def _groups(tokens: int, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None) -> list[_Group]:
+    sequences = len(cu_seqlens) - 1
+    if cu_seqlens.device.type != "cpu" and kv_lengths is None and sequences * max_seqlen == tokens:
+        return [_Group(slice(0, tokens), sequences, max_seqlen, max_seqlen)] if tokens else []
+    starts = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(starts)]
+    if starts[0] != 0 or starts[-1] != tokens or any(not 0 <= length <= max_seqlen for length in lengths):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the {tokens} tokens in steps of at most max_seqlen = {max_seqlen}, "
+            f"got {starts[0]} to {starts[-1]} in steps of {min(lengths, default=0)} to {max(lengths, default=0)}"
+        )
+    keys = lengths if kv_lengths is None else kv_lengths.tolist()
+    members: dict[tuple[int, int], list[int]] = {}
+    for start, length, key in zip(starts[:-1], lengths, keys, strict=True):
+        if not 0 <= key <= length:
+            raise ValueError(f"kv_lengths must lie between 0 and the length, got {key} for a sequence of {length}")
+        if length:
+            members.setdefault((length, key), []).append(start)
+    groups = []
+    for (length, key), first in members.items():
+        rows: slice | Tensor = slice(first[0], first[0] + length * len(first))
+        if first[-1] + length != rows.stop:
+            index = torch.tensor(first).unsqueeze(1) + torch.arange(length)
+            rows = index.flatten().to(cu_seqlens.device)
+        groups.append(_Group(rows, len(first), length, key))
+    return groups
+
+
+def _cpu_flash_forward(q, k, v, scale):
+    return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+
+
+def _cpu_flash_backward(grad_out, q, k, v, out, lse, scale):
+    return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, q, k, v, out, lse, 0.0, False, scale=scale
+    )
+
+
+def _plain_forward(q_SHLD, k_SHKD, v_SHKD, scale):
+    q, k, v = (x.to(_wide(x.dtype)) for x in (q_SHLD, k_SHKD, v_SHKD))
+    scores_SHLK = q @ k.mT * scale
+    lse_SHL = scores_SHLK.logsumexp(-1)
+    return ((scores_SHLK - lse_SHL[..., None]).exp_() @ v).to(q_SHLD.dtype), lse_SHL
+
+
+def _plain_backward(grad_out, q_SHLD, k_SHKD, v_SHKD, out, lse_SHL, scale):
+    do, q, k, v, o = (x.to(_wide(x.dtype)) for x in (grad_out, q_SHLD, k_SHKD, v_SHKD, out))
+    p_SHLK = (q @ k.mT * scale - lse_SHL[..., None]).exp_()
+    ds_SHLK = (do @ v.mT - (do * o).sum(-1, keepdim=True)).mul_(p_SHLK).mul_(scale)
+    return ds_SHLK @ k, ds_SHLK.mT @ q, p_SHLK.mT @ do
+
+
+def _gpu_flash_forward(qkv_T3HD, cu_seqlens, max_seqlen, kv_lengths, scale):
+    q, k, v = qkv_T3HD.unbind(1)
+    cu_keys = cu_seqlens
+    if kv_lengths is not None:
+        _, order_T, _, cu_keys = _keys_first(len(q), cu_seqlens, kv_lengths)
+        k, v = k[order_T], v[order_T]
+    out, lse, *_ = _aten._flash_attention_forward(
+        q, k, v, cu_seqlens, cu_keys, max_seqlen, max_seqlen, 0.0, False, False, scale=scale
+    )
+    return out, lse
+
+
+def _gpu_flash_backward(grad_out_THD, qkv_T3HD, out_THD, lse_HT, cu_seqlens, max_seqlen, kv_lengths, scale):
+    q, k, v = qkv_T3HD.unbind(1)
+    cu_keys = cu_seqlens
+    if kv_lengths is not None:
+        is_key_T, order_T, place_T, cu_keys = _keys_first(len(q), cu_seqlens, kv_lengths)
+        k, v = k[order_T], v[order_T]
+    # without dropout the two random states are never read
+    rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
+    unused = torch.empty(0, device=q.device)
+    layout = (cu_seqlens, cu_keys, max_seqlen, max_seqlen)
+    dq, dk, dv = _aten._flash_attention_backward(
+        grad_out_THD, q, k, v, out_THD, lse_HT, *layout, 0.0, False, rng_state, unused, scale=scale
+    )
+    if kv_lengths is not None:
+        # the kernel leaves the rows behind the last key as they were in memory
+        dk, dv = (grad[place_T].masked_fill_(~is_key_T[:, None, None], 0) for grad in (dk, dv))
+    return torch.stack((dq, dk, dv), 1)
+
+
+def _keys_first(tokens: int, cu_seqlens: Tensor, kv_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Which tokens are keys; the order that puts keys in front, sequence by sequence; its inverse; where each one's
+    keys start.
+
+    Everything stays on the device: the number of keys is never known to the host.
+    """
+    token_T = torch.arange(tokens, device=cu_seqlens.device, dtype=torch.int32)
+    sequence_T = torch.searchsorted(cu_seqlens[1:], token_T, right=True)
+    is_key_T = token_T - cu_seqlens[sequence_T] < kv_lengths[sequence_T]
+    order_T = torch.argsort(~is_key_T, stable=True)
+    place_T = torch.empty_like(order_T).scatter_(0, order_T, torch.arange(tokens, device=order_T.device))
+    cu_keys = torch.nn.functional.pad(kv_lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return is_key_T, order_T, place_T, cu_keys
+
+
+def _has_gpu_flash(x: Tensor) -> bool:
+    half = x.dtype in (torch.float16, torch.bfloat16)
+    return half and x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def _last_dim_contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,140 @@
+"""Extraction of features: the real loader, the cache, unreadable images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import vit
+from engine.data.sources import open_images
+from engine.errors import BadInput
+from engine.evals import features
+from engine.evals.features import Encoder, Features, encoder_of, extract, raw_pixels
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """24 coloured images of two classes per split, and a cache of its own."""
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("dark", "light"):
+            (tmp_path / "data" / split / label).mkdir(parents=True)
+            for i in range(12):
+                pixels = rng.integers(0, 100, (32, 32, 3)) + 150 * (label == "light")
+                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / split / label / f"{i:02}.png")
+    return tmp_path / "data"
+
+
+class Counting:
+    """Raw pixels that count how many images they have encoded."""
+
+    def __init__(self, fingerprint: str | None):
+        self.images = 0
+        self.encoder = Encoder(self.encode, (32, 32), "pixels", fingerprint)
+
+    def encode(self, images_B3HW):
+        self.images += len(images_B3HW)
+        return images_B3HW.flatten(1)
+
+
+def test_rows_are_the_images_in_order(folder):
+    images = open_images(folder, "train")
+    found = extract(raw_pixels(), images, name="raw", batch_size=7)
+    assert found.values.shape == (24, 3072) and found.values.dtype == torch.float32
+    assert found.labels.tolist() == [0] * 12 + [1] * 12 and found.classes == ("dark", "light")
+    assert found.paths == tuple(images.paths) and found.pooling == "32x32 pixels"
+    mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
+    for row in (0, 9, 23):
+        pixels = (np.asarray(Image.open(folder / images.paths[row])) / 255 - mean) / std
+        np.testing.assert_allclose(found.values[row].unflatten(0, (3, 32, 32)).permute(1, 2, 0), pixels, atol=1e-4)
+
+
+def test_the_cache_answers_only_for_the_same_weights_images_and_settings(folder, tmp_path):
+    cache = tmp_path / "features"
+    first = Counting("a")
+    values = extract(first.encoder, open_images(folder, "train"), name="x", cache=cache).values
+    again = Counting("a")
+    assert torch.equal(extract(again.encoder, open_images(folder, "train"), name="y", cache=cache).values, values)
+    assert (first.images, again.images) == (24, 0)
+    for changed in ({"fingerprint": "b"}, {"batch_size": 5}, {"split": "val"}, {"fingerprint": None}):
+        other = Counting(changed.get("fingerprint", "a"))
+        images = open_images(folder, changed.get("split", "train"))
+        extract(other.encoder, images, name="x", cache=cache, batch_size=changed.get("batch_size", 256))
+        assert other.images == 24
+    Image.new("RGB", (32, 32)).save(folder / "train" / "dark" / "00.png")
+    other = Counting("a")
+    assert not torch.equal(extract(other.encoder, open_images(folder, "train"), name="x", cache=cache).values, values)
+    assert not list(cache.glob(".*.safetensors"))
+
+
+def test_a_damaged_cache_file_is_named(folder, tmp_path):
+    cache = tmp_path / "features"
+    extract(raw_pixels(), open_images(folder, "train"), name="x", cache=cache)
+    (path,) = cache.glob("*.safetensors")
+    path.write_bytes(b"nonsense")
+    with pytest.raises(BadInput, match=f"{path.name} are damaged"):
+        extract(raw_pixels(), open_images(folder, "train"), name="x", cache=cache)
+
+
+def test_a_failing_encoder_leaves_nothing_in_the_cache(folder, tmp_path):
+    def fail(images_B3HW):
+        raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        extract(Encoder(fail, (32, 32), "x", "x"), open_images(folder, "train"), name="x", cache=tmp_path / "features")
+    assert not list((tmp_path / "features").glob("*.safetensors"))
+
+
+def test_unreadable_images_are_left_out(folder):
+    (folder / "train" / "dark" / "03.png").write_bytes(b"no image")
+    found = extract(raw_pixels(), open_images(folder, "train", bad_limit=0.1), name="x", batch_size=5)
+    assert found.labels.tolist() == [0] * 11 + [1] * 12
+    assert "train/dark/03.png" not in found.paths and len(found.paths) == 23
+
+
+def test_a_model_is_evaluated_in_eval_mode_with_its_own_pooling(folder):
+    images = open_images(folder, "val")
+    for pool in ("token", "avg"):
+        model = vit.create("vit_micro_patch8_32", global_pool=pool).train()
+        found = extract(encoder_of(model), images, name="vit", batch_size=10)
+        assert model.training and found.values.shape == (24, 128) and not found.values.requires_grad
+        batch = next(iter(features.eval_batches(images, (32, 32), 24))).images[0]
+        with torch.no_grad():
+            tokens = model.eval()(batch)
+        expected = tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1)
+        torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-5)
+        assert ("class token" in found.pooling) == (pool == "token")
+
+
+def test_fingerprints_tell_models_apart():
+    model = vit.create("vit_micro_patch8_32")
+    before = encoder_of(model).fingerprint
+    assert encoder_of(model).fingerprint == before
+    other = vit.create("vit_micro_patch8_32", global_pool="avg")
+    other.load_state_dict(model.state_dict())
+    assert encoder_of(other).fingerprint != before
+    with torch.no_grad():
+        model.blocks[3].mlp.fc1.bias[0] += 1e-3
+    assert encoder_of(model).fingerprint != before
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused(value):
+    with pytest.raises(BadInput, match="features of broken contain NaN or infinity"):
+        Features(torch.tensor([[1.0, value]]), None, "broken")
+
+
+def test_features_that_disagree_are_refused():
+    with pytest.raises(BadInput, match="another number of labels"):
+        Features(torch.ones(3, 2), torch.zeros(2, dtype=torch.int64), "x")
+    with pytest.raises(BadInput, match="non-empty"):
+        Features(torch.ones(0, 2), None, "x")
+
+
+def test_threads_come_back():
+    before = torch.get_num_threads()
+    with pytest.raises(RuntimeError), features.threads_for(1e6):
+        assert torch.get_num_threads() == 1
+        raise RuntimeError
+    assert torch.get_num_threads() == before

@@ -1,0 +1,42 @@
+"""The one tolerance rule of the kernel tests, and the devices they run on."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+HALF_AND_FULL = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+def assert_agrees(ours: Callable, plain: Callable, inputs: Sequence[Tensor], factor: float = 2.0) -> None:
+    """Values and gradients of `ours` may be at most `factor` times as far from the truth as `plain` in the same dtype
+    is.
+
+    The truth is `plain` in float64. Four units in the last place of the largest entry are free, so that plain torch may
+    be exact; in float64, where it is the truth itself, 1e-13 of that entry. Both functions take `inputs`, return one
+    tensor and are differentiated in every input, with one random direction.
+    """
+    direction = None
+    results = []
+    for function, dtype in ((plain, torch.float64), (plain, None), (ours, None)):
+        leaves = [x.detach().to(dtype or x.dtype).requires_grad_() for x in inputs]
+        out = function(*leaves)
+        direction = torch.randn_like(out) if direction is None else direction
+        # a direction that every dtype holds exactly
+        direction = direction.bfloat16().to(torch.float64)
+        grads = torch.autograd.grad(out, leaves, direction.to(out.dtype), allow_unused=True)
+        results.append([out, *(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True))])
+    for truth, by_plain, by_ours in zip(*results, strict=True):
+        assert_close_as_plain(by_ours, by_plain, truth, factor)
+
+
+def assert_close_as_plain(ours: Tensor, plain: Tensor, truth: Tensor, factor: float = 2.0) -> None:
+    assert ours.shape == truth.shape
+    assert ours.dtype == plain.dtype
+    if truth.numel() == 0:
+        return
+    free = (1e-13 if ours.dtype == torch.float64 else 4 * torch.finfo(ours.dtype).eps) * truth.abs().max()
+    error, plain_error = ((x.double() - truth).abs().max() for x in (ours, plain))
+    assert error <= factor * plain_error + free, f"error {error:.3e}, of plain torch {plain_error:.3e}, free {free:.3e}"

@@ -1,0 +1,116 @@
+"""The choice of implementation: found by name, never a silent fallback, and no graph break when it changes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import kernels
+from kernels import choice
+
+ROOT = Path(__file__).parents[2]
+IMAGES, INDICES = torch.arange(2 * 3 * 8 * 8).float().view(2, 3, 8, 8), torch.tensor([[0, 3], [1, 2]])
+
+
+@pytest.fixture
+def a_triton_version(monkeypatch):
+    """As if kernels/patches/triton.py and kernels/info_nce/triton.py were there; both answer 7."""
+    for op, function in (("patches", "gather_patches"), ("info_nce", "forward")):
+        module = ModuleType(f"kernels.{op}.triton")
+        answer = IMAGES.new_full((), 7.0)
+        setattr(
+            module, function, lambda x, *rest, answer=answer, op=op: answer + (0 * x.sum() if op == "patches" else 0)
+        )
+        if op == "info_nce":
+            module.forward = lambda queries, *rest: (queries.new_full((), 7.0), queries.new_zeros(len(queries)))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(choice.AVAILABLE, op, ("reference", "triton"))
+    yield
+    for op in ("patches", "info_nce"):
+        choice._modules.pop((op, "triton"), None)
+
+
+def test_every_op_has_a_reference_and_runs_it():
+    assert set(choice.AVAILABLE) == {"info_nce", "nearest_neighbours", "packed_attention", "patches", "sinkhorn"}
+    assert all("reference" in exist for exist in choice.AVAILABLE.values())
+    lines = kernels.describe().splitlines()
+    assert [line.split()[:2] for line in lines] == [[op, "reference"] for op in choice.AVAILABLE]
+
+
+def test_what_no_op_has_is_refused_at_once():
+    with pytest.raises(ValueError, match="no kernel has an implementation 'fast'; choose from auto, reference"):
+        kernels.use("fast")
+    with pytest.raises(ValueError, match="packed_attention has no implementation 'fast'; choose from auto, reference"):
+        kernels.use("fast", "packed_attention")
+    with pytest.raises(ValueError, match="there is no kernel 'attention'; choose from info_nce, nearest_neighbours"):
+        kernels.use("reference", "attention")
+    assert kernels.gather_patches(IMAGES, INDICES, 4).shape == (2, 2, 48)
+
+
+@pytest.mark.usefixtures("a_triton_version")
+def test_what_one_op_lacks_is_told_by_that_op():
+    kernels.use("triton")
+    assert kernels.gather_patches(IMAGES, INDICES, 4) == 7
+    with pytest.raises(ValueError, match="sinkhorn has no implementation 'triton'; choose from auto, reference"):
+        kernels.sinkhorn(torch.zeros(2, 3), 0.1)
+    assert "sinkhorn            none (triton asked)" in kernels.describe()
+    kernels.use("reference", "sinkhorn")
+    assert kernels.sinkhorn(torch.zeros(2, 3), 0.1).shape == (2, 3)
+    assert kernels.gather_patches(IMAGES, INDICES, 4) == 7
+
+
+@pytest.mark.usefixtures("a_triton_version")
+def test_a_compiled_function_follows_the_choice():
+    def step(images, queries):
+        targets = torch.arange(len(queries))
+        return kernels.gather_patches(images, INDICES, 4).sum() + kernels.info_nce(queries, queries, targets, 1.0)
+
+    queries = torch.eye(3)
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    plain = compiled(IMAGES, queries)
+    kernels.use("triton")
+    assert compiled(IMAGES, queries) == 14
+    kernels.use("auto")
+    assert compiled(IMAGES, queries) == plain == step(IMAGES, queries)
+
+
+@pytest.mark.usefixtures("a_triton_version")
+def test_a_record_makes_a_default_on_its_device_only(monkeypatch):
+    monkeypatch.setitem(choice.DEFAULTS, "sm_90", {"patches": "triton"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    kernels.use("auto")
+    assert choice.chosen("patches", torch.device("cuda")) == "triton"
+    assert choice.load("patches", "triton") is sys.modules["kernels.patches.triton"]
+    assert choice.chosen("info_nce", torch.device("cuda")) == "reference"
+    assert choice.chosen("patches", torch.device("cpu")) == "reference"
+    compiled = torch.compile(lambda x: kernels.gather_patches(x, INDICES, 4), fullgraph=True, backend="aot_eager")
+    assert compiled(IMAGES).shape == (2, 2, 48)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
+    assert choice.chosen("patches", torch.device("cuda")) == "reference"
+
+
+@pytest.mark.parametrize(
+    ("wish", "says"), [("reference", "reference  (exists: reference; asked: reference)"), ("fast", "none (fast asked)")]
+)
+def test_environment_variable(wish, says):
+    """A wrong wish is told by describe and by the first call, not by the import."""
+    code = (
+        "import kernels, torch; print(kernels.describe());"
+        "kernels.gather_patches(torch.zeros(1, 3, 4, 4), torch.tensor([[0]]), 4)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"TESSERA_KERNELS": wish},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.count(says) == len(choice.AVAILABLE)
+    wrong = "patches has no implementation 'fast'; choose from auto, reference (kernels.use or TESSERA_KERNELS)"
+    assert (wrong in result.stderr) == (wish == "fast")
+    assert (result.returncode == 0) == (wish == "reference")

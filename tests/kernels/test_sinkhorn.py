@@ -1,0 +1,254 @@
+"""sinkhorn and sinkhorn_cross_entropy against the loop as it was published."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kernels
+from kernels.sinkhorn import cost, reference
+from tests.kernels.agreement import DEVICES, HALF_AND_FULL, assert_agrees, assert_close_as_plain
+
+
+def published_sinkhorn(scores, temperature, iterations=3):
+    """Prototypes x samples, brought to total 1, then rows to 1/K and columns to 1/B in turn."""
+    q = torch.exp(scores / temperature).T
+    prototypes, samples = q.shape
+    q = q / q.sum()
+    for _ in range(iterations):
+        q = q / q.sum(1, keepdim=True) / prototypes
+        q = q / q.sum(0, keepdim=True) / samples
+    return (q * samples).T
+
+
+def published_cross_entropy(scores, student, temperature, student_temperature, iterations=3):
+    wide = torch.promote_types(student.dtype, torch.float32)
+    q = published_sinkhorn(scores.to(torch.float64), temperature, iterations).to(wide)
+    return -(q * F.log_softmax(student.to(wide) / student_temperature, 1)).sum(1).mean()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+@pytest.mark.parametrize("iterations", [1, 3, 10])
+def test_assignment(device, dtype, iterations):
+    scores = torch.randn(37, 101, device=device).to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    ours = kernels.sinkhorn(scores, 0.5, iterations)
+    plain = published_sinkhorn(scores.to(wide), 0.5, iterations)
+    assert_close_as_plain(ours, plain, published_sinkhorn(scores.double(), 0.5, iterations))
+    torch.testing.assert_close(ours.sum(1), torch.ones_like(ours[:, 0]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_scores_that_overflow_the_published_loop(device, dtype):
+    """exp(20 / 0.05) is 5e173: beyond fp32, and the smallest of a row is 1e-347 of the largest."""
+    scores = ((torch.rand(49, 65, device=device) * 2 - 1) * 20).to(dtype)
+    scores[0], scores[1], scores[:, 2], scores[:, 3] = 20, -20, 20, -20
+    truth = published_sinkhorn(scores.double(), 0.05)
+    ours = kernels.sinkhorn(scores, 0.05)
+    # a logit of 400 is known to 400 units in the last place of 1
+    torch.testing.assert_close(ours.double(), truth, rtol=0, atol=800 * torch.finfo(dtype).eps)
+
+
+def test_a_shift_per_sample_would_be_wrong():
+    scores = torch.randn(20, 10, dtype=torch.float64)
+    shifted = scores + torch.randn(20, 1, dtype=torch.float64)
+    assert not torch.allclose(published_sinkhorn(scores, 0.1), published_sinkhorn(shifted, 0.1), atol=1e-3)
+    torch.testing.assert_close(kernels.sinkhorn(shifted, 0.1), published_sinkhorn(shifted, 0.1))
+    torch.testing.assert_close(kernels.sinkhorn(scores + 1000, 0.1), published_sinkhorn(scores, 0.1))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 4), st.integers(1, 7))
+def test_any_number_of_rows_at_a_time(rows, prototypes, iterations, step):
+    scores, student = torch.randn(2, rows, prototypes, dtype=torch.float64)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_step", lambda x: step)
+        torch.testing.assert_close(
+            kernels.sinkhorn(scores, 0.1, iterations), published_sinkhorn(scores, 0.1, iterations)
+        )
+        assert_agrees(
+            lambda s: kernels.sinkhorn_cross_entropy(scores, s, 0.1, 0.2, iterations),
+            lambda s: published_cross_entropy(scores, s, 0.1, 0.2, iterations),
+            [student],
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+@pytest.mark.parametrize(("rows", "prototypes"), [(17, 65), (50, 257), (1, 1)])
+def test_cross_entropy_and_gradient(device, dtype, rows, prototypes):
+    scores, student = torch.randn(2, rows, prototypes, device=device).to(dtype)
+    assert_agrees(
+        lambda s: kernels.sinkhorn_cross_entropy(scores.to(s.dtype), s, 0.1, 0.1),
+        lambda s: published_cross_entropy(scores, s, 0.1, 0.1),
+        [student],
+        # q of the plain form is exact here, ours is as good as the dtype of the scores
+        factor=8.0,
+    )
+
+
+def test_dtypes_may_differ():
+    scores, student = torch.randn(2, 9, 30)
+    loss = kernels.sinkhorn_cross_entropy(scores.bfloat16(), student.requires_grad_(), 0.1, 0.1)
+    loss.backward()
+    torch.testing.assert_close(loss, published_cross_entropy(scores.bfloat16(), student, 0.1, 0.1))
+    assert student.grad.dtype == torch.float32
+
+
+def test_gradient_goes_to_the_student_only():
+    scores, student = torch.randn(2, 9, 30).requires_grad_().unbind(0)
+    assert not kernels.sinkhorn(scores, 0.1).requires_grad
+    loss = kernels.sinkhorn_cross_entropy(scores, student, 0.1, 0.1)
+    assert torch.autograd.grad(loss, (scores, student), allow_unused=True)[0] is None
+
+
+def test_targets_are_not_stored():
+    """Backward holds the two inputs and three vectors; nothing else of size [B, K]."""
+    kept = []
+    scores, student = torch.randn(2, 16, 40)
+    student.requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        kernels.sinkhorn_cross_entropy(scores, student, 0.1, 0.1)
+    large = {x.data_ptr() for x in kept if x.numel() >= scores.numel()}
+    assert large == {scores.data_ptr(), student.data_ptr()}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_no_rows(device):
+    scores, student = torch.zeros(0, 5, device=device), torch.zeros(0, 5, device=device, requires_grad=True)
+    loss = kernels.sinkhorn_cross_entropy(scores, student, 0.1, 0.1)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert loss == 0
+    assert grad.shape == (0, 5)
+    assert kernels.sinkhorn(scores, 0.1).shape == (0, 5)
+
+
+def test_strides_do_not_matter():
+    scores, student = torch.randn(2, 9, 30)
+    strided = [x.T.contiguous().T for x in (scores, student)]
+    torch.testing.assert_close(kernels.sinkhorn(strided[0], 0.1), kernels.sinkhorn(scores, 0.1))
+    torch.testing.assert_close(
+        kernels.sinkhorn_cross_entropy(*strided, 0.1, 0.1), kernels.sinkhorn_cross_entropy(scores, student, 0.1, 0.1)
+    )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_same_bits_every_time(device):
+    scores, student = torch.randn(2, 33, 1000, device=device)
+    student.requires_grad_()
+    runs = []
+    for _ in range(3):
+        loss = kernels.sinkhorn_cross_entropy(scores, student, 0.1, 0.1)
+        runs.append((kernels.sinkhorn(scores, 0.1), loss, *torch.autograd.grad(loss, student)))
+    for again in runs[1:]:
+        assert all(map(torch.equal, runs[0], again))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device):
+    ops = torch.ops.tessera
+    scores, student = torch.randn(2, 5, 7, dtype=torch.float64, device=device)
+    log_u = torch.randn(7, dtype=torch.float64, device=device)
+    torch.library.opcheck(ops.sinkhorn_sweep.default, (scores, None, 0.1, "reference"))
+    torch.library.opcheck(ops.sinkhorn_sweep.default, (scores, log_u, 0.1, "reference"))
+    torch.library.opcheck(ops.sinkhorn_assign.default, (scores, log_u, 0.1, "reference"))
+    torch.library.opcheck(
+        ops.sinkhorn_cross_entropy_forward.default,
+        (scores, log_u, student.requires_grad_(), 0.1, 0.2, "reference"),
+    )
+
+
+def both(scores, student, group=None):
+    return kernels.sinkhorn(scores, 0.1, 3, group), kernels.sinkhorn_cross_entropy(scores, student, 0.1, 0.2, 3, group)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_compiles_without_a_graph_break(device):
+    scores, student = torch.randn(2, 9, 12, device=device)
+    student.requires_grad_()
+    results = []
+    for f in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
+        assignment, loss = f(scores, student)
+        results.append((assignment, loss, *torch.autograd.grad(loss, student)))
+    for eager, traced in zip(*results, strict=True):
+        torch.testing.assert_close(traced, eager)
+
+
+ROWS = (5, 0, 12)
+
+
+def one_rank(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(ROWS))
+    scores, student = (x.split(ROWS)[rank] for x in torch.load(f"{folder}/input.pt"))
+    student = student.clone().requires_grad_()
+    results = []
+    for f in (both, torch.compile(both, fullgraph=True, backend="aot_eager")):
+        assignment, loss = f(scores, student, dist.group.WORLD)
+        results.append((assignment, loss.detach(), *torch.autograd.grad(loss, student)))
+    torch.save(results, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_ranks_with_unequal_rows_find_what_one_process_finds(tmp_path: Path):
+    scores, student = torch.randn(2, sum(ROWS), 9, dtype=torch.float64)
+    torch.save((scores, student), tmp_path / "input.pt")
+    mp.spawn(one_rank, (str(tmp_path),), nprocs=len(ROWS))
+    whole = published_sinkhorn(scores, 0.1)
+    per_row = -(whole * F.log_softmax(student / 0.2, 1)).sum(1)
+    student.requires_grad_()
+    _, whole_loss = both(scores, student)
+    (whole_grad,) = torch.autograd.grad(whole_loss, student)
+    for rank, (wanted, losses, grads) in enumerate(
+        zip(whole.split(ROWS), per_row.split(ROWS), whole_grad.split(ROWS), strict=True)
+    ):
+        for assignment, loss, grad in torch.load(tmp_path / f"{rank}.pt"):
+            torch.testing.assert_close(assignment, wanted)
+            torch.testing.assert_close(loss, losses.sum() / max(ROWS[rank], 1))
+            torch.testing.assert_close(grad * ROWS[rank], grads * sum(ROWS))
+
+
+def test_cost_reads_once_per_iteration_and_once_more():
+    assign, forward, backward = cost(2048, 65536, element_size=2, iterations=3)
+    elements = 2048 * 65536
+    assert assign.bytes == (8 + 4) * elements
+    assert forward.bytes == (8 + 2) * elements
+    assert backward.bytes == 6 * elements
+
+
+SCORES = torch.zeros(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((SCORES[0], 0.1), r"needs floating scores of shape \[rows, prototypes\], got torch.float32 \[3\]"),
+        ((SCORES.int(), 0.1), "needs floating scores"),
+        ((SCORES[:, :0], 0.1), r"needs floating scores of shape \[rows, prototypes\], got torch.float32 \[2, 0\]"),
+        ((SCORES, 0), "needs a positive temperature, got 0"),
+        ((SCORES, 0.1, 0), "needs at least 1 iteration, got 0"),
+    ],
+)
+def test_bad_input_is_told_in_one_sentence(arguments, sentence):
+    with pytest.raises(ValueError, match=f"sinkhorn {sentence}"):
+        kernels.sinkhorn(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((SCORES, SCORES[:1], 0.1, 0.1), r"needs floating student_logits of shape \[2, 3\] on cpu"),
+        ((SCORES, SCORES.int(), 0.1, 0.1), "needs floating student_logits"),
+        ((SCORES, SCORES, 0.1, -1), "needs a positive student_temperature, got -1"),
+    ],
+)
+def test_bad_cross_entropy_input_is_told_in_one_sentence(arguments, sentence):
+    with pytest.raises(ValueError, match=f"sinkhorn_cross_entropy {sentence}"):
+        kernels.sinkhorn_cross_entropy(*arguments)

@@ -1,0 +1,159 @@
+"""MAE against a plain restatement of the paper: mask first, embed all patches, shuffle back, decode all, loss on the masked."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine import vit
+from engine.draws import Draws
+from engine.methods.mae import Mae, Settings
+from engine.recipes import recipe
+
+SETTINGS = Settings(epochs=1, batch_size=4, decoder_dim=64, decoder_depth=2, decoder_heads=2)
+
+
+def make(name: str = "vit_micro_patch8_32", settings: Settings = SETTINGS, **encoder: object) -> Mae:
+    torch.manual_seed(0)
+    return Mae(vit.create(name, positions="sincos", **encoder), settings)
+
+
+def draws(batch: int) -> Draws:
+    return Draws(0, batch=batch, rows=slice(None), device=torch.device("cpu"))
+
+
+def patchify(images: Tensor, p: int) -> Tensor:
+    """[B, 3, H, W] -> [B, N, P*P*3], element order (row, column, channel)."""
+    b, c, h, w = images.shape
+    return images.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 3, 5, 1).reshape(b, -1, p * p * c)
+
+
+def plain_attention(x: Tensor, attention) -> Tensor:
+    b, n, c = x.shape
+    q, k, v = attention.qkv(x).view(b, n, 3, attention.heads, -1).permute(2, 0, 3, 1, 4)
+    weights = (q @ k.transpose(-2, -1) / q.shape[-1] ** 0.5).softmax(-1)
+    return attention.proj((weights @ v).transpose(1, 2).reshape(b, n, c))
+
+
+def plain_block(x: Tensor, block) -> Tensor:
+    x = x + plain_attention(block.norm1(x), block.attn)
+    hidden = torch.nn.functional.gelu(block.mlp.fc1(block.norm2(x)))
+    return x + block.mlp.fc2(hidden)
+
+
+def plain_loss(mae: Mae, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    """He et al. 2022, section 3, in the paper's order of operations; returns loss and mask [B, N] (1 = removed)."""
+    encoder, decoder, p = mae.encoder, mae.decoder, mae.encoder.patch_size
+    patches = torch.nn.functional.conv2d(
+        images, encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias, stride=p
+    ).flatten(2).transpose(1, 2)
+    patches = patches + encoder.pos_embed[:, 1:]
+    b, n, c = patches.shape
+    keep = int(n * 0.25)
+    shuffle = noise.argsort(1)
+    restore = shuffle.argsort(1)
+    kept = shuffle[:, :keep, None].expand(-1, -1, c)
+    x = torch.cat([(encoder.cls_token + encoder.pos_embed[:, :1]).expand(b, -1, -1), patches.gather(1, kept)], 1)
+    for block in encoder.blocks:
+        x = plain_block(x, block)
+    x = decoder.decoder_embed(encoder.norm(x))
+    d = x.shape[-1]
+    full = torch.cat([x[:, 1:], decoder.mask_token.expand(b, n - keep, -1)], 1)
+    full = full.gather(1, restore[..., None].expand(-1, -1, d))
+    x = torch.cat([x[:, :1], full], 1) + decoder.decoder_pos_embed
+    for block in decoder.decoder_blocks:
+        x = plain_block(x, block)
+    prediction = decoder.decoder_pred(decoder.decoder_norm(x))[:, 1:]
+    target = patchify(images, p)
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    mask = torch.ones(b, n)
+    mask[:, :keep] = 0
+    mask = mask.gather(1, restore)
+    error = (prediction - target).square().mean(-1)
+    return (error * mask).sum() / mask.sum(), mask
+
+
+def test_loss_and_gradients_equal_the_paper():
+    mae, images = make(), torch.randn(4, 3, 32, 32)
+    drawn = mae.draw(draws(4))
+    loss = mae((images,), torch.arange(4), drawn)["loss"]
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in mae.named_parameters() if p.grad is not None}
+    mae.zero_grad()
+    plain, _ = plain_loss(mae, images, drawn["noise"][:, 0])
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
+    theirs = {name: p.grad for name, p in mae.named_parameters() if p.grad is not None}
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_several_crops_are_the_mean_over_crops():
+    mae = make(settings=Settings(epochs=1, batch_size=4, crops=2, decoder_dim=64, decoder_depth=2, decoder_heads=2))
+    first, second = torch.randn(2, 4, 3, 32, 32)
+    drawn = mae.draw(draws(4))
+    loss = mae((first, second), torch.arange(4), drawn)["loss"]
+    losses = [plain_loss(mae, view, drawn["noise"][:, crop])[0] for crop, view in enumerate((first, second))]
+    assert loss.item() == pytest.approx(sum(losses).item() / 2, abs=1e-5)
+    assert len(mae.views()) == 2
+
+
+@pytest.mark.parametrize(("patch", "visible", "patches"), [(16, 49, 196), (14, 64, 256)])
+def test_a_quarter_of_the_patches_is_visible(patch: int, visible: int, patches: int):
+    mae = make("vit_tiny_patch16_224", patch_size=patch, depth=1)
+    assert (mae.keep, mae.patches) == (visible, patches)
+
+
+def test_masks_are_uniform_and_differ_between_images_and_steps():
+    mae = make()
+    masks = []
+    for step in range(200):
+        drawn = mae.draw(Draws(0, step, batch=16, rows=slice(None), device=torch.device("cpu")))
+        _, mask = plain_loss_mask(drawn["noise"][:, 0])
+        masks.append(mask)
+    share = torch.cat(masks).mean(0)
+    assert (share - 0.75).abs().max() < 0.03  # 3,200 draws: five standard deviations
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 200
+
+
+def plain_loss_mask(noise: Tensor) -> tuple[Tensor, Tensor]:
+    order = noise.argsort(1)
+    mask = torch.ones_like(noise)
+    return order, mask.scatter(1, order[:, : noise.shape[1] // 4], 0.0)
+
+
+def test_decoder_positions_are_sin_cos_with_a_zero_row_for_the_class_token():
+    mae = make(img_size=(32, 64))
+    positions, (rows, columns), dim = mae.decoder.decoder_pos_embed[0], mae.encoder.grid, 64
+    assert not positions.requires_grad
+    assert positions[0].abs().max() == 0
+    omega = 1 / 10000 ** (torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    for row in range(rows):
+        for column in range(columns):
+            # Half the dims for the column (W first), half for the row; sine then cosine.
+            expected = torch.cat([f(place * omega) for place in (column, row) for f in (torch.sin, torch.cos)])
+            torch.testing.assert_close(positions[1 + row * columns + column], expected.float(), atol=1e-6, rtol=0)
+
+
+def test_hidden_patches_are_never_read_by_the_encoder():
+    mae, images = make(), torch.randn(2, 3, 32, 32)
+    visible = torch.tensor([[0, 5], [3, 9]])
+    masked = torch.tensor([[n for n in range(16) if n not in row] for row in visible.tolist()])
+    expected = mae.predict(images, visible, masked)
+    rows = patchify(images, 8)
+    poisoned = rows.scatter(1, masked[..., None].expand(-1, -1, rows.shape[-1]), float("nan"))
+    poisoned = poisoned.view(2, 4, 4, 8, 8, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 32, 32)
+    assert torch.equal(mae.predict(poisoned, visible, masked), expected)
+
+
+def test_published_recipe():
+    (name, settings), = recipe("mae", "vit_large_patch16_224", "auto", embedded=False).stages
+    assert (name, settings.epochs, settings.batch_size, settings.warmup * settings.epochs) == ("mae", 800, 4096, 40)
+    assert (settings.base_lr, settings.weight_decay, settings.betas) == (1.5e-4, 0.05, (0.9, 0.95))
+    assert (settings.decoder_dim, settings.decoder_depth, settings.decoder_heads) == (512, 8, 16)
+    mae = make(settings=settings, depth=1)
+    groups = {name: group for group in mae.groups(4096) for name in group.parameters}
+    assert all(group.peak_lr == pytest.approx(2.4e-3) for group in groups.values())
+    assert groups["encoder.cls_token"].weight_decay == 0.05
+    assert groups["encoder.norm.weight"].weight_decay == groups["encoder.patch_embed.proj.bias"].weight_decay == 0
+    assert "encoder.pos_embed" not in groups

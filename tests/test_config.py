@@ -1,0 +1,129 @@
+"""The command line: what is wrong is refused in one sentence with status 2, before anything is written."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from safetensors.torch import save_file
+
+from engine import config, train, vit, weights
+from engine.errors import BadInput
+
+
+def folder_of_images(root: Path, per_class: int = 4) -> Path:
+    for split in ("train", "val"):
+        for name in ("cat", "dog"):
+            (root / split / name).mkdir(parents=True)
+            for index in range(per_class):
+                Image.new("RGB", (40, 36), (index * 9, 50, 99)).save(root / split / name / f"{index}.png")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--method", "mea"], ["'mea'", "mae", "maect", "nnclr"]),
+        (["--model", "vit_lagre_patch16_224"], ["vit_lagre_patch16_224", "vit_large_patch16_224"]),
+        (["--data", "/no/such/folder"], ["/no/such/folder"]),
+        (["--weights", "/no/such/file.pth"], ["/no/such/file.pth"]),
+        (["--resume", "/no/such/run"], ["/no/such/run"]),
+        (["--preset", "huge"], ["huge", "plain", "aug", "digits"]),
+        (["--precision", "fp17"], ["fp17", "fp32", "bf16"]),
+        (["--kernels", "metal"], ["metal", "auto", "reference"]),
+        (["--kernels", "cuda"], ["cuda", "reference"]),
+        (["--device", "tpu"], ["tpu", "cpu", "cuda"]),
+        (["--batch-size", "-4"], ["batch-size", "-4"]),
+        (["--method", "mae", "--batch-size", "100000"], ["100000", "1437"]),
+        (["--batch-size", "100"], ["queue-size", "100"]),
+        (["--epochs", "10"], ["mae, nnclr, maect", "3"]),
+        (["--epochs", "10", "0", "3"], ["--epochs"]),
+        (["--mae.epochs", "-1"], ["mae.epochs", "-1"]),
+        (["--mae.base-lr", "-1e-3"], ["mae.base-lr"]),
+        (["--mae.mask-ratio", "1.5"], ["mae.mask-ratio", "1.5"]),
+        (["--maect.frozen-blocks", "7"], ["maect.frozen-blocks", "6"]),
+        (["--maect.top-k", "0"], ["maect.top-k"]),
+        (["--accumulate", "2"], ["nnclr", "--accumulate 1"]),
+        (["--image-size", "33"], ["33", "8"]),
+        (["--seed", "-1"], ["seed", "-1"]),
+        (["--log-every", "0"], ["log-every"]),
+        (["--bad-limit", "2"], ["bad-limit"]),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    arguments: list[str], named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    assert train.main([*arguments, *(["--out", str(tmp_path / "run")] if "--resume" not in arguments else [])]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert all(word in error for word in named), error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_flags_and_words_for_numbers_exit_with_2(capsys: pytest.CaptureFixture):
+    for arguments in (["--mehtod", "mae"], ["--epochs", "ten"], ["--mae.mask-ratio", "half"]):
+        with pytest.raises(SystemExit) as exit_info:
+            train.main(arguments)
+        assert exit_info.value.code == 2
+    assert "--method" in capsys.readouterr().err
+
+
+def test_an_empty_class_is_named(tmp_path: Path, capsys: pytest.CaptureFixture):
+    root = folder_of_images(tmp_path / "data")
+    (root / "train" / "newt").mkdir()
+    arguments = ["--data", str(root), "--model", "vit_micro_patch8_32", "--out", str(tmp_path / "run")]
+    assert train.main(arguments) == 2
+    assert "newt" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_another_size_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture):
+    weights.export(vit.create("vit_micro_patch8_32", depth=2), tmp_path / "export")
+    assert train.main(["--weights", str(tmp_path / "export"), "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert "blocks.2." in error
+    assert len(error.strip().splitlines()) == 1
+    save_file({"hello": vit.sincos_positions(8, (2, 2))}, tmp_path / "other.safetensors")
+    assert train.main(["--weights", str(tmp_path / "other.safetensors"), "--out", str(tmp_path / "run")]) == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_must_be_new(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("precious")
+    assert train.main(["--out", str(tmp_path / "run")]) == 2
+    assert "run" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_resume_reads_the_run_and_keeps_to_it(tmp_path: Path):
+    plan = config.parse(["--method", "mae", "--mae.epochs", "7", "--seed", "3"])
+    (tmp_path / "config.json").write_text(plan.as_json())
+    again = config.parse(["--resume", str(tmp_path), "--log-every", "3"])
+    assert (again.stages, again.train.seed, again.train.log_every) == (plan.stages, 3, 3)
+    for arguments in (["--seed", "4"], ["--mae.epochs", "8"], ["--method", "nnclr"], ["--model", "vit_tiny_patch16_224"]):
+        with pytest.raises(BadInput, match="cannot change"):
+            config.parse(["--resume", str(tmp_path), *arguments])
+    (tmp_path / "config.json").write_text(json.dumps({"train": {"colour": "blue"}}))
+    with pytest.raises(BadInput, match="configuration"):
+        config.parse(["--resume", str(tmp_path)])
+
+
+def test_flags_reach_the_stages():
+    plan = config.parse(["--epochs", "1", "2", "3", "--maect.top-k", "4", "--model", "vit_tiny_patch16_224", "--preset", "aug"])
+    assert [settings.epochs for _, settings in plan.stages] == [1, 2, 3]
+    assert plan.stages[2][1].top_k == 4
+    assert plan.stages[2][1].augmentation == "byol"
+    assert plan.source.startswith("after ")
+    assert [name for name, _ in config.parse(["--weights", "somewhere"]).stages] == ["nnclr", "maect"]
+
+
+def test_the_command_line_is_what_was_agreed():
+    """A flag that is added or renamed is a decision about the public surface: it is made here, too."""
+    assert set(config.Train.__dataclass_fields__) == {
+        "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool",
+        "accumulate", "precision", "compile", "kernels", "device", "threads", "seed", "out", "resume", "dry_run",
+        "log_every", "probe_every", "save_every", "keep", "evaluate", "bad_limit", "abort_after",
+    }  # fmt: skip

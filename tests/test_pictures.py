@@ -1,0 +1,150 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from engine import pictures
+
+MEAN = np.array([0.485, 0.456, 0.406])
+STD = np.array([0.229, 0.224, 0.225])
+
+
+@pytest.fixture
+def images():
+    """The first 10 digits, 32 x 32 pixels, normalised as the loaders do."""
+    pixels = torch.tensor(load_digits().images[:10] / 16).float()[:, None]
+    pixels = torch.nn.functional.interpolate(pixels, size=32, mode="bilinear").expand(-1, 3, -1, -1)
+    return (pixels - pictures.MEAN) / pictures.STD
+
+
+@pytest.fixture
+def masked():
+    return torch.rand(10, 16, generator=torch.Generator().manual_seed(0)).argsort(dim=1)[:, :12]
+
+
+def patch(images, index, size=8, columns=4):
+    """One patch [size, size, 3] of the first image, cut with plain slices."""
+    row, column = index // columns * size, index % columns * size
+    return images[0, :, row : row + size, column : column + size].permute(1, 2, 0)
+
+
+def read(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def test_hide_greys_the_masked_patches_only(images, masked):
+    hidden = pictures.hide(images, masked, 8)
+    for index in range(16):
+        if index in masked[0]:
+            assert (patch(hidden, index) == 0).all()
+        else:
+            assert torch.equal(patch(hidden, index), patch(images, index))
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_fill_with_the_true_targets_gives_the_image_back(images, masked, normalised):
+    images = images + 0.1 * torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    target = torch.stack([patch(images, index).flatten() for index in masked[0].tolist()])[None]
+    if normalised:  # MAE's target
+        target = (target - target.mean(dim=2, keepdim=True)) / (target.var(dim=2, keepdim=True) + 1e-6).sqrt()
+    filled = pictures.fill(images[:1], target, masked[:1], 8, normalised=normalised)
+    torch.testing.assert_close(filled, images[:1])
+    assert not torch.allclose(pictures.fill(images[:1], target + 1, masked[:1], 8, normalised=normalised), images[:1])
+
+
+def test_fill_takes_half_precision_and_non_square_images():
+    images = torch.randn(2, 3, 16, 32)
+    masked = torch.tensor([[0, 7], [3, 4]])
+    filled = pictures.fill(images, torch.zeros(2, 2, 192, dtype=torch.bfloat16), masked, 8)
+    expected = images.clone()
+    expected[0, :, :8, :8] = images[0, :, :8, :8].mean()
+    torch.testing.assert_close(filled[0, :, :8, :8], expected[0, :, :8, :8])
+    assert torch.equal(filled[0, :, :8, 8:], images[0, :, :8, 8:])
+
+
+def test_reconstructions_are_a_picture_of_sane_size(tmp_path, images, masked):
+    path = tmp_path / "pictures" / "reconstructions.png"
+    pictures.reconstructions(path, images, pictures.hide(images, masked, 8), images.bfloat16(), title="mae, step 10")
+    pixels = read(path)
+    height, width = pixels.shape[:2]
+    assert 400 < height < 800
+    assert 1200 < width < 1600
+    assert [file.name for file in path.parent.iterdir()] == ["reconstructions.png"]
+    grey = (np.abs(pixels - 255 * MEAN) < 2).all(axis=2).mean()
+    assert 0.15 < grey < 0.3  # three quarters of a third, less the margins
+
+
+def test_images_that_are_not_finite_still_give_a_picture(tmp_path, images, masked):
+    pictures.reconstructions(tmp_path / "a.png", images[:1], images[:1], images[:1] * torch.nan)
+    pictures.patch_pca(tmp_path / "b.png", images[:1], torch.full((1, 16, 8), torch.nan), (4, 4))
+    assert read(tmp_path / "a.png").size
+    assert read(tmp_path / "b.png").size
+
+
+def colours_of(monkeypatch, images, tokens, grid):
+    """What patch_pca would draw."""
+    drawn = {}
+    monkeypatch.setattr(pictures, "_write_grid", lambda path, rows, *words: drawn.update(rows))
+    pictures.patch_pca("unused", images, tokens, grid)
+    return drawn["patch tokens"]
+
+
+def test_patch_pca_gives_like_tokens_like_colours_in_all_images(monkeypatch, images):
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.randint(4, (10, 16), generator=generator)
+    tokens = torch.randn(4, 64, generator=generator)[kinds]
+    colours = colours_of(monkeypatch, images, tokens, (4, 4))
+    assert colours.shape == (8, 4, 4, 3)
+    assert colours.min() >= 0
+    assert colours.max() <= 1
+    palette = [colours.reshape(-1, 3)[kinds[:8].flatten() == kind] for kind in range(4)]
+    assert all(np.ptp(members, axis=0).max() < 1e-6 for members in palette)
+    apart = [np.abs(a[0] - b[0]).max() for i, a in enumerate(palette) for b in palette[:i]]
+    assert min(apart) > 0.2
+
+
+def test_patch_pca_does_not_depend_on_the_basis_sign_or_shift(monkeypatch, images):
+    tokens = torch.randn(8, 16, 32, generator=torch.Generator().manual_seed(0))
+    first = colours_of(monkeypatch, images, tokens, (4, 4))
+    second = colours_of(monkeypatch, images, 3 * tokens + 5, (4, 4))
+    np.testing.assert_allclose(first, second, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", [torch.ones(2, 16, 8), torch.full((2, 16, 8), torch.nan)])
+def test_tokens_without_spread_are_grey(monkeypatch, images, tokens):
+    assert (colours_of(monkeypatch, images[:2], tokens, (4, 4)) == 0.5).all()
+
+
+def lines(path, records):
+    path.write_text("".join(json.dumps({"kind": "train", "time": 0.0} | record) + "\n" for record in records))
+    return path
+
+
+def test_curves_of_two_stages_with_a_loss_that_was_not_finite(tmp_path):
+    records = [
+        {"step": s, "stage": "mae" if s < 50 else "nnclr", "loss": None if s == 30 else 1 / s, "lr": 1e-3}
+        for s in range(1, 101)
+    ]
+    records += [{"step": s, "stage": "mae", "kind": "probe", "knn_top1": 50.0, "rank_me": 9.0} for s in (20, 40)]
+    metrics = lines(tmp_path / "metrics.jsonl", records)
+    with metrics.open("a") as file:
+        file.write('{"step": 101, "st')  # still being written
+    pictures.curves(tmp_path / "curves.png", metrics, title="a run")
+    pixels = read(tmp_path / "curves.png")
+    assert 700 < pixels.shape[0] < 900
+    assert 1100 < pixels.shape[1] < 1400
+    for colour in ((0x3B, 0x6F, 0xB6), (0xC8, 0x55, 0x3D), (0xD0, 0, 0)):  # both stages, and the cross
+        assert (np.abs(pixels - np.array(colour)).max(axis=2) < 40).any()
+
+
+def test_curves_show_the_panels_there_are(tmp_path):
+    one = lines(tmp_path / "one.jsonl", [{"step": s, "stage": "mae", "loss": 1.0} for s in (1, 2)])
+    none = lines(tmp_path / "none.jsonl", [])
+    pictures.curves(tmp_path / "one.png", one)
+    pictures.curves(tmp_path / "none.png", none)
+    assert read(tmp_path / "one.png").shape[1] < 700
+    assert read(tmp_path / "none.png").size

@@ -1,0 +1,164 @@
+"""The main command from end to end, as a user runs it: a folder of images in, a run folder out."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from engine import weights
+from engine.data.pipeline import eval_batches
+from engine.data.sources import open_images
+from engine.log import TIME_FIELDS, read_metrics
+
+ROOT = Path(__file__).parents[1]
+FAST = (
+    "--model vit_micro_patch8_32 --preset digits --batch-size 8 --nnclr.queue-size 16 --maect.queue-size 16 "
+    "--log-every 1 --probe-every 1 --save-every 1 --threads 1"
+).split()
+EPOCHS = ("--epochs", 2, 1, 2)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photograph-like JPEGs and PNGs of two classes, 24 to train and 8 to test, one of them truncated."""
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
+    for split, count in (("train", 12), ("val", 4)):
+        for shift, name in enumerate(("day", "night")):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(count):
+                coarse = rng.integers(0, 156, (6, 8, 3)) + 50 * shift
+                picture = Image.fromarray(coarse.astype(np.uint8)).resize((64, 48), Image.Resampling.BICUBIC)
+                picture.save(folder / f"{index}.{'jpg' if index % 2 else 'png'}")
+    return root
+
+
+def start(*arguments: object, module: str = "engine.train", launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    command = [sys.executable, "-m", *(launcher or ()), *(("-m",) if launcher else ()), module, *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def output_of(process: subprocess.Popen, status: int = 0) -> str:
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == status, output
+    return output
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    return folder, output_of(start("--data", data, "--out", folder, *FAST, *EPOCHS))
+
+
+@pytest.mark.long
+def test_a_run_folder_holds_what_is_promised(run: tuple[Path, str]):
+    folder, output = run
+    assert {"config.json", "metrics.jsonl", "summary.json", "tensorboard", "checkpoints", "export", "pictures"} <= {
+        path.name for path in folder.iterdir()
+    }
+    pictures = {path.name for path in (folder / "pictures").iterdir()}
+    assert {"curves.png", "1-mae-reconstructions.png", "1-mae-patch-pca.png", "3-maect-patch-pca.png"} <= pictures
+    assert all(Image.open(folder / "pictures" / name).size[0] > 200 for name in pictures)
+    records = read_metrics(folder / "metrics.jsonl")
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 16))
+    assert {"loss", "lr", "gradient_norm", "images_per_second"} <= records[4].keys()
+    probes = [r for r in records if r["kind"] == "probe"]
+    assert {"knn_top1", "rank_me", "feature_std", "verdict"} <= probes[-1].keys()
+    assert "neighbour_agreement" in next(r for r in records if r["stage"] == "maect")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert list(summary["evaluation"]) == ["raw pixels", "mae", "maect"]
+    assert (folder / "evaluation" / "results.json").is_file()
+    assert re.search(r"raw pixels.*mae.*maect", output)
+    assert "kernels:" in output
+    assert "evaluation by lowshot is left out: " in output  # twelve images a class are too few for three splits of five
+
+
+@pytest.mark.long
+def test_timm_loads_the_export_and_sees_the_same_features(run: tuple[Path, str], data: Path):
+    folder, _ = run
+    twin = timm.create_model(f"local-dir:{folder / 'export'}", pretrained=True).eval()
+    ours, _ = weights.create(folder)
+    batch = next(iter(eval_batches(open_images(data, "val"), (32, 32), 8)))
+    with torch.no_grad():
+        theirs = twin.forward_head(twin.forward_features(batch.images[0]), pre_logits=True)
+        torch.testing.assert_close(ours.pool(ours(batch.images[0])), theirs, atol=1e-5, rtol=0)
+
+
+@pytest.mark.long
+def test_a_stopped_run_resumes_to_the_same_end(run: tuple[Path, str], data: Path, tmp_path: Path):
+    whole, _ = run
+    folder = tmp_path / "stopped"
+    process = start("--data", data, "--out", folder, *FAST, *EPOCHS)
+    while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder / "metrics.jsonl")) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output = output_of(process)
+    assert f"python -m engine.train --resume {folder}" in output
+    assert not (folder / "summary.json").exists()
+    # The newest checkpoint is damaged: the one before it, or a clear refusal if there is none, must do.
+    checkpoints = sorted((folder / "checkpoints").glob("step-*"))
+    if len(checkpoints) > 1:
+        victim = checkpoints[-1] / "model.safetensors"
+        content = bytearray(victim.read_bytes())
+        content[-1] ^= 1
+        victim.write_bytes(content)
+    output = output_of(start("--resume", folder))
+    assert ("is damaged" in output) == (len(checkpoints) > 1)
+    assert load_file(folder / "export" / "model.safetensors").keys() == load_file(whole / "export" / "model.safetensors").keys()
+    for name, value in load_file(whole / "export" / "model.safetensors").items():
+        assert torch.equal(load_file(folder / "export" / "model.safetensors")[name], value), name
+
+    def timeless(path: Path) -> list[dict]:
+        return [{k: v for k, v in r.items() if k not in TIME_FIELDS} for r in read_metrics(path / "metrics.jsonl")]
+
+    assert timeless(folder) == timeless(whole)
+
+
+@pytest.mark.long
+def test_torchrun_trains_with_two_processes_from_earlier_weights(run: tuple[Path, str], data: Path, tmp_path: Path):
+    whole, _ = run
+    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(30000 + os.getpid() % 20000))
+    process = start("--data", data, "--out", tmp_path / "two", "--weights", whole, *FAST, "--epochs", 1, 1, launcher=launcher)
+    output = output_of(process)
+    assert "2 x CPU" in output
+    assert "stage 2/2 maect" in output
+    assert (tmp_path / "two" / "summary.json").is_file()
+
+
+@pytest.mark.long
+def test_dry_run_says_how_long_and_writes_nothing(data: Path, tmp_path: Path):
+    output = output_of(start("--data", data, "--out", tmp_path / "run", "--dry-run", *FAST, *EPOCHS))
+    assert re.search(r"the whole run: about [\d.]+ hours", output)
+    assert all(f"│ {stage}" in output for stage in ("mae", "nnclr", "maect"))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+def test_flat_unlabelled_folder_of_bad_and_good_files(data: Path, tmp_path: Path):
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for index, path in enumerate(sorted((data / "train").rglob("*.*"))):
+        (flat / f"{index}{path.suffix}").write_bytes(path.read_bytes())
+    (flat / "torn.jpg").write_bytes((flat / "0.jpg").read_bytes()[:300] if (flat / "0.jpg").exists() else b"torn")
+    arguments = ["--method", "mae", "--data", flat, "--model", "vit_micro_patch8_32", "--preset", "digits", "--batch-size", 8]
+    refused = output_of(start(*arguments, "--epochs", 1, "--out", tmp_path / "refused"), status=2)
+    assert "torn.jpg" in refused
+    assert not (tmp_path / "refused").exists()
+    output = output_of(start(*arguments, "--epochs", 1, "--bad-limit", 0.1, "--out", tmp_path / "run"))
+    assert "no labelled val split" in output
+    assert json.loads((tmp_path / "run" / "bad_files.json").read_text())[0][0] == "torn.jpg"

@@ -138,7 +138,9 @@ def measure(options: Options) -> dict:
             rounds[name].append({"images_per_second": rate, "share_of_peak": rate * flops / peak, "peak": peak})
     return {
         "options": asdict(options),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "precision": precision,
         "torch": torch.__version__,
@@ -147,7 +149,8 @@ def measure(options: Options) -> dict:
         "first_step_seconds": first,
         "rounds": rounds,
         "median": {
-            name: {key: statistics.median(one[key] for one in found) for key in found[0]} for name, found in rounds.items()
+            name: {key: statistics.median(one[key] for one in found) for key in found[0]}
+            for name, found in rounds.items()
         },
     }
 

@@ -141,16 +141,23 @@ def parse(arguments: Sequence[str]) -> Plan:
     before = _saved(Path(train.resume)) if train.resume else None
     train = before.train if before else train
     if before:
-        train, _ = tyro.cli(Train, args=wanted, default=replace(train, resume=""), return_unknown_args=True, add_help=False)
+        train, _ = tyro.cli(
+            Train, args=wanted, default=replace(train, resume=""), return_unknown_args=True, add_help=False
+        )
     train.check()
     plan = before or _preset(train)
     names = [name for name, _ in plan.stages]
     flags = make_dataclass(
-        "Train", [(name, type(settings), field(default=settings)) for name, settings in plan.stages], bases=(Train,), frozen=True
+        "Train",
+        [(name, type(settings), field(default=settings)) for name, settings in plan.stages],
+        bases=(Train,),
+        frozen=True,
     )
     default = flags(**{f.name: getattr(plan.train, f.name) for f in fields(Train)}, **dict(plan.stages))
     description = f"{Train.__doc__}\n\nSettings of {train.method}: {plan.source}."
-    parsed = tyro.cli(Annotated[flags, tyro.conf.arg(name="")], args=list(arguments), default=default, description=description)
+    parsed = tyro.cli(
+        Annotated[flags, tyro.conf.arg(name="")], args=list(arguments), default=default, description=description
+    )
     chosen = Train(**{f.name: getattr(parsed, f.name) for f in fields(Train)})
     stages = tuple((name, getattr(parsed, name)) for name in names)
     for name, settings in stages:
@@ -178,7 +185,9 @@ def _preset(train: Train) -> Plan:
     if train.epochs:
         if len(train.epochs) != len(stages):
             names = ", ".join(name for name, _ in stages)
-            raise BadInput(f"--epochs has {len(train.epochs)} numbers; give {len(stages)}, one for each stage ({names}).")
+            raise BadInput(
+                f"--epochs has {len(train.epochs)} numbers; give {len(stages)}, one for each stage ({names})."
+            )
         stages = tuple((name, replace(s, epochs=epochs)) for (name, s), epochs in zip(stages, train.epochs))
     if train.batch_size:
         stages = tuple((name, replace(settings, batch_size=train.batch_size)) for name, settings in stages)
@@ -197,7 +206,9 @@ def _saved(run: Path) -> Plan:
             values = {key: value for key, value in entry.items() if key != "method"}
             stages.append((entry["method"], settings(**_tuples(settings, values))))
     except OSError as error:
-        raise BadInput(f"--resume {run} is not a run folder: {path.name} cannot be read; give the folder a run wrote.") from error
+        raise BadInput(
+            f"--resume {run} is not a run folder: {path.name} cannot be read; give the folder a run wrote."
+        ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise BadInput(f"{path} is not a configuration this version wrote ({error}); start a new run.") from error
     return Plan(train, saved["source"], saved["model"], saved["encoder"], tuple(stages))

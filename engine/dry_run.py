@@ -31,7 +31,13 @@ def dry_run(parts: "Parts", build: Callable[..., TrainState]) -> None:
         first, rate = _measure(parts, state)
         stage_hours = stage.total_steps * stage.images_per_step / rate / 3600
         hours += stage_hours
-        cells = (f"{first:.1f}", f"{rate:,.0f}", f"{stage.total_steps:,}", f"{stage_hours:,.2f}", f"{_peak_memory(parts):.1f}")
+        cells = (
+            f"{first:.1f}",
+            f"{rate:,.0f}",
+            f"{stage.total_steps:,}",
+            f"{stage_hours:,.2f}",
+            f"{_peak_memory(parts):.1f}",
+        )
         table.add_row(stage.name, *cells)
     if parts.ranks.first:
         Console().print(table)

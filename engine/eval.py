@@ -2,11 +2,12 @@
 
 import contextlib
 import io
+import os
 import re
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from engine.evals import report
 from engine.evals.features import Encoder, encoder_of, raw_pixels
 
 RAW = "raw"
+WEIGHTS = "a run folder, an exported folder, a file with --model, timm:NAME or raw"
 RAW_SIZE = (32, 32)
 
 
@@ -78,7 +80,7 @@ class Eval:
         if len(self.image_size) > 2 or any(side < 1 for side in self.image_size):
             raise BadInput("--image-size takes one positive number, or height and width.")
         if not self.weights:
-            raise BadInput("--weights is missing; give a run folder, an exported folder, a file with --model, timm:NAME or raw.")
+            raise BadInput(f"--weights is missing; give {WEIGHTS}.")
         if not 0 <= self.bad_limit <= 1:
             raise BadInput(f"--bad-limit is {self.bad_limit}; it must be a share from 0 to 1.")
         if self.weights == RAW and (self.model or self.pool):
@@ -103,9 +105,8 @@ def parse(arguments: Sequence[str]) -> tuple[Eval, dict]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(
-                Annotated[flags, tyro.conf.arg(name="")], args=list(arguments), prog="engine.eval", description=Eval.__doc__
-            )
+            unnamed = Annotated[flags, tyro.conf.arg(name="")]
+            parsed = tyro.cli(unnamed, args=list(arguments), prog="engine.eval", description=Eval.__doc__)
     except SystemExit as leave:
         if leave.code:
             raise BadInput(_one_sentence(said.getvalue())) from None
@@ -121,7 +122,8 @@ def _one_sentence(box: str) -> str:
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]
     end = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
     sentence = " ".join(filter(None, lines[:end]))
-    sentence = re.sub(r"^Error parsing ([^-:][^:]*: )?", "", sentence)  # our own already say which protocol they are about
+    # our own sentences already say which protocol they are about
+    sentence = re.sub(r"^Error parsing ([^-:][^:]*: )?", "", sentence)
     return sentence if sentence.endswith(".") else f"{sentence}; --help lists all flags and their choices."
 
 
@@ -134,13 +136,13 @@ def encoder(flags: Eval, device: torch.device) -> tuple[str, Encoder]:
     size = (flags.image_size * 2)[:2]
     if flags.weights == RAW:
         return "raw pixels", raw_pixels(size or RAW_SIZE)
-    path, known = Path(flags.weights).expanduser(), "a run folder, an exported folder, a file with --model, timm:NAME or raw"
+    path = Path(flags.weights).expanduser()
     if not path.exists() and not flags.weights.startswith("timm:"):
-        raise BadInput(f"--weights {flags.weights} does not exist; give {known}.")
+        raise BadInput(f"--weights {flags.weights} does not exist; give {WEIGHTS}.")
     if path.is_dir() and not any((folder / "model.safetensors").is_file() for folder in (path, path / "export")):
-        raise BadInput(f"--weights {flags.weights} holds no exported model; give {known}.")
+        raise BadInput(f"--weights {flags.weights} holds no exported model; give {WEIGHTS}.")
     if path.is_file() and not flags.model:
-        raise BadInput(f"--weights {flags.weights} is a file and needs --model NAME, for example --model vit_large_patch16_224.")
+        raise BadInput(f"--weights {flags.weights} is a file and needs --model NAME, such as vit_large_patch16_224.")
     if flags.model and not path.is_file():
         raise BadInput(f"--model belongs to a file; {flags.weights} says itself what it holds.")
     overrides = ({"global_pool": flags.pool} if flags.pool else {}) | ({"img_size": size} if size else {})
@@ -158,6 +160,8 @@ def run(flags: Eval, settings: dict) -> list[evals.Result]:
     Raises:
         BadInput: data, weights, settings or the output folder cannot be used; nothing is written then.
     """
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise BadInput("engine.eval runs in a single process; start it without torchrun.")
     device = dist.start(flags.device).device
     images = [open_images(flags.data or None, split, flags.bad_limit) for split in ("train", "val")]
     for name, chosen in settings.items():

@@ -24,7 +24,14 @@ class Decoder(nn.Module):
     """
 
     def __init__(
-        self, width: int, grid: tuple[int, int], patch_size: int, prefix: int, dim: int = 512, depth: int = 8, heads: int = 16
+        self,
+        width: int,
+        grid: tuple[int, int],
+        patch_size: int,
+        prefix: int,
+        dim: int = 512,
+        depth: int = 8,
+        heads: int = 16,
     ):
         super().__init__()
         self.prefix = prefix
@@ -63,6 +70,18 @@ class Decoder(nn.Module):
         tokens_BLD = tokens_TD.view(len(masked_BM), -1, tokens_TD.shape[-1])
         rows_BMD = (masked_BM + self.prefix)[..., None].expand(-1, -1, tokens_TD.shape[-1])
         return self.decoder_pred(self.decoder_norm(tokens_BLD.gather(1, rows_BMD)))
+
+    def flops(self, visible: int) -> float:
+        """Operations of one forward pass for one image with `visible` patches: matrix products only."""
+        tokens = self.decoder_pos_embed.shape[1]
+        ends = (self.prefix + visible) * self.decoder_embed.weight.numel()
+        ends += (tokens - self.prefix - visible) * self.decoder_pred.weight.numel()
+        return 2.0 * ends + sum(block.flops(tokens) for block in self.decoder_blocks)
+
+
+def head_flops(head: nn.Sequential) -> float:
+    """Operations of one forward pass of a projector or predictor for one row."""
+    return 2.0 * sum(layer.weight.numel() for layer in head if isinstance(layer, nn.Linear))
 
 
 class BatchNorm(nn.Module):

@@ -92,7 +92,13 @@ def run_stage(
         BadInput: too many updates in a row were not finite.
     """
     log.start_stage(
-        stage.name, stage.index, stage.count, stage.first_step, stage.total_steps, stage.images_per_step
+        stage.name,
+        stage.index,
+        stage.count,
+        stage.first_step,
+        stage.total_steps,
+        stage.images_per_step,
+        flops_per_image=state.method.flops_per_image(),
     )
     while state.step < stage.total_steps:
         batch = next(batches)

@@ -79,7 +79,9 @@ def _published(model: str, method: str, aug: bool) -> Recipe:
         frozen_blocks=size.frozen_blocks,
     )
     name = "MAE-CT aug" if aug else "MAE-CT"
-    source = f"{name}'s published settings (C)" if known else f"after {name}'s B/16 settings (C), which has no such model"
+    source = (
+        f"{name}'s published settings (C)" if known else f"after {name}'s B/16 settings (C), which has no such model"
+    )
     stages = {"mae": mae, "nnclr": head, "maect": tuning}
     order = {"nnclr": ("nnclr",), "maect": ("mae", "nnclr", "maect")}[method]
     encoder = {"positions": "sincos", "global_pool": size.pool}

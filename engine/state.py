@@ -58,9 +58,7 @@ def fields(state: TrainState) -> dict[str, Field]:
             lambda: state_tensors(update.optimizer), lambda tensors: load_state_tensors(update.optimizer, tensors)
         ),
         "average": Field(lambda: dict(update.average.weights), put_average),
-        "guard": Field(
-            lambda: {"skipped": update.skipped, "skipped_in_a_row": update.skipped_in_a_row}, put_guard
-        ),
+        "guard": Field(lambda: {"skipped": update.skipped, "skipped_in_a_row": update.skipped_in_a_row}, put_guard),
     }
 
 

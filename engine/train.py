@@ -9,7 +9,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from engine.draws import Draws, seed_of
 from engine.dry_run import dry_run
 from engine.errors import BadInput
 from engine.evals import report
-from engine.log import RunLog, read_metrics
+from engine.log import RunLog, peak_flops, read_metrics
 from engine.loop import Cadence, Stage, Stopped, StopRequest, run_stage
 from engine.methods.base import Method
 from engine.state import TrainState, position, restore, to_host
@@ -96,7 +96,11 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
     for turn in (ranks.first, not ranks.first):
         if turn:
             train_images = open_images(train.data or None, "train", train.bad_limit)
-            val_images = open_images(train.data or None, "val", train.bad_limit) if has_split(train.data or None, "val") else None
+            val_images = (
+                open_images(train.data or None, "val", train.bad_limit)
+                if has_split(train.data or None, "val")
+                else None
+            )
         dist.barrier()
     torch.manual_seed(seed_of(train.seed, "encoder"))
     encoder = vit.create(plan.model, **plan.encoder)
@@ -114,14 +118,24 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
         first_step += total
     precision = {"auto": "bf16" if ranks.device.type == "cuda" else "fp32"}.get(train.precision, train.precision)
     return Parts(
-        plan, ranks, train_images, val_images, encoder.to(ranks.device), stages, precision, _compiles(train, ranks), loaded
+        plan,
+        ranks,
+        train_images,
+        val_images,
+        encoder.to(ranks.device),
+        stages,
+        precision,
+        _compiles(train, ranks),
+        loaded,
     )
 
 
 def _check_batch(stage: str, batch: int, plan: Plan, ranks: dist.Ranks, images: int) -> None:
     accumulate = plan.train.accumulate
     if batch > images:
-        raise BadInput(f"stage {stage} has a batch of {batch}, but there are {images} training images; set --batch-size lower.")
+        raise BadInput(
+            f"stage {stage} has a batch of {batch}, but there are {images} training images; set --batch-size lower."
+        )
     if batch % (ranks.world * accumulate):
         raise BadInput(
             f"stage {stage} has a batch of {batch}, which {ranks.world} processes with {accumulate} micro-batches each "
@@ -188,7 +202,7 @@ def run(parts: Parts) -> int:
     """Train all stages, evaluate, leave the run folder. A stop request ends it early with a saved state."""
     train, ranks = parts.plan.train, parts.ranks
     folder = Path(dist.share(str(_folder(parts.plan))))
-    log = RunLog(folder if ranks.first else None, rank=ranks.rank)
+    log = RunLog(folder if ranks.first else None, rank=ranks.rank, peak_flops=_peak_flops(ranks))
     state, start = None, 0
     if train.resume:
         tensors, where = checkpoint.newest(folder / "checkpoints", log.message)
@@ -219,20 +233,34 @@ def run(parts: Parts) -> int:
     return 0
 
 
+def _peak_flops(ranks: dist.Ranks) -> float | None:
+    """Of all devices of the run together; None where it is not known."""
+    peak = peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
+    return peak and peak * ranks.world
+
+
 def _folder(plan: Plan) -> Path:
     if plan.train.resume:
         return Path(plan.train.resume)
     folder = Path(plan.train.out or f"runs/{plan.train.method}-{time.strftime('%Y%m%d-%H%M%S')}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"--out {folder} exists and is not an empty folder; choose another, or --resume it if it is a run.")
+        raise BadInput(
+            f"--out {folder} exists and is not an empty folder; choose another, or --resume it if it is a run."
+        )
     return folder
 
 
 def _introduce(parts: Parts, folder: Path, log: RunLog) -> None:
     plan, ranks = parts.plan, parts.ranks
-    device = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name(ranks.device)
+        if ranks.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     log.message(f"{plan.train.method} ({plan.source}) with {plan.model} on {len(parts.train_images):,} images")
-    log.message(f"{ranks.world} x {device}, {parts.precision}, {'compiled' if parts.compiles else 'not compiled'}; run folder {folder}")
+    log.message(
+        f"{ranks.world} x {device}, {parts.precision}, {'compiled' if parts.compiles else 'not compiled'}; run folder {folder}"
+    )
     log.message("kernels: " + "; ".join(" ".join(line.split()) for line in kernels.describe(ranks.device).splitlines()))
     if parts.loaded:
         log.message(parts.loaded)
@@ -339,7 +367,9 @@ def _draw_pictures(parts: Parts, state: TrainState, folder: Path) -> None:
                 pictures.fill(images, prediction, masked, encoder.patch_size, normalised=normalised),
             )
         tokens = encoder(images)[:, encoder.num_prefix_tokens :]
-        pictures.patch_pca(folder / f"{stage.index + 1}-{stage.name}-patch-pca.png", images, tokens.float(), encoder.grid)
+        pictures.patch_pca(
+            folder / f"{stage.index + 1}-{stage.name}-patch-pca.png", images, tokens.float(), encoder.grid
+        )
 
 
 def _shown_images(parts: Parts) -> Tensor:
@@ -370,7 +400,9 @@ def _summary(parts: Parts, state: TrainState, folder: Path, say: Callable[[str],
 
 def _evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
     """Judge raw pixels and the encoder of every stage that trains one; by weights, the figures by name."""
-    command = f"python -m engine.eval --weights {folder}" + (f" --data {parts.plan.train.data}" if parts.plan.train.data else "")
+    command = f"python -m engine.eval --weights {folder}" + (
+        f" --data {parts.plan.train.data}" if parts.plan.train.data else ""
+    )
     if parts.val_images is None or parts.val_images.labels is None:
         say("no labelled val split: nothing to evaluate on.")
         return {}

@@ -28,7 +28,7 @@ _OWN = {
         dict(img_size=32, patch_size=patch, embed_dim=128, depth=6, num_heads=4),
     )
     for patch in (4, 8)
-}
+} | {"vit_huge_patch16_224": ("vit_huge_patch14_224", {"patch_size": 16})}  # published by MAE-CT, unknown to timm
 _TIMM_OVERRIDES = (
     "img_size", "patch_size", "depth", "global_pool", "fc_norm", "reg_tokens", "init_values", "no_embed_class",
 )  # fmt: skip
@@ -225,6 +225,11 @@ class Block(nn.Module):
         """The MLP branch alone, without the residual."""
         return self.ls2(self.mlp(self.norm2(x_TC)))
 
+    def flops(self, length: int) -> float:
+        """Operations of one forward pass for a sequence of `length` tokens: matrix products only, two per multiply-add."""
+        weights = sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))
+        return 2.0 * length * weights + 4.0 * length**2 * self.attn.proj.in_features
+
     def forward_thinned(self, packed: Packed, rate: float, generator: torch.Generator) -> Packed:
         """`forward` under stochastic depth (Huang et al. 2016): each branch runs only for a random subset of sequences.
 
@@ -378,6 +383,12 @@ class VisionTransformer(nn.Module):
         H and W are any multiples of the patch size: positions are interpolated. Raises BadInput otherwise.
         """
         return self.encode([View(images)]).unpack()[0]
+
+    def flops(self, patches: int, start: int = 0, stop: int | None = None) -> float:
+        """Operations of one forward pass for one image of `patches` visible patches; embedding counts if `start` is 0."""
+        length = self.num_prefix_tokens + patches
+        embedding = 0.0 if start else 2.0 * patches * self.patch_embed.proj.weight.numel()
+        return embedding + sum(block.flops(length) for block in self.blocks[start:stop])
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]

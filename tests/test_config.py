@@ -51,7 +51,11 @@ def folder_of_images(root: Path, per_class: int = 4) -> Path:
     ],
 )
 def test_bad_input_is_one_sentence(
-    arguments: list[str], named: list[str], tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    named: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.chdir(tmp_path)
     assert train.main([*arguments, *(["--out", str(tmp_path / "run")] if "--resume" not in arguments else [])]) == 2
@@ -103,7 +107,12 @@ def test_resume_reads_the_run_and_keeps_to_it(tmp_path: Path):
     (tmp_path / "config.json").write_text(plan.as_json())
     again = config.parse(["--resume", str(tmp_path), "--log-every", "3"])
     assert (again.stages, again.train.seed, again.train.log_every) == (plan.stages, 3, 3)
-    for arguments in (["--seed", "4"], ["--mae.epochs", "8"], ["--method", "nnclr"], ["--model", "vit_tiny_patch16_224"]):
+    for arguments in (
+        ["--seed", "4"],
+        ["--mae.epochs", "8"],
+        ["--method", "nnclr"],
+        ["--model", "vit_tiny_patch16_224"],
+    ):
         with pytest.raises(BadInput, match="cannot change"):
             config.parse(["--resume", str(tmp_path), *arguments])
     (tmp_path / "config.json").write_text(json.dumps({"train": {"colour": "blue"}}))
@@ -112,7 +121,9 @@ def test_resume_reads_the_run_and_keeps_to_it(tmp_path: Path):
 
 
 def test_flags_reach_the_stages():
-    plan = config.parse(["--epochs", "1", "2", "3", "--maect.top-k", "4", "--model", "vit_tiny_patch16_224", "--preset", "aug"])
+    plan = config.parse(
+        ["--epochs", "1", "2", "3", "--maect.top-k", "4", "--model", "vit_tiny_patch16_224", "--preset", "aug"]
+    )
     assert [settings.epochs for _, settings in plan.stages] == [1, 2, 3]
     assert plan.stages[2][1].top_k == 4
     assert plan.stages[2][1].augmentation == "byol"

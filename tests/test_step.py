@@ -54,7 +54,11 @@ def test_a_bad_update_changes_nothing_and_is_counted(make, poison: str, monkeypa
         hook.remove()
     else:
         forward = method.forward
-        monkeypatch.setattr(method, "forward", lambda *a: {"loss": forward(*a)["loss"].detach() + update.trained[0].sum() * 0 + math.inf})
+        monkeypatch.setattr(
+            method,
+            "forward",
+            lambda *a: {"loss": forward(*a)["loss"].detach() + update.trained[0].sum() * 0 + math.inf},
+        )
         update(1, images, torch.arange(8), drawn(method, 1))
         monkeypatch.undo()
     for name, value in content(method, update).items():
@@ -85,7 +89,9 @@ def test_gradients_are_clipped_to_the_norm():
     update = Update(method, 10)
     seen = {}
     update.optimizer.register_step_pre_hook(
-        lambda *_: seen.update(norm=torch.nn.utils.get_total_norm([p.grad for p in update.trained if p.grad is not None]))
+        lambda *_: seen.update(
+            norm=torch.nn.utils.get_total_norm([p.grad for p in update.trained if p.grad is not None])
+        )
     )
     report = update(0, (torch.randn(8, 3, 32, 32),), torch.arange(8), drawn(method))
     assert report["gradient_norm"] > 1e-3

@@ -119,7 +119,10 @@ def test_a_stopped_run_resumes_to_the_same_end(run: tuple[Path, str], data: Path
         victim.write_bytes(content)
     output = output_of(start("--resume", folder))
     assert ("is damaged" in output) == (len(checkpoints) > 1)
-    assert load_file(folder / "export" / "model.safetensors").keys() == load_file(whole / "export" / "model.safetensors").keys()
+    assert (
+        load_file(folder / "export" / "model.safetensors").keys()
+        == load_file(whole / "export" / "model.safetensors").keys()
+    )
     for name, value in load_file(whole / "export" / "model.safetensors").items():
         assert torch.equal(load_file(folder / "export" / "model.safetensors")[name], value), name
 
@@ -133,7 +136,9 @@ def test_a_stopped_run_resumes_to_the_same_end(run: tuple[Path, str], data: Path
 def test_torchrun_trains_with_two_processes_from_earlier_weights(run: tuple[Path, str], data: Path, tmp_path: Path):
     whole, _ = run
     launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(30000 + os.getpid() % 20000))
-    process = start("--data", data, "--out", tmp_path / "two", "--weights", whole, *FAST, "--epochs", 1, 1, launcher=launcher)
+    process = start(
+        "--data", data, "--out", tmp_path / "two", "--weights", whole, *FAST, "--epochs", 1, 1, launcher=launcher
+    )
     output = output_of(process)
     assert "2 x CPU" in output
     assert "stage 2/2 maect" in output
@@ -155,7 +160,18 @@ def test_flat_unlabelled_folder_of_bad_and_good_files(data: Path, tmp_path: Path
     for index, path in enumerate(sorted((data / "train").rglob("*.*"))):
         (flat / f"{index}{path.suffix}").write_bytes(path.read_bytes())
     (flat / "torn.jpg").write_bytes((flat / "0.jpg").read_bytes()[:300] if (flat / "0.jpg").exists() else b"torn")
-    arguments = ["--method", "mae", "--data", flat, "--model", "vit_micro_patch8_32", "--preset", "digits", "--batch-size", 8]
+    arguments = [
+        "--method",
+        "mae",
+        "--data",
+        flat,
+        "--model",
+        "vit_micro_patch8_32",
+        "--preset",
+        "digits",
+        "--batch-size",
+        8,
+    ]
     refused = output_of(start(*arguments, "--epochs", 1, "--out", tmp_path / "refused"), status=2)
     assert "torn.jpg" in refused
     assert not (tmp_path / "refused").exists()

@@ -80,7 +80,7 @@ def encode(
 
 def evaluate(
     encoders: Mapping[str, Encoder | nn.Module | Pair],
-    source: str | Path | None | Sequence[ImageSet] = None,
+    source: str | Path | Sequence[ImageSet] | None = None,
     protocols: Sequence[str] = ("knn", "linear", "lowshot", "cluster"),
     *,
     settings: Mapping[str, Any] | None = None,

@@ -48,8 +48,10 @@ def check(train: Labelled, test: Labelled, settings: Settings) -> None:
     check_labelled("cluster", train, test)
     classes = len(np.unique(as_numpy(test.labels)))
     if not 2 <= classes < len(test.labels):
-        raise BadInput(f"cluster needs at least two classes and more images than classes; the test set has "
-                       f"{classes} classes and {len(test.labels)} images.")
+        raise BadInput(
+            "cluster needs at least two classes and more images than classes; the test set has "
+            f"{classes} classes and {len(test.labels)} images."
+        )
 
 
 def matched_accuracy(labels: np.ndarray, clusters: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """Weighted k-NN: each of the k nearest training images votes for its class with exp(cosine / temperature).
 
-DINO (Caron et al. 2021) and MIM-Refiner: k = 20, temperature 0.07; MAE-CT's script: k = 10; `standardise` is its logger's variant.
+DINO (Caron et al. 2021) and MIM-Refiner: k = 20, temperature 0.07; MAE-CT's script: k = 10, its logger standardises.
 
 Shapes: n training images, m test images, C feature width, K classes, k neighbours.
 """
@@ -41,7 +41,7 @@ def check(train: Labelled, test: Labelled, settings: Settings) -> None:
     """Raise BadInput if `evaluate` could not run on these sets."""
     check_labelled("knn", train, test)
     if settings.k > len(train.labels):
-        raise BadInput(f"knn k = {settings.k} is more than the {len(train.labels)} training images; choose a smaller k.")
+        raise BadInput(f"knn k = {settings.k} is more than the {len(train.labels)} training images; lower it.")
 
 
 def predict(train: Features, test: Features, settings: Settings, classes: int) -> Tensor:

@@ -31,6 +31,8 @@ from engine.evals.features import (
     threads_for,
 )
 
+_PREPROCESSING = "rows centred by their own mean and L2-normalised, test rows too"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -97,8 +99,10 @@ def subsets(train: Labelled, settings: Settings) -> dict[str, list[np.ndarray]]:
         for c in present:
             if take_K[c] * splits > counts_K[c]:
                 label = train.classes[c] if train.classes else c
-                raise BadInput(f"lowshot {name}: class {label} has {counts_K[c]} training images and {splits} disjoint "
-                               f"splits need {take_K[c] * splits}; choose smaller subsets or fewer splits.")
+                raise BadInput(
+                    f"lowshot {name}: class {label} has {counts_K[c]} training images and {splits} disjoint splits "
+                    f"need {take_K[c] * splits}; choose smaller subsets or fewer splits."
+                )
         drawn[name] = [
             np.sort(np.concatenate([orders[c][split * take_K[c] : (split + 1) * take_K[c]] for c in present]))
             for split in range(splits)
@@ -110,7 +114,7 @@ def _stratified(counts_K: np.ndarray, share: float) -> np.ndarray:
     """How many images of each class make `share` of the whole: by largest remainder, at least one of each."""
     exact = counts_K * share
     take = np.maximum(np.floor(exact), counts_K > 0).astype(np.int64)
-    missing = int(round(exact.sum())) - int(take.sum())
+    missing = round(exact.sum()) - int(take.sum())
     if missing > 0:
         take[np.argsort(take - exact, kind="stable")[:missing]] += 1
     return take
@@ -128,8 +132,9 @@ def _published(train: Labelled, files: tuple[Path, ...]) -> dict[str, list[np.nd
             names = file.read_text().split()
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"lowshot split file {file} cannot be read; give a text file of image names.") from error
-        wrong = "no image" if not names else next((f"{name}, no training image" for name in names if name not in row_of), None)
-        if wrong:
+        strangers = [name for name in names if name not in row_of]
+        if strangers or not names:
+            wrong = f"{strangers[0]}, no training image" if strangers else "no image"
             raise BadInput(f"lowshot split file {file} names {wrong}; give one training image per line.")
         rows = np.unique([row_of[name] for name in names])
         if len(np.unique(as_numpy(train.labels)[rows])) < 2:
@@ -158,7 +163,8 @@ def fit(x_nC: Tensor, labels_n: Tensor, penalty: float, start_CK: Tensor | None,
         return loss.item(), gradient_CK.flatten().cpu().numpy()
 
     start = np.zeros(shape) if start_CK is None else start_CK.cpu().numpy()
-    options = {"maxiter": settings.max_iterations, "maxfun": 2 * settings.max_iterations, "gtol": settings.tolerance, "ftol": 0.0}
+    most, tolerance = settings.max_iterations, settings.tolerance
+    options = {"maxiter": most, "maxfun": 2 * most, "gtol": tolerance, "ftol": 0.0}
     found = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=options)
     return torch.from_numpy(found.x).to(x_nC).view(shape)
 
@@ -202,8 +208,7 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
     return Result(
         protocol="lowshot",
         values=values,
-        settings=asdict(settings)
-        | {"files": [str(file) for file in settings.files], "features": "rows centred by their own mean, L2-normalised; test too"},
+        settings=asdict(settings) | {"files": [str(file) for file in settings.files], "features": _PREPROCESSING},
         details={
             "images per split": {name: [len(rows) for rows in splits] for name, splits in drawn.items()},
             "top-1 by lambda": sweeps,

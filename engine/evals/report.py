@@ -64,7 +64,8 @@ def table(results: Sequence[Result], title: str | None = None) -> Table:
 
 def sentence(result: Result) -> str:
     """The settings behind a result, in one line."""
-    return ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in result.settings.items() if value not in ((), []))
+    said = {name.replace("_", " "): value for name, value in result.settings.items() if value not in ((), [])}
+    return ", ".join(f"{name} {_short(value)}" for name, value in said.items())
 
 
 def _short(value: Any) -> str:
@@ -80,7 +81,9 @@ def markdown(results: Sequence[Result], headline: bool = True) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def as_json(results: Sequence[Result], run: Mapping[str, Any], features: Mapping[str, tuple[Features, Features]]) -> str:
+def as_json(
+    results: Sequence[Result], run: Mapping[str, Any], features: Mapping[str, tuple[Features, Features]]
+) -> str:
     """results.json: what was run, on what, with which versions, and every figure, setting and table of every result."""
     about = {
         name: {

@@ -22,6 +22,4 @@ def get(name: str) -> type[Method]:
     if name not in names():
         raise BadInput(f"method {name!r} is unknown; choose one of {', '.join(names())}.")
     module = importlib.import_module(f"{__name__}.{name}")
-    return next(
-        member for _, member in inspect.getmembers(module, inspect.isclass) if vars(member).get("name") == name
-    )
+    return next(member for _, member in inspect.getmembers(module, inspect.isclass) if vars(member).get("name") == name)

@@ -116,6 +116,10 @@ class Method(nn.Module, ABC):
     def groups(self, images_per_step: int) -> Iterator[Group]:
         """The parameters to train, with peak learning rates for a global batch of so many images."""
 
+    @abstractmethod
+    def flops_per_image(self) -> float:
+        """Operations of a step per image, in matrix products: three passes where there are gradients, else one."""
+
     @torch.no_grad()
     def after_step(self, applied: Tensor) -> None:
         """Update what is not trained by gradients (averages, queues). `applied` is false, on the device, for a skipped update:

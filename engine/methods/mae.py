@@ -89,6 +89,9 @@ class Mae(Method):
         peak_lr = scaled_lr(self.settings.base_lr, self.settings.crops * images_per_step)
         return with_decay(self.named_parameters(), peak_lr, self.settings.weight_decay)
 
+    def flops_per_image(self) -> float:
+        return 3 * self.settings.crops * (self.encoder.flops(self.keep) + self.decoder.flops(self.keep))
+
     def regions(self) -> Iterator[tuple[object, str]]:
         yield from super().regions()
         for block in self.decoder.decoder_blocks:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.errors import BadInput
+from engine.heads import head_flops
 from engine.methods.base import Method
 from engine.methods.nnclr import Nnclr
 from engine.methods.nnclr import Settings as NnclrSettings
@@ -88,6 +89,11 @@ class Maect(Nnclr):
             named = [(f"encoder.{n}", p) for n, p in self.encoder.named_parameters() if self.layer_of(n) == layer]
             yield from with_decay(named, peak_lr * settings.layer_decay ** (depth - layer), settings.weight_decay)
         yield from self.head_groups(images_per_step, settings.head_base_lr, settings.head_weight_decay)
+
+    def flops_per_image(self) -> float:
+        patches = self.encoder.grid[0] * self.encoder.grid[1]
+        tuned = 2 * 2 * self.encoder.flops(patches, self.frozen) if self.frozen else 4 * self.encoder.flops(patches)
+        return super().flops_per_image() + tuned + 2 * head_flops(self.projector_average)
 
     @torch.no_grad()
     def after_step(self, applied: Tensor) -> None:

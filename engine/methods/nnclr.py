@@ -16,7 +16,7 @@ from engine import dist
 from engine.data.pipeline import Augmentation, byol_views, minimal
 from engine.draws import Draws
 from engine.errors import BadInput
-from engine.heads import Queue, predictor, projector
+from engine.heads import Queue, head_flops, predictor, projector
 from engine.methods.base import Method, StageSettings
 from engine.optim import Group, scaled_lr, with_decay
 from engine.tokens import View
@@ -134,6 +134,10 @@ class Nnclr(Method):
         ]
         # Both views count as images in MAE-CT's scaling rule.
         return with_decay(named, scaled_lr(base_lr, 2 * images_per_step), weight_decay)
+
+    def flops_per_image(self) -> float:
+        patches = self.encoder.grid[0] * self.encoder.grid[1]
+        return 2 * (self.encoder.flops(patches) + 3 * (head_flops(self.projector) + head_flops(self.predictor)))
 
     @torch.no_grad()
     def after_step(self, applied: Tensor) -> None:

@@ -55,7 +55,8 @@ def masked_pixel_loss(
         normalise: per-patch normalisation of the target.
 
     Returns:
-        Scalar, fp64 where prediction or images are, else fp32. Differentiable in prediction and images.
+        Scalar, fp64 where prediction or images are, else fp32; 0 for no patches. Differentiable in prediction and
+        images.
 
     Raises:
         ValueError: for a shape, dtype or device that is not the above, or an index out of range.

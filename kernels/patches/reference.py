@@ -28,7 +28,7 @@ def masked_pixel_loss(
     target = gather_patches(images, indices_BN, patch_size)
     wide = torch.float64 if torch.float64 in (prediction.dtype, images.dtype) else torch.float32
     target = target.to(wide)
-    if normalise:
+    if normalise and target.numel():
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=1)
         target = (target - mean) * torch.rsqrt(variance + 1e-6)
-    return F.mse_loss(prediction.to(wide), target)
+    return F.mse_loss(prediction.to(wide), target, reduction="sum") / max(target.numel(), 1)

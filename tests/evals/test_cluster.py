@@ -60,7 +60,9 @@ def test_mean_and_deviation_are_over_the_seeds():
     assert result.settings["seeds"] == [7, 8, 9, 10]
     for name, runs in result.details["runs"].items():
         assert len(runs) == 4
-        assert result.values[name] == pytest.approx(np.mean(runs)) and result.values[f"{name} std"] == pytest.approx(np.std(runs))
+        assert result.values[name] == pytest.approx(np.mean(runs)) and result.values[f"{name} std"] == pytest.approx(
+            np.std(runs)
+        )
     assert result.values["ACC std"] > 0
     again = cluster.evaluate(data, data, settings)
     assert again.values == result.values

@@ -20,7 +20,17 @@ def test_protocols_are_the_files():
 
 
 def test_raw_pixels_on_the_digits_land_near_the_known_figures(tmp_path, capsys):
-    arguments = ["--weights", "raw", "--protocol", "knn", "linear", "lowshot", "cluster", "--out", str(tmp_path / "out")]
+    arguments = [
+        "--weights",
+        "raw",
+        "--protocol",
+        "knn",
+        "linear",
+        "lowshot",
+        "cluster",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert command.main([*arguments, "--linear.epochs", "20", "--cluster.n-init", "3"]) == 0
     whole = json.loads((tmp_path / "out" / "results.json").read_text())
     values = {result["protocol"]: result["values"] for result in whole["results"]}
@@ -74,7 +84,10 @@ def test_several_weights_in_one_call():
         (["--weights", "TMP/file.pth", "--model", "resnet50"], "resnet50"),
         (["--weights", "TMP", "--model", "vit_micro_patch8_32"], "holds no exported model"),
         (["--weights", "raw", "--model", "vit_micro_patch8_32"], "neither --model nor --pool"),
-        (["--weights", "raw", "--protocol", "knn", "tsne"], "unknown protocol 'tsne'; choose from cluster, knn, linear, lowshot"),
+        (
+            ["--weights", "raw", "--protocol", "knn", "tsne"],
+            "unknown protocol 'tsne'; choose from cluster, knn, linear, lowshot",
+        ),
         (["--weights", "raw", "--protocol"], "choose from cluster, knn, linear, lowshot"),
         (["--weights", "raw", "--data", "/none"], "/none is no folder"),
         (["--weights", "raw", "--data", "TMP/flat"], "val"),
@@ -98,7 +111,8 @@ def test_bad_flags_get_one_sentence_and_nothing_is_written(arguments, sentence, 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file.pth").write_bytes(b"")
     (tmp_path / "flat").mkdir()
-    (tmp_path / "flat" / "image.png").write_bytes((open_images(None, "val").root / open_images(None, "val").paths[0]).read_bytes())
+    digits = open_images(None, "val")
+    (tmp_path / "flat" / "image.png").write_bytes((digits.root / digits.paths[0]).read_bytes())
     arguments = [argument.replace("TMP", str(tmp_path)) for argument in arguments]
     assert command.main(arguments) == 2
     out, err = capsys.readouterr()

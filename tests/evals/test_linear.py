@@ -9,7 +9,6 @@ from engine.errors import BadInput
 from engine.evals import linear
 from engine.evals.features import Features
 
-
 LRS = (0.5, 1.0, 2.0, 5.0, 10.0)  # far too large, so that accuracy rises and falls
 
 
@@ -97,10 +96,14 @@ def test_a_learning_rate_that_diverges_counts_as_wrong_and_all_of_them_are_refus
 
 def test_constant_features_give_chance_not_an_error():
     constant = Features(torch.ones(40, 3), torch.arange(40) % 4, "collapsed")
-    assert linear.evaluate(constant, constant, linear.Settings(epochs=2)).values["best-epoch top-1"] == pytest.approx(0.25)
+    assert linear.evaluate(constant, constant, linear.Settings(epochs=2)).values["best-epoch top-1"] == pytest.approx(
+        0.25
+    )
 
 
-@pytest.mark.parametrize("wrong", [{"epochs": 0}, {"batch_size": 0}, {"base_lrs": ()}, {"base_lrs": (0.0,)}, {"warmup": 1.0}])
+@pytest.mark.parametrize(
+    "wrong", [{"epochs": 0}, {"batch_size": 0}, {"base_lrs": ()}, {"base_lrs": (0.0,)}, {"warmup": 1.0}]
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(BadInput, match=next(iter(wrong))):
         linear.Settings(**wrong)

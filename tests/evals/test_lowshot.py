@@ -111,8 +111,14 @@ def test_published_split_files(tmp_path):
     settings = lowshot.Settings(files=tuple(files))
     drawn = lowshot.subsets(train, settings)
     assert [rows.tolist() for rows in drawn["2imgs_class"]] == [list(range(10)), list(range(10, 20))]
-    assert list(lowshot.evaluate(train, blobs(1), settings).values) == ["2imgs_class", "2imgs_class std", "2imgs_class sweep-best"]
-    for text, match in (("image1.png\nnone.png\n", "none.png, no training image"), ("", "no image"), ("image0.png\nimage5.png", "one class")):
+    values = lowshot.evaluate(train, blobs(1), settings).values
+    assert list(values) == ["2imgs_class", "2imgs_class std", "2imgs_class sweep-best"]
+    wrong = {
+        "image1.png\nnone.png": "none.png, no training image",
+        "": "no image",
+        "image0.png\nimage5.png": "one class",
+    }
+    for text, match in wrong.items():
         files[0].write_text(text)
         with pytest.raises(BadInput, match=match):
             lowshot.subsets(train, settings)
@@ -136,7 +142,9 @@ def test_too_small_classes_are_named():
         lowshot.evaluate(train, train)
 
 
-@pytest.mark.parametrize("wrong", [{"shots": (0,)}, {"percents": (101.0,)}, {"splits": 0}, {"penalty": 0.0}, {"sweep": (-1.0,)}])
+@pytest.mark.parametrize(
+    "wrong", [{"shots": (0,)}, {"percents": (101.0,)}, {"splits": 0}, {"penalty": 0.0}, {"sweep": (-1.0,)}]
+)
 def test_settings_are_checked(wrong):
     with pytest.raises(BadInput, match=next(iter(wrong))):
         lowshot.Settings(**wrong)

@@ -1,6 +1,7 @@
 """Tables, results.json, pictures, and that a folder is there whole or not at all."""
 
 import json
+from io import StringIO
 
 import numpy as np
 import pytest
@@ -47,7 +48,8 @@ def test_the_folder_holds_everything(judged, tmp_path):
     ]  # fmt: skip
     whole = json.loads((out / "results.json").read_text())
     assert whole["run"] == {"seed": 4}
-    assert set(whole["versions"]) == set(report.PACKAGES) and whole["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert set(whole["versions"]) == set(report.PACKAGES)
+    assert whole["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert whole["features"]["MAE/2"] == {
         "feature": "as given", "width": 5, "training images": 90, "test images": 30, "classes": ["a", "b", "c"],
     }  # fmt: skip
@@ -55,7 +57,9 @@ def test_the_folder_holds_everything(judged, tmp_path):
         assert stored["values"] == result.values and stored["protocol"] == result.protocol
         assert "confusion" not in stored["details"]
     assert whole["results"][1]["details"]["runs"]["ACC"] == results[1].details["runs"]["ACC"]
-    assert all((out / name).read_bytes().startswith(b"\x89PNG") for name in ("MAE-2-pca.png", "MAE-2-knn-confusion.png"))
+    assert all(
+        (out / name).read_bytes().startswith(b"\x89PNG") for name in ("MAE-2-pca.png", "MAE-2-knn-confusion.png")
+    )
     assert list(tmp_path.joinpath("new").iterdir()) == [out]
 
 
@@ -112,7 +116,7 @@ def test_markdown_has_one_row_per_weights():
 
 
 def test_the_screen_shows_every_figure_of_every_weights():
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))
+    console = Console(width=80, record=True, file=StringIO())
     console.print(report.table(results_by_hand(), "title"))
     text = console.export_text()
     for part in ("title", "raw", "MAE", "96.4 %", "64.0 ± 1.2 %", "1-shot sweep-best", "65.0 %", "0.123"):

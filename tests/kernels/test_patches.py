@@ -91,6 +91,15 @@ def test_flat_patches_have_a_finite_loss():
     assert prediction.grad.isfinite().all()
 
 
+def test_no_patches():
+    images, indices = random_input(2, 16, 16, 8, 0)
+    prediction = torch.zeros(2, 0, 192, requires_grad=True)
+    loss = kernels.masked_pixel_loss(prediction, images, indices, 8)
+    loss.backward()
+    assert loss == 0
+    assert prediction.grad.shape == prediction.shape
+
+
 def test_loss_is_fp32_for_half_precision_and_survives_large_pixels():
     images, indices = random_input(1, 16, 16, 8, 4)
     prediction = torch.randn(1, 4, 192)
@@ -125,7 +134,8 @@ def test_same_bits_every_time(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_compiles_into_one_graph(device):
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_compiles_into_one_graph(device, backend):
     images, indices = random_input(2, 32, 32, 8, 5, device=device)
     prediction = torch.randn(2, 5, 192, device=device, requires_grad=True)
 
@@ -134,7 +144,9 @@ def test_compiles_into_one_graph(device):
 
     results = [
         (loss, *torch.autograd.grad(loss, prediction))
-        for loss in (f(prediction, images, indices) for f in (step, torch.compile(step, fullgraph=True)))
+        for loss in (
+            f(prediction, images, indices) for f in (step, torch.compile(step, fullgraph=True, backend=backend))
+        )
     ]
     for eager, traced in zip(*results, strict=True):
         torch.testing.assert_close(traced, eager)

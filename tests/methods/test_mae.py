@@ -43,9 +43,11 @@ def plain_block(x: Tensor, block) -> Tensor:
 def plain_loss(mae: Mae, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """He et al. 2022, section 3, in the paper's order of operations; returns loss and mask [B, N] (1 = removed)."""
     encoder, decoder, p = mae.encoder, mae.decoder, mae.encoder.patch_size
-    patches = torch.nn.functional.conv2d(
-        images, encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias, stride=p
-    ).flatten(2).transpose(1, 2)
+    patches = (
+        torch.nn.functional.conv2d(images, encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias, stride=p)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     patches = patches + encoder.pos_embed[:, 1:]
     b, n, c = patches.shape
     keep = int(n * 0.25)
@@ -147,7 +149,7 @@ def test_hidden_patches_are_never_read_by_the_encoder():
 
 
 def test_published_recipe():
-    (name, settings), = recipe("mae", "vit_large_patch16_224", "auto", embedded=False).stages
+    ((name, settings),) = recipe("mae", "vit_large_patch16_224", "auto", embedded=False).stages
     assert (name, settings.epochs, settings.batch_size, settings.warmup * settings.epochs) == ("mae", 800, 4096, 40)
     assert (settings.base_lr, settings.weight_decay, settings.betas) == (1.5e-4, 0.05, (0.9, 0.95))
     assert (settings.decoder_dim, settings.decoder_depth, settings.decoder_heads) == (512, 8, 16)

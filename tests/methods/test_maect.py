@@ -11,7 +11,14 @@ from engine.methods.nnclr import Nnclr
 from engine.methods.nnclr import Settings as NnclrSettings
 from engine.recipes import recipe
 
-SMALL = {"epochs": 1, "batch_size": 8, "projector_hidden": 32, "predictor_hidden": 48, "embedding": 16, "queue_size": 32}
+SMALL = {
+    "epochs": 1,
+    "batch_size": 8,
+    "projector_hidden": 32,
+    "predictor_hidden": 48,
+    "embedding": 16,
+    "queue_size": 32,
+}
 SIZES = {
     # depth, frozen blocks, batch, temperature plain/aug, top-k plain/aug, EMA, epochs plain/aug, encoder peak lr
     "vit_base_patch16_224": (12, 6, 1024, (0.15, 0.15), (20, 10), 0.99, (20, 80), 8e-4, "avg"),
@@ -85,7 +92,8 @@ def test_loss_looks_up_with_the_averaged_projector():
     predicted = [F.normalize(method.predictor(method.projector(view)), dim=1) for view in pooled]
     targets, t = torch.arange(8), method.settings.temperature
     expected = (
-        F.cross_entropy(found[1] @ predicted[0].T / t, targets) + F.cross_entropy(found[0] @ predicted[1].T / t, targets)
+        F.cross_entropy(found[1] @ predicted[0].T / t, targets)
+        + F.cross_entropy(found[0] @ predicted[1].T / t, targets)
     ) / 2
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
     torch.testing.assert_close(method.queue.offered[0], queries[0])
@@ -126,4 +134,6 @@ def test_neighbour_is_drawn_uniformly_from_the_top_k():
     chosen = torch.cat(
         [method.draw(Draws(0, s, batch=8, rows=slice(None), device=torch.device("cpu")))["choice0"] for s in range(500)]
     )
-    assert (chosen.bincount(minlength=4) / len(chosen) - 0.25).abs().max() < 0.035  # 4,000 draws: five standard deviations
+    assert (
+        chosen.bincount(minlength=4) / len(chosen) - 0.25
+    ).abs().max() < 0.035  # 4,000 draws: five standard deviations

@@ -79,7 +79,9 @@ def controls(tensors: dict[str, dict[str, torch.Tensor]], stage: str) -> dict[st
 
     found = {file: without(file, lambda name: False) for file in tensors if tensors[file]}
     for child in {name.split(".")[0] for name in tensors["model"]} | {"queue.keys", "queue.ids", "queue.pointer"}:
-        if any(name.startswith(child) for name in tensors["model"]) and not (stage == "nnclr" and child == "projector_average"):
+        if any(name.startswith(child) for name in tensors["model"]) and not (
+            stage == "nnclr" and child == "projector_average"
+        ):
             found[f"model/{child}"] = without("model", lambda name, child=child: not name.startswith(child))
     for kind in ("step", "exp_avg", "exp_avg_sq"):
         found[f"optimizer/{kind}"] = without("optimizer", lambda name, kind=kind: name.rpartition("/")[2] != kind)

@@ -18,7 +18,9 @@ STAGES = ("mae", "nnclr", "maect")
 def drive(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.Popen:
     command = [sys.executable, str(Path(__file__).with_name("drive_stages.py")), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | (environment or {})
-    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def finish(*processes: subprocess.Popen) -> None:
@@ -72,7 +74,9 @@ def test_resume_is_bit_exact_when_compiled(tmp_path: Path):
     finish(drive(tmp_path / "half", "--last", 10, "--compile"))
     finish(whole, drive(tmp_path / "rest", "--load", tmp_path / "half", "--first", 10, "--last", 20, "--compile"))
     for stage in STAGES:
-        assert steps_of(tmp_path / "half", stage) + steps_of(tmp_path / "rest", stage) == steps_of(tmp_path / "whole", stage)
+        assert steps_of(tmp_path / "half", stage) + steps_of(tmp_path / "rest", stage) == steps_of(
+            tmp_path / "whole", stage
+        )
         whole_state, rest_state = state_of(tmp_path / "whole", stage), state_of(tmp_path / "rest", stage)
         for name, value in whole_state.items():
             assert torch.equal(value, rest_state[name]), name
@@ -80,7 +84,12 @@ def test_resume_is_bit_exact_when_compiled(tmp_path: Path):
 
 @pytest.mark.long
 def test_two_ranks_equal_one_process(tmp_path: Path):
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    group = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(20000 + os.getpid() % 20000),
+        "WORLD_SIZE": "2",
+        "LOCAL_WORLD_SIZE": "2",
+    }
     alone = drive(tmp_path / "alone", "--last", 6)
     ranks = [
         drive(tmp_path / "two", "--last", 6, environment=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})

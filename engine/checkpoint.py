@@ -6,7 +6,6 @@ folder whose files match; a damaged one is named and passed over.
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,25 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.durable import write_folder
 from engine.errors import BadInput
 
 PREFIX = "step-"
-ASIDE = ".writing-"
 MANIFEST = "manifest.json"
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make a file's or a folder's content survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def save(folder: Path, global_step: int, tensors: dict[str, dict[str, Tensor]], position: dict, keep: int = 2) -> Path:
@@ -48,28 +38,20 @@ def save(folder: Path, global_step: int, tensors: dict[str, dict[str, Tensor]], 
     Returns:
         The checkpoint's folder. Until it is in place under that name, the older ones are left alone.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final, aside = folder / f"{PREFIX}{global_step:09d}", folder / f"{ASIDE}{global_step:09d}"
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for stem, named in tensors.items():
-        save_file(named, aside / f"{stem}.safetensors")
-    (aside / "state.json").write_text(json.dumps(position, indent=1))
-    hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
-    (aside / MANIFEST).write_text(json.dumps(hashes, indent=1))
-    for path in aside.iterdir():
-        _flush(path)
-    _flush(aside)
-    if final.exists():
-        # The same step again, after a resume: the name is freed only now that its replacement is whole.
-        replaced = folder / f"{ASIDE}replaced"
-        shutil.rmtree(replaced, ignore_errors=True)
-        final.rename(replaced)
-    aside.rename(final)
-    _flush(folder)
+
+    def fill(aside: Path) -> None:
+        for stem, named in tensors.items():
+            save_file(named, aside / f"{stem}.safetensors")
+        (aside / "state.json").write_text(json.dumps(position, indent=1))
+        hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps(hashes, indent=1))
+
+    final = folder / f"{PREFIX}{global_step:09d}"
+    write_folder(final, fill)
     for old in found(folder)[keep:]:
         shutil.rmtree(old)
-    for left_over in folder.glob(f"{ASIDE}*"):
+    # What a crash left half-written; ours alone writes here.
+    for left_over in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(left_over)
     return final
 

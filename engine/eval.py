@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
 import tyro
@@ -105,8 +104,7 @@ def parse(arguments: Sequence[str]) -> tuple[Eval, dict]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            unnamed = Annotated[flags, tyro.conf.arg(name="")]
-            parsed = tyro.cli(unnamed, args=list(arguments), prog="engine.eval", description=Eval.__doc__)
+            parsed = tyro.cli(flags, args=list(arguments), prog="engine.eval", description=Eval.__doc__)
     except SystemExit as leave:
         if leave.code:
             raise BadInput(_one_sentence(said.getvalue())) from None
@@ -196,6 +194,9 @@ def run(flags: Eval, settings: dict) -> list[evals.Result]:
     console = Console()
     counts = f"{len(images[0]):,} training and {len(images[1]):,} test images"
     console.print(report.table(results, f"{flags.data or 'digits'}: {counts}"))
+    for result in results:
+        for sweep in report.sweeps(result):
+            console.print(sweep)
     for result in results:
         console.print(f"{result.protocol}: {report.sentence(result)}", style="dim", highlight=False)
     console.print(f"results and pictures: {out}", highlight=False)

@@ -23,6 +23,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from engine.durable import write_file
+
 TIME_FIELDS = ("time", "images_per_second", "mfu")
 RESERVED = ("step", "stage", "kind", "not_finite", *TIME_FIELDS)
 KINDS = ("train", "probe", "event")
@@ -238,7 +240,7 @@ class RunLog:
         if summary is not None and self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(_strict(dict(summary)), indent=2, allow_nan=False, default=str) + "\n"
-            _write_aside(self.folder / "summary.json", text.encode())
+            write_file(self.folder / "summary.json", lambda aside: aside.write_text(text))
 
     def _write(self, step: int, values: dict[str, float | str], kind: str) -> None:
         if self._file is None:
@@ -343,16 +345,7 @@ def _keep_until(path: Path, last_step: float) -> None:
     lines = [line for line in content.splitlines() if (record := _parsed(line)) and record["step"] <= last_step]
     kept = b"".join(line + b"\n" for line in lines)
     if kept != content:
-        _write_aside(path, kept)
-
-
-def _write_aside(path: Path, content: bytes) -> None:
-    aside = path.with_name(path.name + ".aside")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+        write_file(path, lambda aside: aside.write_bytes(kept))
 
 
 def _strict(values: dict) -> dict:

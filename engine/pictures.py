@@ -5,7 +5,6 @@ values come in the order (row, column, channel). Images are normalised with Imag
 Every picture is a PNG, written aside and renamed: a reader sees the old or the new one whole.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 from torch import Tensor
 
+from engine.durable import write_file
 from engine.log import read_metrics
 
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
@@ -148,15 +148,7 @@ def curves(path: Path, metrics_jsonl: Path, *, title: str = "") -> None:
     if len(stages) > 1:
         lines = [Line2D([], [], color=COLOURS[i % len(COLOURS)], label=stage) for i, stage in enumerate(stages)]
         figure.legend(handles=lines, loc="outside upper right", ncols=len(stages), frameon=False, fontsize=9)
-    write_aside(path, lambda aside: figure.savefig(aside, format="png"))
-
-
-def write_aside(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then rename it: who reads `path` sees the old or the new one whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(path.name + ".aside")
-    write(aside)
-    aside.replace(path)
+    write_file(path, lambda aside: figure.savefig(aside, format="png"))
 
 
 def _draw_curve(panel: Axes, records: list[dict], key: str, stages: dict[str, int]) -> None:
@@ -205,7 +197,7 @@ def _write_grid(path: Path, rows: dict[str, np.ndarray], title: str, note: str =
         for panel in line[len(row) :]:
             panel.set_axis_off()
         line[0].set_ylabel(name, color=INK, fontsize=10)
-    write_aside(path, lambda aside: figure.savefig(aside, format="png"))
+    write_file(path, lambda aside: figure.savefig(aside, format="png"))
 
 
 def _patches(images: Tensor, patch_size: int) -> Tensor:

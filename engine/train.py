@@ -4,6 +4,7 @@ A run folder holds config.json, metrics.jsonl, summary.json, tensorboard/, check
 loads), stages/ (the encoder at the end of each stage), evaluation/ and pictures/.
 """
 
+import json
 import os
 import shutil
 import sys
@@ -24,6 +25,7 @@ from engine.data.pipeline import TrainLoader
 from engine.data.sources import ImageSet, has_split, open_images
 from engine.draws import Draws, seed_of
 from engine.dry_run import dry_run
+from engine.durable import write_file
 from engine.errors import BadInput
 from engine.evals import report
 from engine.log import RunLog, peak_flops, read_metrics
@@ -212,7 +214,7 @@ def run(parts: Parts) -> int:
         log.resume(parts.stages[start].first_step + state.step)
     elif ranks.first:
         folder.mkdir(parents=True)
-        (folder / "config.json").write_text(parts.plan.as_json())
+        write_file(folder / "config.json", lambda aside: aside.write_text(parts.plan.as_json()))
     _introduce(parts, folder, log)
     with log, StopRequest() as stop:
         try:
@@ -335,7 +337,7 @@ def _export(parts: Parts, state: TrainState, folder: Path) -> None:
 def _list_bad_files(parts: Parts, state: TrainState, folder: Path) -> None:
     bad = [*parts.train_images.bad, *state.bad_files]
     if bad:
-        pictures.write_aside(folder / "bad_files.json", lambda path: path.write_text(config.json.dumps(bad, indent=1)))
+        write_file(folder / "bad_files.json", lambda aside: aside.write_text(json.dumps(bad, indent=1)))
 
 
 def _stage_folder(folder: Path, stage: Stage) -> Path:

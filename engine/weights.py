@@ -7,9 +7,7 @@ Shapes: C channels, N patches, E prefix tokens that have a position of their own
 
 import argparse
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isqrt
@@ -25,6 +23,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor
 
 from engine import vit
+from engine.durable import write_folder
 from engine.errors import BadInput
 
 State = dict[str, Tensor]
@@ -167,24 +166,7 @@ def export(model: vit.VisionTransformer, folder: str | Path, extra: Mapping[str,
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - _EXPORTED):
         raise BadInput(f"{folder} holds something else than an exported model: choose a new or empty folder")
-    aside, former = (folder.with_name(f".{folder.name}.{os.getpid()}.{role}") for role in ("new", "former"))
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        _save(model, aside, extra)
-        for path in (*aside.iterdir(), aside):
-            _flush(path)
-        if folder.exists():
-            folder.rename(former)
-        aside.rename(folder)
-        _flush(folder.parent)
-    except BaseException:
-        if former.exists() and not folder.exists():
-            former.rename(folder)
-        raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(former, ignore_errors=True)
+    write_folder(folder, lambda aside: _save(model, aside, extra))
     return folder
 
 
@@ -203,14 +185,6 @@ def _save(model: vit.VisionTransformer, folder: Path, extra: Mapping[str, object
     }
     extra = {} if extra is None else {"extra": dict(extra)}
     save_for_hf(twin, folder, model_config=described | extra, safe_serialization=True, data_config=preprocessing)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _read(source: str | Path) -> _Source:

@@ -15,6 +15,11 @@ from torch import Tensor
 import kernels
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("python_files", "bench_*.py")
+    config.addinivalue_line("python_functions", "bench_*")
+
+
 @dataclass(frozen=True)
 class Machine:
     """The device, the dtype that training uses on it, and how many images a benchmark takes there."""

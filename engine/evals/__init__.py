@@ -17,11 +17,11 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
 from engine.data.sources import ImageSet, open_images
 from engine.errors import BadInput
 from engine.evals.features import Encoder, Features, Result, encoder_of, extract, raw_pixels
+from engine.vit import VisionTransformer
 
 __all__ = ["Encoder", "Features", "Result", "encode", "evaluate", "protocol", "protocols", "raw_pixels", "settings_for"]
 
@@ -62,7 +62,7 @@ def settings_for(names: Sequence[str], given: Mapping[str, Any] | None = None, s
 
 
 def encode(
-    encoders: Mapping[str, Encoder | nn.Module | Pair],
+    encoders: Mapping[str, Encoder | VisionTransformer | Pair],
     train: ImageSet,
     test: ImageSet,
     **how: Any,
@@ -70,7 +70,7 @@ def encode(
     """Train and test features of each encoder; `how` goes to `features.extract`. A pair of Features passes through."""
     pairs = {}
     for name, encoder in encoders.items():
-        if isinstance(encoder, nn.Module):
+        if isinstance(encoder, VisionTransformer):
             encoder = encoder_of(encoder)
         if isinstance(encoder, Encoder):
             encoder = tuple(extract(encoder, images, name=name, **how) for images in (train, test))
@@ -79,7 +79,7 @@ def encode(
 
 
 def evaluate(
-    encoders: Mapping[str, Encoder | nn.Module | Pair],
+    encoders: Mapping[str, Encoder | VisionTransformer | Pair],
     source: str | Path | Sequence[ImageSet] | None = None,
     protocols: Sequence[str] = ("knn", "linear", "lowshot", "cluster"),
     *,

@@ -21,13 +21,14 @@ from rich.progress import track
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
-from torch import Tensor, nn
+from torch import Tensor
 
 import kernels
 from engine.data import cache as user_cache
 from engine.data.pipeline import eval_batches
 from engine.data.sources import ImageSet
 from engine.errors import BadInput
+from engine.vit import VisionTransformer
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,8 @@ class Result:
         protocol: its name, the stem of its file.
         values: figures by name; fractions of one unless listed in `plain`. "X std" is the spread of "X".
         settings: everything that was chosen, JSON-able.
-        details: tables (JSON-able) and numpy arrays for pictures (kept out of results.json).
+        details: more of it (JSON-able), and numpy arrays for pictures (kept out of results.json). A list of dicts is a
+            table that the command prints: its first column and whole numbers as they are, fractions in percent.
         headline: the values a summary shows; empty for all.
         plain: values that are no fractions, shown as they are.
         weights: whose features were judged.
@@ -158,7 +160,7 @@ class Encoder:
 _POOLING = {"token": "class token after the final norm", "avg": "mean of patch tokens after the final norm"}
 
 
-def encoder_of(model: nn.Module) -> Encoder:
+def encoder_of(model: VisionTransformer) -> Encoder:
     """A VisionTransformer as an encoder; its own `global_pool` decides the feature. Evaluates in eval mode."""
 
     def encode(images_B3HW: Tensor) -> Tensor:
@@ -169,8 +171,7 @@ def encoder_of(model: nn.Module) -> Encoder:
         finally:
             model.train(training)
 
-    shape = (type(model).__name__, model.num_heads, model.patch_size, model.img_size, model.global_pool)
-    digest = hashlib.sha256(repr(shape).encode())
+    digest = hashlib.sha256(repr(model.architecture).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

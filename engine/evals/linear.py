@@ -142,5 +142,8 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
         protocol="linear",
         values={"last-epoch top-1 (best lr)": float(top1_EL[-1, last]), "best-epoch top-1": float(top1_EL.max())},
         settings=asdict(settings) | {"batch used": batch, "base lr of last-epoch figure": settings.base_lrs[last]},
-        details={"learning rates": table, "best-epoch top-1 is": "over learning rates and epochs, on the test set"},
+        details={
+            "top-1 by learning rate": table,
+            "best-epoch top-1 is": "over learning rates and epochs, on the test set",
+        },
     )

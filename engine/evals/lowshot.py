@@ -45,7 +45,7 @@ class Settings:
     splits: int = 3
     """Splits per subset, disjoint by construction; mean and deviation are over them."""
     files: tuple[Path, ...] = ()
-    """Published split files instead of drawn ones: one image name per line; files of the same stem are splits of one subset."""
+    """Published split files instead of drawn ones, one image name per line; files of one stem are splits of one subset."""
     penalty: float = 0.00025
     """Lambda of the headline figure: the objective is mean loss + lambda / (2 n) |W|^2."""
     sweep: tuple[float, ...] = (0.0025, 0.01, 0.075, 0.1, 0.25)
@@ -123,18 +123,19 @@ def _stratified(counts_K: np.ndarray, share: float) -> np.ndarray:
 def _published(train: Labelled, files: tuple[Path, ...]) -> dict[str, list[np.ndarray]]:
     if train.paths is None:
         raise BadInput("lowshot split files need features that know their image paths; leave files empty.")
-    row_of: dict[str, int] = {}
+    row_of: dict[str, int | None] = {}
     for row, path in enumerate(train.paths):
-        row_of |= {str(path): row, Path(path).name: row}
+        for name in {path, path.partition("/")[2], Path(path).name}:
+            row_of[name] = None if name in row_of else row  # None: several images share this name
     drawn: dict[str, list[np.ndarray]] = {}
     for file in files:
         try:
-            names = file.read_text().split()
+            names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"lowshot split file {file} cannot be read; give a text file of image names.") from error
-        strangers = [name for name in names if name not in row_of]
-        if strangers or not names:
-            wrong = f"{strangers[0]}, no training image" if strangers else "no image"
+        unclear = [name for name in names if row_of.get(name) is None]
+        if unclear or not names:
+            wrong = f"{unclear[0]}, which is not one training image" if unclear else "no image"
             raise BadInput(f"lowshot split file {file} names {wrong}; give one training image per line.")
         rows = np.unique([row_of[name] for name in names])
         if len(np.unique(as_numpy(train.labels)[rows])) < 2:
@@ -169,7 +170,9 @@ def fit(x_nC: Tensor, labels_n: Tensor, penalty: float, start_CK: Tensor | None,
     return torch.from_numpy(found.x).to(x_nC).view(shape)
 
 
-def path(x_nC: Tensor, labels_n: Tensor, penalties: tuple[float, ...], settings: Settings) -> dict[float, Tensor]:
+def regularisation_path(
+    x_nC: Tensor, labels_n: Tensor, penalties: tuple[float, ...], settings: Settings
+) -> dict[float, Tensor]:
     """One [C, K] per penalty. Each starts from the next stronger one's solution; the problem is convex, so only faster."""
     basis = None
     if len(x_nC) < x_nC.shape[1]:
@@ -199,18 +202,24 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
         top1 = {penalty: [] for penalty in sorted(penalties)}
         for rows in splits:
             present, labels_n = train.labels[rows].unique(return_inverse=True)
-            for penalty, weight_CK in path(preprocess(train.values[rows]), labels_n, penalties, settings).items():
+            solutions = regularisation_path(preprocess(train.values[rows]), labels_n, penalties, settings)
+            for penalty, weight_CK in solutions.items():
                 predicted_m = present[(test_mC @ weight_CK).argmax(1)]
                 top1[penalty].append(float(multiclass_accuracy(predicted_m, labels_m, classes, average="micro")))
         values |= {name: float(np.mean(top1[settings.penalty])), f"{name} std": float(np.std(top1[settings.penalty]))}
         values[f"{name} sweep-best"] = max(float(np.mean(runs)) for runs in top1.values())
         sweeps[name] = {f"{penalty:g}": runs for penalty, runs in top1.items()}
+    means = [
+        {"lambda": penalty} | {name: float(np.mean(sweep[f"{penalty:g}"])) for name, sweep in sweeps.items()}
+        for penalty in sorted(penalties)
+    ]
     return Result(
         protocol="lowshot",
         values=values,
         settings=asdict(settings) | {"files": [str(file) for file in settings.files], "features": _PREPROCESSING},
         details={
             "images per split": {name: [len(rows) for rows in splits] for name, splits in drawn.items()},
+            "top-1 by lambda, mean over splits": means,
             "top-1 by lambda": sweeps,
             "sweep-best is": "the lambda whose mean over splits is best on the test set",
         },

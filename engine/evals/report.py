@@ -62,6 +62,19 @@ def table(results: Sequence[Result], title: str | None = None) -> Table:
     return grid
 
 
+def sweeps(result: Result) -> list[Table]:
+    """For the screen: the tables in a result's details, such as the accuracy at every learning rate."""
+    tables = []
+    for title, rows in result.details.items():
+        if isinstance(rows, list):
+            grid = Table(*rows[0], title=f"{result.protocol}: {title}")
+            for row in rows:
+                first, *others = row.values()
+                grid.add_row(f"{first:g}", *(f"{100 * x:.1f} %" if isinstance(x, float) else str(x) for x in others))
+            tables.append(grid)
+    return tables
+
+
 def sentence(result: Result) -> str:
     """The settings behind a result, in one line."""
     said = {name.replace("_", " "): value for name, value in result.settings.items() if value not in ((), [])}

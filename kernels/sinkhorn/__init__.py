@@ -17,8 +17,10 @@ Every implementation is a module with these functions (wide: fp64 for fp64 score
         log_v normalises each row of exp(scores / T + log_u); None starts from log_v = 0
     assign(scores, log_u, temperature) -> wide Q[B,K], rows normalised
     cross_entropy_forward(scores, log_u, student_logits, temperature, student_temperature)
-        -> (loss, log_v[B], student_lse[B]), where log_v normalises each row of Q
-    cross_entropy_backward(grad_loss, scores, log_u, log_v, student_logits, student_lse, temperature,
+        -> (loss, target_rows[2,B], student_rows[2,B]): of each row of scores / T + log_u and of student_logits / T the
+        largest entry and the sum of exp(entry - largest); kept apart, for their sum as one logarithm would round away
+        what exp(20 / 0.1) needs
+    cross_entropy_backward(grad_loss, scores, log_u, student_logits, target_rows, student_rows, temperature,
         student_temperature) -> grad_student_logits
 """
 
@@ -42,7 +44,7 @@ torch.library.define(
 )
 torch.library.define(
     "tessera::sinkhorn_cross_entropy_backward",
-    "(Tensor grad_loss, Tensor scores, Tensor log_u, Tensor log_v, Tensor student_logits, Tensor student_lse,"
+    "(Tensor grad_loss, Tensor scores, Tensor log_u, Tensor student_logits, Tensor target_rows, Tensor student_rows,"
     " float temperature, float student_temperature, str implementation) -> Tensor",
 )
 
@@ -176,10 +178,10 @@ def _cross_entropy_forward(scores, log_u, student_logits, temperature, student_t
 
 
 @torch.library.impl("tessera::sinkhorn_cross_entropy_backward", "CompositeExplicitAutograd")
-def _cross_entropy_backward(grad_loss, scores, log_u, log_v, student_logits, student_lse, *plain):
+def _cross_entropy_backward(grad_loss, scores, log_u, student_logits, target_rows, student_rows, *plain):
     *temperatures, implementation = plain
     backward = load("sinkhorn", implementation).cross_entropy_backward
-    return backward(grad_loss, scores, log_u, log_v, student_logits, student_lse, *temperatures)
+    return backward(grad_loss, scores, log_u, student_logits, target_rows, student_rows, *temperatures)
 
 
 @torch.library.register_fake("tessera::sinkhorn_sweep")
@@ -196,11 +198,11 @@ def _assign_fake(scores, log_u, temperature, implementation):
 def _cross_entropy_forward_fake(scores, log_u, student_logits, temperature, student_temperature, implementation):
     rows = scores.shape[0]
     loss = scores.new_empty((), dtype=torch.promote_types(_wide(scores), _wide(student_logits)))
-    return loss, scores.new_empty(rows, dtype=_wide(scores)), scores.new_empty(rows, dtype=_wide(student_logits))
+    return loss, scores.new_empty(2, rows, dtype=_wide(scores)), scores.new_empty(2, rows, dtype=_wide(student_logits))
 
 
 @torch.library.register_fake("tessera::sinkhorn_cross_entropy_backward")
-def _cross_entropy_backward_fake(grad_loss, scores, log_u, log_v, student_logits, student_lse, *plain):
+def _cross_entropy_backward_fake(grad_loss, scores, log_u, student_logits, target_rows, student_rows, *plain):
     return student_logits.new_empty(student_logits.shape)
 
 
@@ -210,13 +212,13 @@ def _wide(x: Tensor) -> torch.dtype:
 
 def _save(ctx, inputs, output):
     scores, log_u, student_logits, temperature, student_temperature, implementation = inputs
-    _, log_v, student_lse = output
-    ctx.save_for_backward(scores, log_u, log_v, student_logits, student_lse)
+    _, target_rows, student_rows = output
+    ctx.save_for_backward(scores, log_u, student_logits, target_rows, student_rows)
     ctx.plain = (temperature, student_temperature, implementation)
-    ctx.mark_non_differentiable(log_v, student_lse)
+    ctx.mark_non_differentiable(target_rows, student_rows)
 
 
-def _differentiate(ctx, grad_loss, _grad_log_v, _grad_student_lse):
+def _differentiate(ctx, grad_loss, _grad_target_rows, _grad_student_rows):
     grad = torch.ops.tessera.sinkhorn_cross_entropy_backward(grad_loss, *ctx.saved_tensors, *ctx.plain)
     return None, None, grad, None, None, None
 

@@ -42,6 +42,7 @@ def test_raw_pixels_on_the_digits_land_near_the_known_figures(tmp_path, capsys):
     assert whole["features"]["raw pixels"]["training images"] == 1437
     assert whole["features"]["raw pixels"]["test images"] == 360
     shown = capsys.readouterr().out
+    assert "lowshot: top-1 by lambda" in shown and "linear: top-1 by learning rate" in shown
     assert "raw pixels" in shown and "best-epoch top-1" in shown and "k 20, temperature 0.07" in shown
 
 

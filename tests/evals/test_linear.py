@@ -57,7 +57,7 @@ def test_schedule_warms_up_and_ends_near_zero():
 
 def test_last_and_best_epoch_are_both_given_and_named():
     result = linear.evaluate(blobs(0, spread=2.0), blobs(1, spread=2.0), linear.Settings(epochs=12, base_lrs=LRS))
-    table = result.details["learning rates"]
+    table = result.details["top-1 by learning rate"]
     last, best = result.values["last-epoch top-1 (best lr)"], result.values["best-epoch top-1"]
     assert list(result.values) == ["last-epoch top-1 (best lr)", "best-epoch top-1"]
     assert [row["base lr"] for row in table] == list(LRS)
@@ -89,7 +89,7 @@ def test_a_class_without_test_images_and_one_without_training_images():
 def test_a_learning_rate_that_diverges_counts_as_wrong_and_all_of_them_are_refused():
     train, test = blobs(0, n=1200), blobs(1)  # batches of 300: the rate 3e38 becomes infinite
     result = linear.evaluate(train, test, linear.Settings(epochs=3, base_lrs=(0.1, 3e38)))
-    assert [row["best-epoch top-1"] > 0 for row in result.details["learning rates"]] == [True, False]
+    assert [row["best-epoch top-1"] > 0 for row in result.details["top-1 by learning rate"]] == [True, False]
     with pytest.raises(BadInput, match="lower base_lrs"):
         linear.evaluate(train, test, linear.Settings(epochs=3, base_lrs=(3e38,)))
 

@@ -26,7 +26,7 @@ def blobs(seed: int, n: int = 300, classes: int = 5, width: int = 8, **more) -> 
 def test_solution_equals_sklearn(n, width, penalty):
     train = blobs(0, n=n, width=width)
     x_nC = lowshot.preprocess(train.values)
-    ours = lowshot.path(x_nC, train.labels, (penalty, 10.0), EXACT)[penalty]
+    ours = lowshot.regularisation_path(x_nC, train.labels, (penalty, 10.0), EXACT)[penalty]
     model = LogisticRegression(C=1 / penalty, fit_intercept=False, solver="newton-cg", tol=1e-10, max_iter=10000)
     theirs = model.fit(x_nC.numpy(), train.labels.numpy()).coef_
 
@@ -43,7 +43,8 @@ def test_default_tolerance_predicts_as_the_exact_solution():
     train, test = blobs(0, n=50), lowshot.preprocess(blobs(1).values)
     penalties = (0.00025, 0.1)
     x_nC = lowshot.preprocess(train.values)
-    loose, exact = (lowshot.path(x_nC, train.labels, penalties, settings) for settings in (lowshot.Settings(), EXACT))
+    solve = lowshot.regularisation_path
+    loose, exact = (solve(x_nC, train.labels, penalties, settings) for settings in (lowshot.Settings(), EXACT))
     for penalty in penalties:
         same = (test @ loose[penalty]).argmax(1) == (test @ exact[penalty]).argmax(1)
         assert same.float().mean() > 0.99
@@ -96,6 +97,9 @@ def test_figures_are_means_over_splits_at_the_published_lambda():
         assert result.values[name] == pytest.approx(np.mean(sweep["0.00025"]))
         assert result.values[f"{name} std"] == pytest.approx(np.std(sweep["0.00025"]))
         assert result.values[f"{name} sweep-best"] == pytest.approx(max(np.mean(runs) for runs in sweep.values()))
+    means = result.details["top-1 by lambda, mean over splits"]
+    assert [row["lambda"] for row in means] == [0.00025, 0.0025, 0.01, 0.075, 0.1, 0.25]
+    assert means[0] == {"lambda": 0.00025} | {name: result.values[name] for name in result.headline}
     assert result.values["5-shot"] > result.values["1-shot"] > 0.3
     assert result.details["images per split"]["5-shot"] == [25, 25, 25]
 
@@ -114,7 +118,7 @@ def test_published_split_files(tmp_path):
     values = lowshot.evaluate(train, blobs(1), settings).values
     assert list(values) == ["2imgs_class", "2imgs_class std", "2imgs_class sweep-best"]
     wrong = {
-        "image1.png\nnone.png": "none.png, no training image",
+        "image1.png\nnone.png": "none.png, which is not one training image",
         "": "no image",
         "image0.png\nimage5.png": "one class",
     }
@@ -128,9 +132,19 @@ def test_published_split_files(tmp_path):
         lowshot.subsets(blobs(0), settings)
 
 
+def test_a_name_that_two_images_share_needs_its_folder(tmp_path):
+    paths = tuple(f"train/c{i % 5}/image {i // 5}.png" for i in range(300))
+    train, settings = blobs(0, paths=paths), lowshot.Settings(files=(tmp_path / "s.txt",))
+    settings.files[0].write_text("c0/image 3.png\ntrain/c1/image 3.png\n")
+    assert [rows.tolist() for rows in lowshot.subsets(train, settings)["s"]] == [[15, 16]]
+    settings.files[0].write_text("image 3.png\n")
+    with pytest.raises(BadInput, match=r"image 3\.png, which is not one training image"):
+        lowshot.subsets(train, settings)
+
+
 def test_a_split_without_some_class_never_predicts_it(tmp_path):
     paths = tuple(f"train/image{i}.png" for i in range(300))
-    (tmp_path / "two.txt").write_text("image0.png image4.png image5.png image9.png")  # classes 0 and 4
+    (tmp_path / "two.txt").write_text("image0.png\nimage4.png\n\nimage5.png\nimage9.png\n")  # classes 0 and 4
     result = lowshot.evaluate(blobs(0, paths=paths), blobs(1), lowshot.Settings(files=(tmp_path / "two.txt",)))
     assert 0.2 < result.values["two"] <= 0.4
 

@@ -119,7 +119,7 @@ def test_gradient_goes_to_the_student_only():
 
 
 def test_targets_are_not_stored():
-    """Backward holds the two inputs and three vectors; nothing else of size [B, K]."""
+    """Backward holds the two inputs and some vectors; nothing else of size [B, K]."""
     kept = []
     scores, student = torch.randn(2, 16, 40)
     student.requires_grad_()

@@ -1,0 +1,60 @@
+"""Files and folders that are there whole or not at all: written aside, flushed to the disk, renamed into place."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def flush(path: Path) -> None:
+    """Make a file's content, or a folder's list of names, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` make a file beside `path`, then rename it: who reads `path` sees the old or the new one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    aside = Path(name)
+    try:
+        write(aside)
+        aside.chmod(0o644)
+        flush(aside)
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+    flush(path.parent)
+
+
+def write_folder(folder: Path, fill: Callable[[Path], object]) -> None:
+    """Let `fill` write into a new folder beside `folder`, then swap it in; an earlier `folder` is removed afterwards.
+
+    A folder cannot be replaced in one call of the system: between two renames there is none of that name, and after a power
+    cut just there the earlier one lies beside it, hidden, under a name that ends in "former".
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    former = aside.with_name(f"{aside.name}-former")
+    try:
+        aside.chmod(0o755)
+        fill(aside)
+        for path in (*aside.rglob("*"), aside):
+            flush(path)
+        if folder.exists():
+            folder.rename(former)
+        aside.rename(folder)
+        flush(folder.parent)
+    except BaseException:
+        if former.exists() and not folder.exists():
+            former.rename(folder)
+        raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(former, ignore_errors=True)

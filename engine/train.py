@@ -88,7 +88,8 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
     """
     train = plan.train
     try:
-        kernels.use(train.kernels)
+        if train.kernels != "auto":  # auto leaves the environment variable its say
+            kernels.use(train.kernels)
     except ValueError as error:
         raise BadInput(f"--kernels {train.kernels}: {error}.") from error
     if ranks.device.type == "cuda":

@@ -3,8 +3,8 @@
 import json
 import os
 import pickle
-import signal
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +12,8 @@ import torch
 
 from engine import checkpoint
 from engine.errors import BadInput
+
+ROOT = Path(__file__).parents[2]
 
 
 def content(number: float) -> dict[str, dict[str, torch.Tensor]]:
@@ -79,34 +81,50 @@ def test_a_pickle_is_never_run(tmp_path: Path):
     assert not (tmp_path / "canary").exists()
 
 
-def keep_saving(folder: Path, step: int, announce: int) -> None:
-    """Save one checkpoint after the other, and say the number of each that is done."""
+KILLER = """
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from engine import checkpoint
+
+folder = Path(sys.argv[1])
+
+
+def keep_saving(step, announce):
     while True:
         step += 1
         tensors = {"model": {"weight": torch.full((256, 256), float(step))}, "average": {}}
         checkpoint.save(folder, step, tensors, {"step": step}, 2)
-        os.write(announce, b"%d\n" % step)
+        os.write(announce, b"%d\\n" % step)
+
+
+announced = 0
+for moment in range(60):
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        keep_saving(announced, writer)
+    os.close(writer)
+    with os.fdopen(reader) as said:
+        first = int(said.readline())
+        time.sleep(0.0004 * moment)  # a different place within the next save each time
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        announced = max([first, *map(int, said.read().split())])
+    found = sorted(int(path.name[5:]) for path in checkpoint.found(folder) if not checkpoint.damage(path))
+    print(announced, found[-1] if found else 0)
+    announced = max(announced, found[-1])
+"""
 
 
 def test_killed_at_any_moment_leaves_the_last_announced_checkpoint_or_a_newer_one(tmp_path: Path):
-    announced = 0
-    for moment in range(60):
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            try:
-                keep_saving(tmp_path, announced, writer)
-            finally:
-                os._exit(1)
-        os.close(writer)
-        with os.fdopen(reader) as said:
-            said.readline()
-            # A different place within the next save each time.
-            time.sleep(0.0004 * moment)
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            announced = max([announced + 1, *map(int, said.read().split())])
-        tensors, position = checkpoint.newest(tmp_path, print)
-        assert position["step"] >= announced
-        assert torch.equal(tensors["model"]["weight"], torch.full((256, 256), float(position["step"])))
-        announced = position["step"]
+    # A process of its own that never computes before it forks: threads do not survive a fork.
+    command = [sys.executable, "-c", KILLER, str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    rounds = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
+    assert len(rounds) == 60
+    assert all(newest >= announced for announced, newest in rounds), rounds
+    tensors, position = checkpoint.newest(tmp_path, print)
+    assert torch.equal(tensors["model"]["weight"], torch.full((256, 256), float(position["step"])))

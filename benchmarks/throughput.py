@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from rich.console import Console
 from rich.table import Table
 
@@ -25,6 +24,7 @@ from benchmarks.peers.plain_mae import PlainMae
 from engine import dist, methods, recipes, vit
 from engine.draws import Draws
 from engine.errors import BadInput
+from engine.flags import read
 from engine.step import AUTOCAST, Update
 from engine.train import compile_regions
 
@@ -170,7 +170,7 @@ def show(record: dict) -> None:
 
 def main() -> int:
     try:
-        record = measure(tyro.cli(Options))
+        record = measure(read(Options, sys.argv[1:]))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

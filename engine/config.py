@@ -4,12 +4,11 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
-
-import tyro
+from typing import Any
 
 from engine import recipes
 from engine.errors import BadInput
+from engine.flags import read
 from engine.methods.base import StageSettings
 
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
@@ -133,17 +132,15 @@ def parse(arguments: Sequence[str]) -> Plan:
     The method decides which stage flags exist, so the general flags are read first and all of them a second time.
 
     Raises:
-        BadInput: a value is not valid.
-        SystemExit: status 2 for flags that don't exist or don't parse, 0 after --help.
+        BadInput: a flag does not exist or a value is not valid.
+        SystemExit: status 0 after --help.
     """
     wanted = [word for word in arguments if word not in ("-h", "--help")]
-    train, _ = tyro.cli(Train, args=wanted, return_unknown_args=True, add_help=False)
+    train, _ = read(Train, wanted, return_unknown_args=True, add_help=False)
     before = _saved(Path(train.resume)) if train.resume else None
     train = before.train if before else train
     if before:
-        train, _ = tyro.cli(
-            Train, args=wanted, default=replace(train, resume=""), return_unknown_args=True, add_help=False
-        )
+        train, _ = read(Train, wanted, default=replace(train, resume=""), return_unknown_args=True, add_help=False)
     train.check()
     plan = before or _preset(train)
     names = [name for name, _ in plan.stages]
@@ -155,9 +152,7 @@ def parse(arguments: Sequence[str]) -> Plan:
     )
     default = flags(**{f.name: getattr(plan.train, f.name) for f in fields(Train)}, **dict(plan.stages))
     description = f"{Train.__doc__}\n\nSettings of {train.method}: {plan.source}."
-    parsed = tyro.cli(
-        Annotated[flags, tyro.conf.arg(name="")], args=list(arguments), default=default, description=description
-    )
+    parsed = read(flags, arguments, prog="engine.train", default=default, description=description)
     chosen = Train(**{f.name: getattr(parsed, f.name) for f in fields(Train)})
     stages = tuple((name, getattr(parsed, name)) for name in names)
     for name, settings in stages:

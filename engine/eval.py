@@ -1,9 +1,6 @@
 """`python -m engine.eval`: judge frozen weights by the papers' protocols, print a table, leave a folder of results."""
 
-import contextlib
-import io
 import os
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -11,7 +8,6 @@ from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
 
 import torch
-import tyro
 from rich.console import Console
 
 import kernels
@@ -21,6 +17,7 @@ from engine.data.sources import open_images
 from engine.errors import BadInput
 from engine.evals import report
 from engine.evals.features import Encoder, encoder_of, raw_pixels
+from engine.flags import read
 
 RAW = "raw"
 WEIGHTS = "a run folder, an exported folder, a file with --model, timm:NAME or raw"
@@ -101,28 +98,11 @@ def parse(arguments: Sequence[str]) -> tuple[Eval, dict]:
         frozen=True,
         kw_only=True,
     )
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            parsed = tyro.cli(flags, args=list(arguments), prog="engine.eval", description=Eval.__doc__)
-    except SystemExit as leave:
-        if leave.code:
-            raise BadInput(_one_sentence(said.getvalue())) from None
-        raise
+    parsed = read(flags, arguments, prog="engine.eval", description=Eval.__doc__)
     chosen = Eval(**{name: getattr(parsed, name) for name in Eval.__dataclass_fields__})
     chosen.check()
     given = {name: getattr(parsed, name) for name, _ in protocols}
     return chosen, evals.settings_for(chosen.protocol, given, chosen.seed)
-
-
-def _one_sentence(box: str) -> str:
-    """What tyro draws as a box, in one line: its first section, without frame."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]
-    end = next((i for i, line in enumerate(lines) if line.startswith("─")), len(lines))
-    sentence = " ".join(filter(None, lines[:end]))
-    # our own sentences already say which protocol they are about
-    sentence = re.sub(r"^Error parsing ([^-:][^:]*: )?", "", sentence)
-    return sentence if sentence.endswith(".") else f"{sentence}; --help lists all flags and their choices."
 
 
 def encoder(flags: Eval, device: torch.device) -> tuple[str, Encoder]:

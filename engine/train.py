@@ -19,7 +19,7 @@ from rich.console import Console
 from torch import Tensor
 
 import kernels
-from engine import checkpoint, config, dist, evals, methods, pictures, probe, vit, weights
+from engine import checkpoint, config, dist, methods, pictures, probe, vit, weights
 from engine.config import Plan
 from engine.data.pipeline import TrainLoader
 from engine.data.sources import ImageSet, has_split, open_images
@@ -27,7 +27,6 @@ from engine.draws import Draws, seed_of
 from engine.dry_run import dry_run
 from engine.durable import write_file
 from engine.errors import BadInput
-from engine.evals import report
 from engine.log import RunLog, peak_flops, read_metrics
 from engine.loop import Cadence, Stage, Stopped, StopRequest, run_stage
 from engine.methods.base import Method
@@ -178,6 +177,14 @@ def build(parts: Parts, index: int, earlier: Method | None) -> TrainState:
 
 def compile_regions(method: Method) -> None:
     """Compile a method's regions, each full-graph. Blocks of one shape share one compiled graph."""
+    import torch._inductor.config  # takes seconds, which only a compiled run should spend
+
+    # On CPUs inductor proves every vector extension by a program built and run in a new process, 25 s on two cores. What the
+    # system lists for the processor is enough.
+    torch._inductor.config.cpp.vec_isa_ok = True
+    # On CPUs inductor proves every vector extension by a program built and run in a new process, 25 s on two cores. What the
+    # system lists for the processor is enough.
+    torch._inductor.config.cpp.vec_isa_ok = True
     for owner, name in method.regions():
         region = getattr(owner, name)
         if not hasattr(region, "get_compiler_config"):
@@ -350,7 +357,8 @@ def _finish_stage(parts: Parts, state: TrainState, folder: Path) -> None:
     if parts.ranks.first:
         stage = parts.stages[state.stage]
         _export(parts, state, _stage_folder(folder, stage))
-        _draw_pictures(parts, state, folder / "pictures")
+        if state.method.trains_encoder:
+            _draw_pictures(parts, state, folder / "pictures")
     dist.barrier()
 
 
@@ -403,6 +411,9 @@ def _summary(parts: Parts, state: TrainState, folder: Path, say: Callable[[str],
 
 def _evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
     """Judge raw pixels and the encoder of every stage that trains one; by weights, the figures by name."""
+    from engine import evals  # brings scikit-learn, which takes seconds: only a run that ends needs it
+    from engine.evals import report
+
     command = f"python -m engine.eval --weights {folder}" + (
         f" --data {parts.plan.train.data}" if parts.plan.train.data else ""
     )
@@ -412,7 +423,7 @@ def _evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[st
     if len(parts.train_images) > EVALUATED_HERE:
         say(f"more than {EVALUATED_HERE:,} images: evaluate at leisure with {command}")
         return {}
-    encoders: dict[str, evals.Encoder | vit.VisionTransformer] = {"raw pixels": evals.raw_pixels()}
+    encoders: dict[str, object] = {"raw pixels": evals.raw_pixels()}
     sources = {"given weights": parts.plan.train.weights} if parts.plan.train.weights else {}
     for stage in parts.stages:
         if methods.get(stage.name).trains_encoder:

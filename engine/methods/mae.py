@@ -96,8 +96,6 @@ class Mae(Method):
         yield from super().regions()
         for block in self.decoder.decoder_blocks:
             yield block, "forward"
-        yield self.decoder, "assemble"
-        yield self.decoder, "predict"
         yield self, "pixel_loss"
 
     @torch.no_grad()

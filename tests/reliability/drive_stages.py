@@ -130,9 +130,9 @@ def differs(parts: train.Parts, index: int, tensors: dict, where: dict, last: in
     state = train.build(parts, index, None)
     try:
         restore(state, tensors, where)
+        steps(parts, state, last, False)
     except (RuntimeError, KeyError):
         return True
-    steps(parts, state, last, False)
     got = to_host(state)
     return any(not torch.equal(value, got[file][name]) for file in end for name, value in end[file].items())
 

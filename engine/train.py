@@ -182,9 +182,6 @@ def compile_regions(method: Method) -> None:
     # On CPUs inductor proves every vector extension by a program built and run in a new process, 25 s on two cores. What the
     # system lists for the processor is enough.
     torch._inductor.config.cpp.vec_isa_ok = True
-    # On CPUs inductor proves every vector extension by a program built and run in a new process, 25 s on two cores. What the
-    # system lists for the processor is enough.
-    torch._inductor.config.cpp.vec_isa_ok = True
     for owner, name in method.regions():
         region = getattr(owner, name)
         if not hasattr(region, "get_compiler_config"):
@@ -221,7 +218,7 @@ def run(parts: Parts) -> int:
         start = state.stage
         log.resume(parts.stages[start].first_step + state.step)
     elif ranks.first:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)  # an empty one is welcome
         write_file(folder / "config.json", lambda aside: aside.write_text(parts.plan.as_json()))
     _introduce(parts, folder, log)
     with log, StopRequest() as stop:

@@ -175,6 +175,7 @@ def test_flat_unlabelled_folder_of_bad_and_good_files(data: Path, tmp_path: Path
     refused = output_of(start(*arguments, "--epochs", 1, "--out", tmp_path / "refused"), status=2)
     assert "torn.jpg" in refused
     assert not (tmp_path / "refused").exists()
+    (tmp_path / "run").mkdir()  # an empty folder is as good as none
     output = output_of(start(*arguments, "--epochs", 1, "--bad-limit", 0.1, "--out", tmp_path / "run"))
     assert "no labelled val split" in output
     assert json.loads((tmp_path / "run" / "bad_files.json").read_text())[0][0] == "torn.jpg"

@@ -5,9 +5,7 @@ Shapes: n images, C feature width, B batch.
 
 import hashlib
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -27,6 +25,7 @@ import kernels
 from engine.data import cache as user_cache
 from engine.data.pipeline import eval_batches
 from engine.data.sources import ImageSet
+from engine.durable import write_file
 from engine.errors import BadInput
 from engine.vit import VisionTransformer
 
@@ -265,14 +264,7 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
 
 
 def _write(path: Path, ids: Tensor, values: Tensor) -> None:
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".safetensors")
-    os.close(handle)
-    try:
-        save_file({"ids": ids, "values": values}, aside)
-        os.replace(aside, path)
-    except BaseException:
-        os.unlink(aside)
-        raise
+    write_file(path, lambda aside: save_file({"ids": ids, "values": values}, aside))
 
 
 @contextmanager

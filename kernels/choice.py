@@ -25,6 +25,7 @@ DEFAULTS: dict[str, dict[str, str]] = {}
 
 _requested: dict[str, str] = {}
 _modules: dict[tuple[str, str], ModuleType] = {}
+_needs_gpu: set[tuple[str, str]] = set()
 
 
 def use(implementation: str, op: str | None = None) -> None:
@@ -53,10 +54,12 @@ def request(implementation: str, ops: Iterable[str] = tuple(AVAILABLE)) -> None:
     """`use` without the check: a wrong environment variable must not break an import, so the first call tells it."""
     for op in ops:
         names = {"reference", implementation}
-        if implementation == "auto" and torch.cuda.is_available():
+        if implementation == "auto" and DEFAULTS and torch.cuda.is_available():
             names |= {record[op] for record in DEFAULTS.values() if op in record}
+            # not a decorator: it loads the compiler, which takes seconds
+            torch.compiler.assume_constant_result(_recorded)
         for name in names.intersection(AVAILABLE[op]):
-            _modules[op, name] = importlib.import_module(f"kernels.{op}.{name}")
+            _import(op, name)
         _requested[op] = implementation
 
 
@@ -67,6 +70,11 @@ def chosen(op: str, device: torch.device) -> str:
         return _recorded(op, device.type) if DEFAULTS else "reference"
     if requested not in AVAILABLE[op]:
         raise ValueError(_missing(op, requested, AVAILABLE[op]))
+    if device.type == "cpu" and (op, requested) in _needs_gpu:
+        hint = "; TRITON_INTERPRET=1 in the environment has Triton's kernels interpreted there, slowly"
+        raise ValueError(
+            f"{op} needs tensors on a GPU to run {requested}, got them on the CPU{hint * (requested == 'triton')}"
+        )
     return requested
 
 
@@ -90,12 +98,19 @@ def describe(device: torch.device | str = "cpu") -> str:
     return "\n".join(lines)
 
 
-@torch.compiler.assume_constant_result
 def _recorded(op: str, device_type: str) -> str:
     if device_type != "cuda":
         return "reference"
     major, minor = torch.cuda.get_device_capability()
     return DEFAULTS.get(f"sm_{major}{minor}", {}).get(op, "reference")
+
+
+def _import(op: str, implementation: str) -> None:
+    module = importlib.import_module(f"kernels.{op}.{implementation}")
+    _modules[op, implementation] = module
+    # a function that Triton interprets has another type than one that it compiles
+    if implementation == "cuda" or any(type(value).__name__ == "JITFunction" for value in vars(module).values()):
+        _needs_gpu.add((op, implementation))
 
 
 def _missing(op: str | None, implementation: str, exist: Iterable[str]) -> str:

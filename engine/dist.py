@@ -5,6 +5,7 @@ A single process is world size 1 of the same code: every function below then ret
 """
 
 import os
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -143,6 +144,15 @@ def share(value: object) -> object:
     box = [value]
     td.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def union(values: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Every rank's values without repeats, sorted: the same list on every rank."""
+    parts: list[list[tuple[str, ...]] | None] = [list(values)]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        td.all_gather_object(parts, list(values))
+    return sorted({value for part in parts for value in part})
 
 
 def parallel(module: nn.Module) -> nn.Module:

@@ -10,8 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import dist
-from engine.data.pipeline import TrainLoader
-from engine.draws import Draws
 from engine.state import TrainState
 
 if TYPE_CHECKING:
@@ -46,17 +44,14 @@ def dry_run(parts: "Parts", build: Callable[..., TrainState]) -> None:
 
 def _measure(parts: "Parts", state: TrainState) -> tuple[float, float]:
     """Seconds of the first step (compilation included), and images per second of the run after the warm-up."""
-    train, ranks, stage = parts.plan.train, parts.ranks, parts.stages[state.stage]
-    loader = TrainLoader(
-        parts.train_images, state.method.views(), stage.images_per_step, seed=parts.seed(stage.index, "data"),
-        rank=ranks.rank, world=ranks.world, device=ranks.device, threads=train.threads or None,
-    )  # fmt: skip
+    ranks, stage = parts.ranks, parts.stages[state.stage]
+    loader = parts.loader(state)
     marks = [time.perf_counter()]
     try:
         for step in range(WARM_UP + MEASURED):
-            batch, rows = next(loader), ranks.rows(stage.images_per_step)
-            draws = Draws(train.seed, stage.index, step, batch=stage.images_per_step, rows=rows, device=ranks.device)
-            state.update(step, batch.images, batch.ids.to(ranks.device), state.method.draw(draws))
+            batch = next(loader)
+            drawn = state.method.draw(parts.draws(stage.index, step))
+            state.update(step, batch.images, batch.ids.to(ranks.device), drawn)
             if step in (0, WARM_UP - 1, WARM_UP + MEASURED - 1):
                 if ranks.device.type == "cuda":
                     torch.cuda.synchronize()

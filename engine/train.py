@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ import kernels
 from engine import checkpoint, config, dist, methods, pictures, probe, vit, weights
 from engine.config import Plan
 from engine.data.pipeline import TrainLoader
-from engine.data.sources import ImageSet, has_split, open_images
+from engine.data.sources import ImageSet, check_bad, has_split, open_images
 from engine.draws import Draws, seed_of
 from engine.dry_run import dry_run
 from engine.durable import write_file
@@ -58,6 +59,21 @@ class Parts:
 
     def seed(self, *purpose: int | str) -> int:
         return seed_of(self.plan.train.seed, *purpose)
+
+    def loader(self, state: TrainState) -> TrainLoader:
+        """This rank's batches of the stage, from the state's step on."""
+        stage = self.stages[state.stage]
+        return TrainLoader(
+            self.train_images, state.method.views(), stage.images_per_step, seed=self.seed(stage.index, "data"),
+            rank=self.ranks.rank, world=self.ranks.world, device=self.ranks.device,
+            threads=self.plan.train.threads or None, start_step=state.step, ledger=state.bad_files,
+        )  # fmt: skip
+
+    def draws(self, index: int, step: int) -> Draws:
+        """The random choices of a step of stage `index`, this rank's rows."""
+        batch = self.stages[index].images_per_step
+        rows = self.ranks.rows(batch)
+        return Draws(self.plan.train.seed, index, step, batch=batch, rows=rows, device=self.ranks.device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -280,34 +296,23 @@ def _train_stage(parts: Parts, state: TrainState, folder: Path, log: RunLog, sto
     train, ranks, stage = parts.plan.train, parts.ranks, parts.stages[state.stage]
     if state.step == stage.total_steps:
         return
-    loader = TrainLoader(
-        parts.train_images,
-        state.method.views(),
-        stage.images_per_step,
-        seed=parts.seed(stage.index, "data"),
-        rank=ranks.rank,
-        world=ranks.world,
-        device=ranks.device,
-        threads=train.threads or None,
-        start_step=state.step,
-        ledger=state.bad_files,
-    )
-
-    def draws(step: int) -> Draws:
-        rows = ranks.rows(stage.images_per_step)
-        return Draws(train.seed, stage.index, step, batch=stage.images_per_step, rows=rows, device=ranks.device)
+    loader = parts.loader(state)
 
     def save() -> None:
+        state.bad_files[:] = dist.union(state.bad_files)
         if ranks.first:
             tensors = to_host(state)
             checkpoint.save(folder / "checkpoints", stage.first_step + state.step, tensors, position(state), train.keep)
             _export(parts, state, folder / "export")
             _list_bad_files(parts, state, folder)
         dist.barrier()
+        # each rank held its own finds against the limit; here all of them are
+        images = parts.train_images
+        check_bad((*images.bad, *state.bad_files), len(images), images.bad_limit, folder / "bad_files.json")
 
     try:
         run_stage(
-            state, stage, loader, draws, log,
+            state, stage, loader, partial(parts.draws, stage.index), log,
             Cadence(train.log_every, train.probe_every, train.save_every, train.abort_after), stop,
             probe=_probe(parts, state, folder), save=save, labels=parts.train_images.labels,
         )  # fmt: skip

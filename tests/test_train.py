@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,14 +136,25 @@ def test_a_stopped_run_resumes_to_the_same_end(run: tuple[Path, str], data: Path
 @pytest.mark.long
 def test_torchrun_trains_with_two_processes_from_earlier_weights(run: tuple[Path, str], data: Path, tmp_path: Path):
     whole, _ = run
+    screened = tmp_path / "images"
+    shutil.copytree(data, screened)
+    open_images(screened, "train")
+    torn = ["train/day/1.jpg", "train/day/2.png", "train/night/5.jpg", "train/night/6.png"]
+    for name in torn:  # after the screening, and not to be seen from outside
+        before = (screened / name).stat()
+        (screened / name).write_bytes(bytes(before.st_size))
+        os.utime(screened / name, ns=(before.st_atime_ns, before.st_mtime_ns))
     launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(30000 + os.getpid() % 20000))
     process = start(
-        "--data", data, "--out", tmp_path / "two", "--weights", whole, *FAST, "--epochs", 1, 1, launcher=launcher
-    )
+        "--data", screened, "--out", tmp_path / "two", "--weights", whole, *FAST, "--epochs", 2, 1, "--bad-limit", 0.2,
+        launcher=launcher,
+    )  # fmt: skip
     output = output_of(process)
     assert "2 x CPU" in output
     assert "stage 2/2 maect" in output
     assert (tmp_path / "two" / "summary.json").is_file()
+    listed = json.loads((tmp_path / "two" / "bad_files.json").read_text())
+    assert sorted(path for path, _ in listed) == torn, "what either rank found is listed"
 
 
 @pytest.mark.long

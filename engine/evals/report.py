@@ -2,8 +2,6 @@
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +14,7 @@ from rich.table import Table
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from engine.durable import write_folder
 from engine.errors import BadInput
 from engine.evals.features import Features, Result, as_numpy, threads_for
 
@@ -139,10 +138,8 @@ def write(
         BadInput: `folder` holds something else, or cannot be written.
     """
     check_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        aside.chmod(0o755)
+
+    def fill(aside: Path) -> None:
         (aside / "results.json").write_text(as_json(results, run, features))
         (aside / "results.md").write_text(markdown(results, headline=False))
         for result in results:
@@ -151,16 +148,8 @@ def write(
                 draw_confusion(aside / f"{_stem(result.weights)}-{result.protocol}-confusion.png", result, names)
         for name, (_, test) in features.items():
             draw_map(aside / f"{_stem(name)}-{map_kind}.png", test, map_kind)
-        if folder.exists():
-            earlier = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-earlier-"))
-            folder.rename(earlier / folder.name)
-            aside.rename(folder)
-            shutil.rmtree(earlier)
-        else:
-            aside.rename(folder)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+
+    write_folder(folder, fill)
 
 
 def check_folder(folder: Path) -> None:

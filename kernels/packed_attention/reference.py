@@ -84,6 +84,8 @@ def backward(
         grad_out, out = (group.unpack(x).transpose(1, 2) for x in (grad_out_THD, out_THD))
         lse = lse_HT[:, group.rows].unflatten(1, (group.sequences, group.length)).transpose(0, 1)
         grads = attend(grad_out, q, k[:, :, : group.keys], v[:, :, : group.keys], out, lse, scale)
+        if in_place and group.keys == group.length and group.sequences * group.length == tokens:
+            return torch.stack(grads, 2).permute(0, 3, 2, 1, 4).flatten(0, 1)
         for target, grad in zip(grad_SL3HD.permute(2, 0, 3, 1, 4), grads, strict=True):
             rows = grad.shape[2]
             target[:, :, :rows] = grad
@@ -95,8 +97,11 @@ def backward(
 
 def _groups(tokens: int, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None) -> list[_Group]:
     sequences = len(cu_seqlens) - 1
-    if cu_seqlens.device.type != "cpu" and kv_lengths is None and sequences * max_seqlen == tokens:
-        return [_Group(slice(0, tokens), sequences, max_seqlen, max_seqlen)] if tokens else []
+    if tokens and kv_lengths is None and sequences * max_seqlen == tokens:
+        # as many tokens as there can be: all sequences are equally long
+        on_cpu = cu_seqlens.device.type == "cpu"
+        if not on_cpu or torch.equal(cu_seqlens, torch.arange(0, tokens + 1, max_seqlen, dtype=torch.int32)):
+            return [_Group(slice(0, tokens), sequences, max_seqlen, max_seqlen)]
     starts = cu_seqlens.tolist()
     lengths = [end - start for start, end in pairwise(starts)]
     if starts[0] != 0 or starts[-1] != tokens or any(not 0 <= length <= max_seqlen for length in lengths):

@@ -16,11 +16,9 @@ from pathlib import Path
 import torch
 
 from engine import checkpoint, config, dist, probe, train
-from engine.data.pipeline import TrainLoader
-from engine.draws import Draws
 from engine.state import TrainState, position, restore, to_host
 
-IMAGES, BATCH, POISONED_STEP = 104, 8, 5  # 13 steps an epoch: step 10 is inside one, step 20 in the next
+IMAGES, POISONED_STEP = 104, 5  # 13 steps an epoch: step 10 is inside one, step 20 in the next
 SMALL = (
     "--batch-size 8 --mae.weight-ema 0.9 --maect.weight-ema 0.9 --nnclr.queue-size 64 --maect.queue-size 64 "
     "--maect.top-k 3 --nnclr.projector-hidden 32 --maect.projector-hidden 32 --nnclr.predictor-hidden 32 "
@@ -29,7 +27,7 @@ SMALL = (
 
 
 def parts_of(compiles: bool) -> train.Parts:
-    plan = config.parse([*SMALL, *(["--compile"] if compiles else [])])
+    plan = config.parse([*SMALL, "--threads", "1", *(["--compile"] if compiles else [])])
     parts = train.prepare(plan, dist.start("cpu"))
     spaced = torch.linspace(0, len(parts.train_images) - 1, IMAGES).long()
     parts.train_images = probe.subset(parts.train_images, spaced)
@@ -45,21 +43,16 @@ def fresh(parts: train.Parts, index: int) -> TrainState:
 
 
 def steps(parts: train.Parts, state: TrainState, last: int, poison: bool) -> list[dict]:
-    ranks, record = parts.ranks, []
-    loader = TrainLoader(
-        parts.train_images, state.method.views(), BATCH, seed=parts.seed(state.stage, "data"),
-        rank=ranks.rank, world=ranks.world, threads=1, start_step=state.step,
-    )  # fmt: skip
+    ranks, record, loader = parts.ranks, [], parts.loader(state)
     first = state.step
     for step in range(first, last):
         # Whatever a stage compiles, it compiles in its first two steps.
         torch._dynamo.config.error_on_recompile = parts.compiles and step >= first + 2
         batch = next(loader)
-        draws = Draws(0, state.stage, step, batch=BATCH, rows=ranks.rows(BATCH), device=ranks.device)
         images = batch.images
         if poison and step == POISONED_STEP:
             images = tuple(view.fill_(float("nan")) for view in images)
-        report = state.update(step, images, batch.ids, state.method.draw(draws))
+        report = state.update(step, images, batch.ids, state.method.draw(parts.draws(state.stage, step)))
         loss = dist.all_reduce(report["loss"].detach()) / ranks.world
         record.append({"step": step, "ids": dist.all_gather(batch.ids).tolist(), "loss": loss.item().hex()})
         state.step += 1

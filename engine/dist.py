@@ -15,6 +15,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 
 from engine.errors import BadInput
+from engine.host_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Ranks:
 
 
 def start(device: str = "auto") -> Ranks:
-    """Join the process group that `torchrun` describes in the environment, or be alone.
+    """Join the process group that `torchrun` describes in the environment, or be alone; make the process ready for it.
 
     Args:
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
@@ -55,6 +56,8 @@ def start(device: str = "auto") -> Ranks:
         if local_rank >= torch.cuda.device_count():
             raise BadInput(f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}.")
         torch.cuda.set_device(local_rank)
+    else:
+        keep_freed_memory()
     if world > 1:
         td.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
     rank = td.get_rank() if world > 1 else 0

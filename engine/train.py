@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 
 import kernels
-from engine import checkpoint, config, dist, methods, pictures, probe, vit, weights
+from engine import checkpoint, config, dist, methods, probe, vit, weights
 from engine.config import Plan
 from engine.data.pipeline import TrainLoader
 from engine.data.sources import ImageSet, check_bad, has_split, open_images
@@ -366,6 +366,8 @@ def _finish_stage(parts: Parts, state: TrainState, folder: Path) -> None:
 
 def _draw_pictures(parts: Parts, state: TrainState, folder: Path) -> None:
     """Reconstructions where the method can make them, and the principal components of patch features."""
+    from engine import pictures  # brings matplotlib, which takes a second: a run should start without it
+
     stage, encoder = parts.stages[state.stage], parts.encoder
     images = _shown_images(parts)
     draws = Draws(parts.plan.train.seed, "pictures", batch=len(images), rows=slice(None), device=images.device)
@@ -395,6 +397,8 @@ def _shown_images(parts: Parts) -> Tensor:
 
 def _summary(parts: Parts, state: TrainState, folder: Path, say: Callable[[str], None]) -> dict:
     """What summary.json holds; evaluates the stages on the way."""
+    from engine import pictures
+
     pictures.curves(folder / "pictures" / "curves.png", folder / "metrics.jsonl")
     summary = {
         "method": parts.plan.train.method,

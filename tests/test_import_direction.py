@@ -20,7 +20,7 @@ FLOORS = [
     {"kernels"},
 ]
 # Leaves import no other part, but errors and durable; whoever wants may import them.
-LEAVES = {"errors", "flags", "durable", "dist", "draws", "optim", "checkpoint", "log", "weights", "pictures"}
+LEAVES = {"errors", "flags", "durable", "host_memory", "dist", "draws", "optim", "checkpoint", "log", "weights", "pictures"}
 LEAVES_MAY_USE = {"weights": {"vit"}, "pictures": {"log"}}
 
 

@@ -1,25 +1,42 @@
 """info_nce against cross-entropy over the stored matrix of similarities, at the shapes of NNCLR and MAE-CT."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from benchmarks.kernels.case import Case, Machine, directions, every_form, machine
+from kernels.info_nce import cost
+
+CHANNELS, TEMPERATURE = 256, 0.15
 
 
 def cross_entropy(queries: Tensor, keys: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy((queries @ keys.T).float() / 0.15, targets)
+    return F.cross_entropy((queries @ keys.T).float() / TEMPERATURE, targets)
 
 
-@pytest.mark.parametrize("form", ["ours", "plain"])
-@pytest.mark.parametrize("ranks", [1, 8])
-def bench_info_nce(clock, machine, ranks, form):
-    batch = machine.batch * 16
-    queries, keys = (F.normalize(machine.randn(n, 256), dim=1).requires_grad_() for n in (batch, batch * ranks))
-    targets = torch.arange(batch, device=machine.device)
-    function = {
-        "ours": lambda q, k: kernels.info_nce(q, k, targets, 0.15),
-        "plain": lambda q, k: cross_entropy(q, k, targets),
-    }
-    clock(f"{batch} queries, {batch * ranks} keys", function[form], queries, keys)
+def cases(at: Machine) -> Iterator[Case]:
+    for rows, columns in ((at.rows, at.rows), (at.rows, 4 * at.rows), (4 * at.rows, 4 * at.rows)):
+        yield from directions(
+            "info_nce",
+            f"{rows} queries, {columns} keys",
+            cost(rows, columns, CHANNELS, at.dtype.itemsize),
+            partial(_inputs, at, rows, columns),
+            lambda q, k, targets: kernels.info_nce(q, k, targets, TEMPERATURE),
+            {"plain": cross_entropy, "compiled plain": torch.compile(cross_entropy, dynamic=False)},
+            leaves=(0, 1),
+        )
+
+
+def _inputs(at: Machine, rows: int, columns: int) -> tuple:
+    queries, keys = (F.normalize(at.randn(n, CHANNELS), dim=1) for n in (rows, columns))
+    return queries, keys, torch.arange(rows, device=at.device)
+
+
+@pytest.mark.parametrize(("case", "form"), every_form(cases(machine())))
+def bench_info_nce(clock, case, form):
+    clock(case, form)

@@ -1,22 +1,44 @@
 """nearest_neighbours against a top-k of all similarities: NNCLR's queue of 65,536, other views of the image skipped."""
 
+from collections.abc import Iterator
+from functools import partial
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from benchmarks.kernels.case import Case, Machine, every_form, machine, only_forward
+from kernels.nearest_neighbours import cost
 
 
-def top_k(queries: Tensor, keys: Tensor, k: int, query_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor]:
-    similarity = (queries @ keys.T).float()
-    return similarity.masked_fill_(query_ids[:, None] == key_ids, -torch.inf).topk(k, dim=1)
+def top_k(k: int, queries: Tensor, keys: Tensor, query_ids: Tensor, key_ids: Tensor) -> tuple[Tensor, Tensor]:
+    similarity = (queries @ keys.T).float().masked_fill_(query_ids[:, None] == key_ids, -torch.inf)
+    return similarity.max(1, keepdim=True) if k == 1 else similarity.topk(k, dim=1)
 
 
-@pytest.mark.parametrize("form", ["ours", "plain"])
-@pytest.mark.parametrize("k", [1, 20])
-def bench_nearest_neighbours(clock, machine, k, form):
-    batch, queue = machine.batch * 16, 65536
-    queries, keys = machine.randn(batch, 256), machine.randn(queue, 256)
-    ids = torch.randint(0, queue, (batch,), device=machine.device), torch.arange(queue, device=machine.device)
-    function = {"ours": kernels.nearest_neighbours, "plain": top_k}[form]
-    clock(f"{k} of {queue} keys for {batch} queries", lambda q, x: function(q, x, k, *ids)[0], queries, keys)
+def cases(at: Machine) -> Iterator[Case]:
+    for k, rows, keys, channels in (
+        (1, at.rows, at.keys, 256),
+        (20, at.rows, at.keys, 256),
+        (20, at.rows, 4 * at.keys, 1024),
+    ):
+        yield only_forward(
+            "nearest_neighbours",
+            f"{k} of {keys} keys, {rows} queries, {channels} wide",
+            cost(rows, keys, channels, at.dtype.itemsize, k),
+            partial(_inputs, at, rows, keys, channels),
+            lambda q, x, *ids, k=k: kernels.nearest_neighbours(q, x, k, *ids),
+            {"plain": partial(top_k, k), "compiled plain": torch.compile(partial(top_k, k), dynamic=False)},
+        )
+
+
+def _inputs(at: Machine, rows: int, keys: int, channels: int) -> tuple:
+    queries, bank = (F.normalize(at.randn(n, channels), dim=1) for n in (rows, keys))
+    return queries, bank, torch.randint(0, keys, (rows,), device=at.device), torch.arange(keys, device=at.device)
+
+
+@pytest.mark.parametrize(("case", "form"), every_form(cases(machine())))
+def bench_nearest_neighbours(clock, case, form):
+    clock(case, form)

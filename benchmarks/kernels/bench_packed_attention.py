@@ -1,40 +1,49 @@
-"""packed_attention against one SDPA call per group of equally long sequences, at MAE and DINO shapes."""
+"""packed_attention against every other attention installed, at the lengths of ViTs."""
+
+from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 import kernels
+from benchmarks.kernels.case import Case, Machine, directions, every_form, machine
+from benchmarks.kernels.peers_of_attention import peers
+from kernels.packed_attention import cost
 
-# name: (sequences per image and their length), heads, head dim
+# name: lengths of the sequences of one image, heads, head dim
 SHAPES = {
-    "MAE-B encoder": ([(1, 50)], 12, 64),
-    "MAE decoder": ([(1, 197)], 16, 32),
-    "ViT-B": ([(1, 197)], 12, 64),
-    "DINO-B crops": ([(2, 197), (8, 37)], 12, 64),
+    "37 tokens (local crop)": ((37,), 16, 64),
+    "50 tokens (visible quarter)": ((50,), 16, 64),
+    "197 tokens (global crop)": ((197,), 16, 64),
+    "256 tokens": ((256,), 16, 64),
+    "197 tokens, head dim 32 (MAE decoder)": ((197,), 16, 32),
+    "257 tokens, head dim 80 (ViT-H/14)": ((257,), 16, 80),
+    "2 x 197 + 8 x 37 tokens (multi-crop)": ((197,) * 2 + (37,) * 8, 16, 64),
 }
 
 
-def sdpa_per_group(qkv: Tensor, groups: list[tuple[int, int]]) -> Tensor:
-    outs = []
-    for part, (sequences, length) in zip(qkv.split([s * n for s, n in groups]), groups, strict=True):
-        q, k, v = part.unflatten(0, (sequences, length)).permute(2, 0, 3, 1, 4)
-        outs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(0, 1))
-    return torch.cat(outs)
+def cases(at: Machine) -> Iterator[Case]:
+    for name, (per_image, heads, dim) in SHAPES.items():
+        images = max(1, at.tokens // sum(per_image))
+        # crops of one size lie together, as the engine packs them
+        lengths = tuple(length for length in sorted(per_image, reverse=True) for _ in range(images))
+        yield from directions(
+            "packed_attention",
+            name,
+            cost(lengths, heads, dim, at.dtype.itemsize),
+            partial(_inputs, at, lengths, heads, dim),
+            lambda qkv, cu_seqlens, lengths: kernels.packed_attention(qkv, cu_seqlens, max(lengths)),
+            peers(at.device),
+            leaves=(0,),
+        )
 
 
-@pytest.mark.parametrize("form", ["ours", "sdpa"])
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("name", SHAPES)
-def bench_packed_attention(clock, machine, name, backward, form):
-    per_image, heads, dim = SHAPES[name]
-    groups = [(sequences * machine.batch, length) for sequences, length in per_image]
-    lengths = [length for sequences, length in groups for _ in range(sequences)]
-    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(machine.device)
-    qkv = machine.randn(sum(lengths), 3, heads, dim).requires_grad_(backward)
-    function = {
-        "ours": lambda x: kernels.packed_attention(x, cu_seqlens, max(lengths)),
-        "sdpa": lambda x: sdpa_per_group(x, groups),
-    }[form]
-    clock(f"{name} {'forward+backward' if backward else 'forward'}", function, qkv)
+def _inputs(at: Machine, lengths: tuple[int, ...], heads: int, dim: int) -> tuple:
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(at.device)
+    return at.randn(sum(lengths), 3, heads, dim), cu_seqlens, lengths
+
+
+@pytest.mark.parametrize(("case", "form"), every_form(cases(machine())))
+def bench_packed_attention(clock, case, form):
+    clock(case, form)

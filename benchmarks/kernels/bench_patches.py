@@ -1,10 +1,16 @@
-"""gather_patches and masked_pixel_loss against cutting every image into all of its patches first."""
+"""gather_patches and masked_pixel_loss against cutting every image into all of its patches first, compiled or not."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
 import kernels
+from benchmarks.kernels.case import Case, Machine, directions, every_form, machine, only_forward
+from kernels.patches import cost
+
+PATCH = 16
 
 
 def all_patches(images: Tensor, size: int) -> Tensor:
@@ -13,36 +19,49 @@ def all_patches(images: Tensor, size: int) -> Tensor:
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, 3 * size**2)
 
 
-def gather_after(images: Tensor, indices: Tensor, size: int) -> Tensor:
-    patches = all_patches(images, size)
+def gather_after(images: Tensor, indices: Tensor) -> Tensor:
+    patches = all_patches(images, PATCH)
     return patches.gather(1, indices.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
 
 
-def loss_after(prediction: Tensor, images: Tensor, indices: Tensor, size: int) -> Tensor:
-    target = all_patches(images, size).float()
+def loss_after(prediction: Tensor, images: Tensor, indices: Tensor) -> Tensor:
+    target = all_patches(images, PATCH).float()
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     target = target.gather(1, indices.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
     return ((prediction.float() - target) ** 2).mean()
 
 
-@pytest.fixture
-def asked(machine):
+def cases(at: Machine) -> Iterator[Case]:
     """MAE at 224 pixels, patch 16: a quarter of the patches is seen, three quarters are predicted."""
-    images = machine.randn(machine.batch, 3, 224, 224)
-    order = torch.rand(machine.batch, 196, device=machine.device).argsort(1)
-    return images, order[:, :49], order[:, 49:]
+    size = at.dtype.itemsize
+    yield only_forward(
+        "patches", "gather 49 of 196 patches", cost(at.images * 49, PATCH, 4, 4)[0],
+        lambda: (_images(at), _indices(at)[:, :49]),
+        lambda images, indices: kernels.gather_patches(images, indices, PATCH),
+        {"plain": gather_after, "compiled plain": torch.compile(gather_after, dynamic=False)},
+    )  # fmt: skip
+    forward = cost(at.images * 147, PATCH, 4, size)[1]
+    elements = at.images * 147 * 3 * PATCH**2
+    backward = forward._replace(bytes=forward.bytes + elements * size)  # the gradient of the prediction is written
+    yield from directions(
+        "patches", "pixel loss on 147 of 196 patches", (forward, backward),
+        lambda: (at.randn(at.images, 147, 3 * PATCH**2), _images(at), _indices(at)[:, 49:]),
+        _loss, {"plain": loss_after, "compiled plain": torch.compile(loss_after, dynamic=False)}, leaves=(0,),
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["ours", "plain"])
-def bench_gather_patches(clock, asked, form):
-    images, visible, _ = asked
-    function = {"ours": kernels.gather_patches, "plain": gather_after}[form]
-    clock("gather 49 of 196 patches", lambda x: function(x, visible, 16), images)
+def _loss(prediction: Tensor, images: Tensor, indices: Tensor) -> Tensor:
+    return kernels.masked_pixel_loss(prediction, images, indices, PATCH)
 
 
-@pytest.mark.parametrize("form", ["ours", "plain"])
-def bench_masked_pixel_loss(clock, machine, asked, form):
-    images, _, masked = asked
-    prediction = machine.randn(machine.batch, 147, 768).requires_grad_()
-    function = {"ours": kernels.masked_pixel_loss, "plain": loss_after}[form]
-    clock("pixel loss on 147 of 196 patches", lambda x: function(x, images, masked, 16), prediction)
+def _images(at: Machine) -> Tensor:
+    return torch.randn(at.images, 3, 224, 224, device=at.device)
+
+
+def _indices(at: Machine) -> Tensor:
+    return torch.rand(at.images, 196, device=at.device).argsort(1)
+
+
+@pytest.mark.parametrize(("case", "form"), every_form(cases(machine())))
+def bench_patches(clock, case, form):
+    clock(case, form)

@@ -1,15 +1,21 @@
 """sinkhorn and sinkhorn_cross_entropy against the published loop, for many prototypes."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from benchmarks.kernels.case import Case, Machine, directions, every_form, machine, only_forward
+from kernels.sinkhorn import cost
+
+TEACHER, STUDENT = 0.5, 0.1
 
 
 def published_sinkhorn(scores: Tensor) -> Tensor:
-    q = torch.exp(scores.float() / 0.5).T
+    q = torch.exp(scores.float() / TEACHER).T
     prototypes, samples = q.shape
     q /= q.sum()
     for _ in range(3):
@@ -20,27 +26,30 @@ def published_sinkhorn(scores: Tensor) -> Tensor:
     return (q * samples).T
 
 
-def published_cross_entropy(scores: Tensor, student: Tensor) -> Tensor:
-    return -(published_sinkhorn(scores) * F.log_softmax(student.float() / 0.1, 1)).sum(1).mean()
+def published_cross_entropy(student: Tensor, scores: Tensor) -> Tensor:
+    with torch.no_grad():
+        targets = published_sinkhorn(scores)
+    return -(targets * F.log_softmax(student.float() / STUDENT, 1)).sum(1).mean()
 
 
-def shape(machine) -> tuple[int, int]:
-    """DINOv2's head on a GPU; a head that a CPU can hold elsewhere."""
-    return (2048, 65536) if machine.device == "cuda" else (128, 8192)
+def cases(at: Machine) -> Iterator[Case]:
+    """DINOv2's head on a GPU: 2,048 rows of 65,536 prototypes."""
+    rows, prototypes = 2 * at.rows, at.keys
+    assign, forward, backward = cost(rows, prototypes, at.dtype.itemsize)
+    yield only_forward(
+        "sinkhorn", f"assignment {rows} x {prototypes}", assign, lambda: (at.randn(rows, prototypes),),
+        lambda scores: kernels.sinkhorn(scores, TEACHER),
+        {"published": published_sinkhorn, "compiled published": torch.compile(published_sinkhorn, dynamic=False)},
+    )  # fmt: skip
+    yield from directions(
+        "sinkhorn", f"cross-entropy {rows} x {prototypes}", (forward, backward),
+        lambda: (at.randn(rows, prototypes), at.randn(rows, prototypes)),
+        lambda student, scores: kernels.sinkhorn_cross_entropy(scores, student, TEACHER, STUDENT),
+        {"published": published_cross_entropy,
+         "compiled published": torch.compile(published_cross_entropy, dynamic=False)}, leaves=(0,),
+    )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["ours", "published"])
-def bench_sinkhorn(clock, machine, form):
-    rows, prototypes = shape(machine)
-    function = {"ours": lambda x: kernels.sinkhorn(x, 0.5), "published": published_sinkhorn}[form]
-    clock(f"assignment {rows} x {prototypes}", function, machine.randn(rows, prototypes))
-
-
-@pytest.mark.parametrize("form", ["ours", "published"])
-def bench_sinkhorn_cross_entropy(clock, machine, form):
-    rows, prototypes = shape(machine)
-    scores, student = machine.randn(rows, prototypes), machine.randn(rows, prototypes).requires_grad_()
-    function = {"ours": lambda x: kernels.sinkhorn_cross_entropy(scores, x, 0.5, 0.1)}.get(
-        form, lambda x: published_cross_entropy(scores, x)
-    )
-    clock(f"cross-entropy {rows} x {prototypes}", function, student)
+@pytest.mark.parametrize(("case", "form"), every_form(cases(machine())))
+def bench_sinkhorn(clock, case, form):
+    clock(case, form)

@@ -105,8 +105,10 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
     try:
         if train.kernels != "auto":  # auto leaves the environment variable its say
             kernels.use(train.kernels)
+        kernels.check(ranks.device)
     except ValueError as error:
-        raise BadInput(f"--kernels {train.kernels}: {error}.") from error
+        asked = "the environment's TESSERA_KERNELS" if train.kernels == "auto" else f"--kernels {train.kernels}"
+        raise BadInput(f"{asked} cannot be had: {error}.") from error
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     # Rank 0 screens and writes the cache first, so that the others find it.

@@ -2,7 +2,7 @@
 
 import os
 
-from kernels.choice import describe, request, use
+from kernels.choice import check, describe, request, use
 from kernels.info_nce import info_nce
 from kernels.nearest_neighbours import nearest_neighbours
 from kernels.packed_attention import packed_attention
@@ -10,6 +10,7 @@ from kernels.patches import gather_patches, masked_pixel_loss
 from kernels.sinkhorn import sinkhorn, sinkhorn_cross_entropy
 
 __all__ = [
+    "check",
     "describe",
     "gather_patches",
     "info_nce",

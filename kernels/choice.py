@@ -26,6 +26,7 @@ DEFAULTS: dict[str, dict[str, str]] = {}
 _requested: dict[str, str] = {}
 _modules: dict[tuple[str, str], ModuleType] = {}
 _needs_gpu: set[tuple[str, str]] = set()
+_unusable: dict[tuple[str, str], str] = {}
 
 
 def use(implementation: str, op: str | None = None) -> None:
@@ -39,7 +40,8 @@ def use(implementation: str, op: str | None = None) -> None:
             for all of them says so when it is called; it never falls back to another.
 
     Raises:
-        ValueError: for an unknown op, or an implementation that the op (every op, for None) does not have.
+        ValueError: for an unknown op, or an implementation that the op (every op, for None) does not have or that was
+            not built.
     """
     if op is not None and op not in AVAILABLE:
         raise ValueError(f"there is no kernel {op!r}; choose from {', '.join(AVAILABLE)}")
@@ -47,6 +49,9 @@ def use(implementation: str, op: str | None = None) -> None:
     exist = {name for asked in ops for name in AVAILABLE[asked]}
     if implementation != "auto" and implementation not in exist:
         raise ValueError(_missing(op, implementation, exist))
+    for asked in ops:
+        if implementation in AVAILABLE[asked]:
+            _import(asked, implementation)
     request(implementation, ops)
 
 
@@ -59,7 +64,10 @@ def request(implementation: str, ops: Iterable[str] = tuple(AVAILABLE)) -> None:
             # not a decorator: it loads the compiler, which takes seconds
             torch.compiler.assume_constant_result(_recorded)
         for name in names.intersection(AVAILABLE[op]):
-            _import(op, name)
+            try:
+                _import(op, name)
+            except ValueError as error:
+                _unusable[op, name] = str(error)
         _requested[op] = implementation
 
 
@@ -70,12 +78,18 @@ def chosen(op: str, device: torch.device) -> str:
         return _recorded(op, device.type) if DEFAULTS else "reference"
     if requested not in AVAILABLE[op]:
         raise ValueError(_missing(op, requested, AVAILABLE[op]))
-    if device.type == "cpu" and (op, requested) in _needs_gpu:
-        hint = "; TRITON_INTERPRET=1 in the environment has Triton's kernels interpreted there, slowly"
-        raise ValueError(
-            f"{op} needs tensors on a GPU to run {requested}, got them on the CPU{hint * (requested == 'triton')}"
-        )
+    obstacle = _obstacle(op, requested, device)
+    if obstacle:
+        raise ValueError(obstacle)
     return requested
+
+
+def check(device: torch.device | str) -> None:
+    """ValueError when an op has the implementation that was asked for, but cannot run it on `device`."""
+    for op, requested in _requested.items():
+        obstacle = _obstacle(op, requested, torch.device(device))
+        if obstacle:
+            raise ValueError(obstacle)
 
 
 def load(op: str, implementation: str) -> ModuleType:
@@ -89,11 +103,10 @@ def describe(device: torch.device | str = "cpu") -> str:
     lines = []
     for op, exist in AVAILABLE.items():
         requested = _requested[op]
-        name = (
-            chosen(op, torch.device(device))
-            if requested == "auto" or requested in exist
-            else f"none ({requested} asked)"
-        )
+        try:
+            name = chosen(op, torch.device(device))
+        except ValueError:
+            name = f"none ({requested} asked)"
         lines.append(f"{op:<{width}}  {name}  (exists: {', '.join(exist)}; asked: {requested})")
     return "\n".join(lines)
 
@@ -105,9 +118,22 @@ def _recorded(op: str, device_type: str) -> str:
     return DEFAULTS.get(f"sm_{major}{minor}", {}).get(op, "reference")
 
 
+def _obstacle(op: str, implementation: str, device: torch.device) -> str:
+    """Why an implementation that exists cannot run on the device, in a sentence; empty when it can."""
+    if (op, implementation) in _unusable:
+        return f"{op} cannot run {implementation}: {_unusable[op, implementation]}"
+    if device.type == "cpu" and (op, implementation) in _needs_gpu:
+        hint = "; TRITON_INTERPRET=1 in the environment has Triton's kernels interpreted there, slowly"
+        return f"{op} needs tensors on a GPU to run {implementation}, got them on the CPU" + hint * (
+            implementation == "triton"
+        )
+    return ""
+
+
 def _import(op: str, implementation: str) -> None:
     module = importlib.import_module(f"kernels.{op}.{implementation}")
     _modules[op, implementation] = module
+    _unusable.pop((op, implementation), None)
     # a function that Triton interprets has another type than one that it compiles
     if implementation == "cuda" or any(type(value).__name__ == "JITFunction" for value in vars(module).values()):
         _needs_gpu.add((op, implementation))

@@ -1,6 +1,7 @@
-"""What all tests share: two threads, a cache of their own, GPU tests only where there is a GPU."""
+"""What all tests share: two threads, a cache of their own, GPU tests only where there is a GPU, nvcc's only where it is."""
 
 import os
+import shutil
 
 import pytest
 import torch
@@ -15,9 +16,9 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if gpu:
-        config.hook.pytest_deselected(items=gpu)
-        items[:] = [item for item in items if item not in gpu]
+    present = {"gpu": torch.cuda.is_available(), "nvcc": shutil.which("nvcc") is not None}
+    missing = [marker for marker, is_there in present.items() if not is_there]
+    left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in missing)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

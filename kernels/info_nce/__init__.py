@@ -76,6 +76,10 @@ def cost(queries: int, keys: int, channels: int, element_size: int) -> tuple[Cos
 
 @torch.library.impl("tessera::info_nce_forward", "CompositeExplicitAutograd")
 def _forward(queries, keys, targets, temperature, implementation):
+    if targets.device.type == "cpu" and len(targets):
+        low, high = int(targets.min()), int(targets.max())
+        if low < 0 or high >= len(keys):
+            raise ValueError(f"info_nce needs targets between 0 and {len(keys) - 1}, got {low} to {high}")
     return load("info_nce", implementation).forward(queries, keys, targets, temperature)
 
 

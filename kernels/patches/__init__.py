@@ -4,12 +4,17 @@ B images, H x W pixels, P patch size, N patches asked for. Patch i is row i // (
 
 Why a kernel at all: published code cuts every image into all of its patches, in fp32, to use a quarter (the visible) or
 three quarters (the masked) of them. The pixels of the asked patches must be read once and, for the loss, the
-predictions once; nothing else needs to move. In this form the compiler fuses both ops, so the reference stays plain
-torch and can be traced.
+predictions once; nothing else needs to move. Nothing is saved for backward but the inputs: the statistics of a patch
+come with its pixels, which backward reads anyway.
 
-Every implementation is a module with these two functions and gradients of its own:
-    gather_patches(images, indices, patch_size) -> [B,N,P*P*3]
-    masked_pixel_loss(prediction, images, indices, patch_size, normalise) -> scalar
+The reference is plain torch that the compiler sees through: gather_patches and masked_pixel_loss, with the arguments
+below. Every other implementation is opaque to it, a module with these four functions:
+    gather(images, indices, patch_size) -> [B,N,P*P*3]
+    scatter(rows[B,N,P*P*3], indices, height, width, patch_size, dtype) -> [B,3,H,W]
+        the transpose of gather, and so its gradient: the rows of one patch are summed, pixels that nobody asked for are 0
+    loss_forward(prediction, images, indices, patch_size, normalise) -> fp32 scalar
+    loss_backward(grad_loss, prediction, images, indices, patch_size, normalise, of_pixels) -> [B,N,P*P*3]
+        gradient of prediction in its dtype, or, with of_pixels, of the patches' pixels in fp32
 """
 
 import torch
@@ -17,6 +22,20 @@ from torch import Tensor
 
 from kernels.choice import chosen, load
 from kernels.cost import Cost
+
+torch.library.define(
+    "tessera::gather_patches", "(Tensor images, Tensor indices, int patch_size, str implementation) -> Tensor"
+)
+torch.library.define(
+    "tessera::scatter_patches",
+    "(Tensor rows, Tensor indices, SymInt height, SymInt width, int patch_size, ScalarType dtype, str implementation)"
+    " -> Tensor",
+)
+_LOSS = "Tensor prediction, Tensor images, Tensor indices, int patch_size, bool normalise"
+torch.library.define("tessera::masked_pixel_loss", f"({_LOSS}, str implementation) -> Tensor")
+torch.library.define(
+    "tessera::masked_pixel_loss_backward", f"(Tensor grad_loss, {_LOSS}, bool of_pixels, str implementation) -> Tensor"
+)
 
 
 def gather_patches(images: Tensor, indices: Tensor, patch_size: int) -> Tensor:
@@ -35,7 +54,10 @@ def gather_patches(images: Tensor, indices: Tensor, patch_size: int) -> Tensor:
         ValueError: for a shape, dtype or device that is not the above, or an index out of range.
     """
     _check("gather_patches", images, indices, patch_size)
-    return load("patches", chosen("patches", images.device)).gather_patches(images, indices, patch_size)
+    implementation = chosen("patches", images.device)
+    if implementation == "reference":
+        return load("patches", implementation).gather_patches(images, indices, patch_size)
+    return torch.ops.tessera.gather_patches(images, indices, patch_size, implementation)
 
 
 def masked_pixel_loss(
@@ -68,8 +90,10 @@ def masked_pixel_loss(
             f"masked_pixel_loss needs a floating prediction of shape {list(expected)}, "
             f"got {prediction.dtype} {list(prediction.shape)}"
         )
-    implementation = load("patches", chosen("patches", images.device))
-    return implementation.masked_pixel_loss(prediction, images, indices, patch_size, normalise)
+    implementation = chosen("patches", images.device)
+    if implementation == "reference":
+        return load("patches", implementation).masked_pixel_loss(prediction, images, indices, patch_size, normalise)
+    return torch.ops.tessera.masked_pixel_loss(prediction, images, indices, patch_size, normalise, implementation)
 
 
 def cost(patches: int, patch_size: int, image_size: int, prediction_size: int) -> tuple[Cost, Cost]:
@@ -100,3 +124,88 @@ def _check(op: str, images: Tensor, indices: Tensor, patch_size: int) -> None:
         low, high, patches = int(indices.min()), int(indices.max()), (height // patch_size) * (width // patch_size)
         if low < 0 or high >= patches:
             raise ValueError(f"{op} needs indices between 0 and {patches - 1}, got {low if low < 0 else high}")
+
+
+@torch.library.impl("tessera::gather_patches", "CompositeExplicitAutograd")
+def _gather(images, indices, patch_size, implementation):
+    return load("patches", implementation).gather(images, indices, patch_size)
+
+
+@torch.library.impl("tessera::scatter_patches", "CompositeExplicitAutograd")
+def _scatter(rows, indices, height, width, patch_size, dtype, implementation):
+    return load("patches", implementation).scatter(rows, indices, height, width, patch_size, dtype)
+
+
+@torch.library.impl("tessera::masked_pixel_loss", "CompositeExplicitAutograd")
+def _loss(prediction, images, indices, patch_size, normalise, implementation):
+    return load("patches", implementation).loss_forward(prediction, images, indices, patch_size, normalise)
+
+
+@torch.library.impl("tessera::masked_pixel_loss_backward", "CompositeExplicitAutograd")
+def _loss_backward(grad_loss, prediction, images, indices, patch_size, normalise, of_pixels, implementation):
+    backward = load("patches", implementation).loss_backward
+    return backward(grad_loss, prediction, images, indices, patch_size, normalise, of_pixels)
+
+
+@torch.library.register_fake("tessera::gather_patches")
+def _gather_fake(images, indices, patch_size, implementation):
+    return images.new_empty(*indices.shape, 3 * patch_size**2)
+
+
+@torch.library.register_fake("tessera::scatter_patches")
+def _scatter_fake(rows, indices, height, width, patch_size, dtype, implementation):
+    return rows.new_empty(rows.shape[0], 3, height, width, dtype=dtype)
+
+
+@torch.library.register_fake("tessera::masked_pixel_loss")
+def _loss_fake(prediction, images, indices, patch_size, normalise, implementation):
+    return prediction.new_empty((), dtype=torch.float32)
+
+
+@torch.library.register_fake("tessera::masked_pixel_loss_backward")
+def _loss_backward_fake(grad_loss, prediction, images, indices, patch_size, normalise, of_pixels, implementation):
+    return prediction.new_empty(prediction.shape, dtype=torch.float32 if of_pixels else prediction.dtype)
+
+
+def _save_gather(ctx, inputs, output):
+    images, indices, *ctx.plain = inputs
+    ctx.save_for_backward(indices)
+    ctx.size, ctx.dtype = images.shape[2:], images.dtype
+
+
+def _differentiate_gather(ctx, grad_rows):
+    patch_size, implementation = ctx.plain
+    grad_images = torch.ops.tessera.scatter_patches(
+        grad_rows, *ctx.saved_tensors, *ctx.size, patch_size, ctx.dtype, implementation
+    )
+    return grad_images, None, None, None
+
+
+def _save_loss(ctx, inputs, output):
+    *tensors, patch_size, normalise, implementation = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.plain = patch_size, normalise, implementation
+
+
+def _differentiate_loss(ctx, grad_loss):
+    _, images, indices = ctx.saved_tensors
+    patch_size, normalise, implementation = ctx.plain
+
+    def backward(of_pixels):
+        return torch.ops.tessera.masked_pixel_loss_backward(
+            grad_loss, *ctx.saved_tensors, patch_size, normalise, of_pixels, implementation
+        )
+
+    grad_prediction = grad_images = None
+    if ctx.needs_input_grad[0]:
+        grad_prediction = backward(of_pixels=False)
+    # no recipe asks for it, but the op is differentiable in both
+    if ctx.needs_input_grad[1]:
+        grad_images = torch.ops.tessera.scatter_patches(
+            backward(of_pixels=True), indices, *images.shape[2:], patch_size, images.dtype, implementation
+        )
+    return grad_prediction, grad_images, None, None, None, None
+
+
+torch.library.register_autograd("tessera::gather_patches", _differentiate_gather, setup_context=_save_gather)
+torch.library.register_autograd("tessera::masked_pixel_loss", _differentiate_loss, setup_context=_save_loss)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernels
-from kernels import choice
+from kernels import choice, library
 
 ROOT = Path(__file__).parents[2]
 IMAGES, INDICES = torch.arange(2 * 3 * 8 * 8).float().view(2, 3, 8, 8), torch.tensor([[0, 3], [1, 2]])
@@ -18,16 +18,17 @@ IMAGES, INDICES = torch.arange(2 * 3 * 8 * 8).float().view(2, 3, 8, 8), torch.te
 
 @pytest.fixture
 def a_triton_version(monkeypatch):
-    """As if kernels/patches/triton.py and kernels/info_nce/triton.py were there; both answer 7."""
+    """As if kernels/patches/triton.py and kernels/info_nce/triton.py were all there is; both answer 7."""
     functions = {
-        "patches": {"gather_patches": lambda images, *_: images.sum() * 0 + 7},
+        "patches": {"gather": lambda images, indices, size: images.new_full((*indices.shape, 3 * size**2), 7.0)},
         "info_nce": {"forward": lambda queries, *_: (queries.new_full((), 7.0), queries.new_zeros(len(queries)))},
     }
+    for op in choice.AVAILABLE:
+        monkeypatch.setitem(choice.AVAILABLE, op, ("reference", "triton") if op in functions else ("reference",))
     for op, named in functions.items():
         module = ModuleType(f"kernels.{op}.triton")
         vars(module).update(named)
         monkeypatch.setitem(sys.modules, module.__name__, module)
-        monkeypatch.setitem(choice.AVAILABLE, op, ("reference", "triton"))
     yield
     for op in functions:
         choice._modules.pop((op, "triton"), None)
@@ -53,20 +54,20 @@ def test_what_no_op_has_is_refused_at_once():
 @pytest.mark.usefixtures("a_triton_version")
 def test_what_one_op_lacks_is_told_by_that_op():
     kernels.use("triton")
-    assert kernels.gather_patches(IMAGES, INDICES, 4) == 7
+    assert (kernels.gather_patches(IMAGES, INDICES, 4) == 7).all()
     with pytest.raises(ValueError, match="sinkhorn has no implementation 'triton'; choose from auto, reference"):
         kernels.sinkhorn(torch.zeros(2, 3), 0.1)
     assert "sinkhorn            none (triton asked)" in kernels.describe()
     kernels.use("reference", "sinkhorn")
     assert kernels.sinkhorn(torch.zeros(2, 3), 0.1).shape == (2, 3)
-    assert kernels.gather_patches(IMAGES, INDICES, 4) == 7
+    assert (kernels.gather_patches(IMAGES, INDICES, 4) == 7).all()
 
 
 @pytest.mark.usefixtures("a_triton_version")
 def test_a_compiled_function_follows_the_choice():
     def step(images, queries):
         targets = torch.arange(len(queries))
-        return kernels.gather_patches(images, INDICES, 4).sum() + kernels.info_nce(queries, queries, targets, 1.0)
+        return kernels.gather_patches(images, INDICES, 4).mean() + kernels.info_nce(queries, queries, targets, 1.0)
 
     queries = torch.eye(3)
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
@@ -105,4 +106,29 @@ def test_a_wrong_environment_variable_is_told_by_describe_and_by_the_first_call(
     )
     assert result.stdout.count("none (fast asked)") == len(choice.AVAILABLE)
     assert result.returncode != 0
-    assert "patches has no implementation 'fast'; choose from auto, reference (kernels.use or TESS" in result.stderr
+    names = ", ".join(("auto", *choice.AVAILABLE["patches"]))
+    assert f"patches has no implementation 'fast'; choose from {names} (kernels.use or TESS" in result.stderr
+
+
+def test_what_cannot_run_here_is_told_by_check_and_by_the_call(monkeypatch):
+    monkeypatch.setattr(choice, "_needs_gpu", {("patches", "triton")})
+    kernels.use("triton", "patches")
+    for call in (lambda: kernels.check("cpu"), lambda: kernels.gather_patches(IMAGES, INDICES, 4)):
+        with pytest.raises(ValueError, match="patches needs tensors on a GPU to run triton, .* TRITON_INTERPRET=1"):
+            call()
+    assert "none (triton asked)" in kernels.describe()
+    kernels.check("cuda")
+    kernels.use("auto")
+    kernels.check("cpu")
+
+
+def test_what_was_not_built_does_not_break_the_import(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "LIBRARY", tmp_path / "build" / "libtessera_kernels.so")
+    monkeypatch.delitem(sys.modules, "kernels.packed_attention.cuda", raising=False)
+    before = dict(choice._requested)
+    with pytest.raises(ValueError, match="the CUDA kernels are not built"):
+        kernels.use("cuda")
+    assert choice._requested == before, "a refused choice changes nothing"
+    choice.request("cuda")  # what the environment variable does at import
+    with pytest.raises(ValueError, match="packed_attention cannot run cuda: the CUDA kernels are not built"):
+        kernels.check("cuda")

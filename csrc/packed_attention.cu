@@ -1,0 +1,500 @@
+// Attention inside each sequence of a packed batch, one block per (sequence, head). Bytes, operations and why this
+// exists: kernels/packed_attention/__init__.py.
+//
+// Forward keeps all keys and values of the pair in shared memory; a warp takes 16 queries at a time.
+// Backward divides the accumulators by hand, so that it needs neither atomics nor an fp32 buffer for the gradient of q:
+// first a warp takes 16 keys at a time and runs over the queries (gradients of k and v), then it takes 16 queries and
+// runs over the keys (gradient of q). Scores are formed twice for that. Where two blocks with all of q, k, v, grad_out
+// fit on one multiprocessor, everything is staged once; else k and v replace q and grad_out between the two phases.
+//
+// S sequences, H heads, D head dim. Rows are padded to a multiple of 16, the row count of one mma.
+#include "packed_attention.h"
+
+#include "device.h"
+
+namespace tessera {
+namespace {
+
+constexpr int TILE = 16;
+constexpr int MAX_WARPS = 8;
+constexpr int SLICE = 4;  // tiles of keys whose scores forward holds at once
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float LN_2 = 0.69314718055994530942f;
+
+TESSERA_DEVICE constexpr float infinity() { return __builtin_huge_valf(); }
+
+__host__ __device__ constexpr int tiles_of(int rows) { return (rows + TILE - 1) / TILE; }
+
+TESSERA_DEVICE int lane() { return thread_index() % 32; }
+TESSERA_DEVICE int warp() { return thread_index() / 32; }
+TESSERA_DEVICE int warps() { return blockDim.x / 32; }
+
+// Rows of D 16-bit elements in shared memory, in bytes. Any 8 consecutive rows have the same 16-byte chunk in different
+// bank groups: chunks are permuted by the row number, or, where D does not divide evenly, rows are a chunk longer.
+template <int D>
+struct Rows {
+  static constexpr int PITCH = 2 * (D == 80 ? 88 : D);
+  // Tiles of two tensors and two numbers per row take turns, so that one address serves all of them.
+  static constexpr int SECOND = TILE * PITCH;
+  static constexpr int STATISTICS = 2 * SECOND;
+  static constexpr int GROUP = STATISTICS + 2 * TILE * 4;
+  static constexpr int PERMUTED = D == 80 ? 1 : D % 64 ? 4 : 8;  // chunks that change places among themselves
+
+  TESSERA_DEVICE static uint32_t offset(int row, int chunk) {
+    const int shift = PERMUTED == 8 ? row & 7 : PERMUTED == 4 ? row >> 1 & 3 : 0;
+    return row * PITCH + (chunk ^ shift) * 16;
+  }
+  // From the address of chunk 0 or 1 of a row, that of the chunk 2 * step further. Chunks that change places are
+  // aligned to their sum, so no address has to be kept for a step.
+  TESSERA_DEVICE static uint32_t advance(uint32_t address, int step) {
+    constexpr int STEPS = PERMUTED > 1 ? PERMUTED / 2 : 1;
+    return (address ^ step % STEPS * 32) + step / STEPS * STEPS * 32;
+  }
+  // What lane i names of a tile for load_matrices. Plain, the 16 rows are an A operand; transposed, a B operand whose k
+  // runs over the rows: registers 0, 1 hold columns 0..7, registers 2, 3 columns 8..15.
+  TESSERA_DEVICE static uint32_t across() { return offset(lane() % 16, lane() / 16); }
+  // Plain, a B operand whose k runs along the row: registers 0, 1 hold rows 0..7, registers 2, 3 rows 8..15.
+  TESSERA_DEVICE static uint32_t along() { return offset(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2); }
+};
+
+// One (sequence, head): where it starts, how many tokens it has, and how many of them are keys. A layout that breaks
+// its promise is cut: results are wrong then, but nothing outside the tensors and shared memory is touched.
+struct Pair {
+  int start, head, length, keys;
+  TESSERA_DEVICE explicit Pair(const PackedAttention& a) {
+    const int sequence = blockIdx.x / a.heads;
+    head = blockIdx.x % a.heads;
+    const int tokens = static_cast<int>(a.tokens);
+    start = max(0, min(a.cu_seqlens[sequence], tokens));
+    length = max(0, min(min(a.cu_seqlens[sequence + 1], tokens) - start, a.max_seqlen));
+    keys = a.kv_lengths ? max(0, min(a.kv_lengths[sequence], length)) : length;
+  }
+};
+
+// The block copies `rows` rows to shared memory, and zeros up to a whole tile: 0 times what lay there may be NaN.
+template <int D, class Element>
+TESSERA_DEVICE void stage(uint32_t to, const Element* from, int64_t stride, int rows) {
+  constexpr int CHUNKS = D / 8;
+  for (int i = thread_index(); i < tiles_of(rows) * TILE * CHUNKS; i += blockDim.x) {
+    const int row = i / CHUNKS, chunk = i % CHUNKS;
+    const bool real = row < rows;
+    copy_async(to + row / TILE * Rows<D>::GROUP + Rows<D>::offset(row % TILE, chunk),
+               from + (real ? row : 0) * stride + chunk * 8, real);
+  }
+}
+
+template <class Element>
+TESSERA_DEVICE void zero_rows(Element* to, int64_t stride, int first, int end, int dim) {
+  const int chunks = dim / 8;
+  for (int i = thread_index(); i < (end - first) * chunks; i += blockDim.x)
+    *reinterpret_cast<uint4*>(to + (first + i / chunks) * stride + i % chunks * 8) = uint4{0, 0, 0, 0};
+}
+
+// All of a tile's A operands, from shared memory or straight from global memory, where `rows` rows exist.
+template <int D>
+TESSERA_DEVICE void load_operand(uint32_t (&a)[D / 16][4], uint32_t tile) {
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) load_matrices(a[step], Rows<D>::advance(tile + Rows<D>::across(), step));
+}
+
+template <int D, class Element>
+TESSERA_DEVICE void load_operand(uint32_t (&a)[D / 16][4], const Element* tile, int64_t stride, int rows) {
+  const int g = lane() / 4, t = lane() % 4;
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + i % 2 * 8;
+      const Element* pair = tile + row * stride + step * 16 + i / 2 * 8 + t * 2;
+      a[step][i] = row < rows ? *reinterpret_cast<const uint32_t*>(pair) : 0;
+    }
+}
+
+// c [16 x 16] += a [16 x D] rows [16 x D]^T, where this lane names a row as Rows::along() says
+template <class Element, int D>
+TESSERA_DEVICE void scores(float (&c)[2][4], const uint32_t (&a)[D / 16][4], uint32_t along, int further = 0) {
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    uint32_t b[4];
+    load_matrices(b, Rows<D>::advance(along, step) + further);
+    multiply_add<Element>(c[0], a[step], b[0], b[1]);
+    multiply_add<Element>(c[1], a[step], b[2], b[3]);
+  }
+}
+
+// c [16 x D] += a [16 x 16] rows [16 x D], where this lane names a row as Rows::across() says
+template <class Element, int D>
+TESSERA_DEVICE void accumulate(float (&c)[D / 8][4], const uint32_t (&a)[4], uint32_t across, int further = 0) {
+#pragma unroll
+  for (int step = 0; step < D / 16; ++step) {
+    uint32_t b[4];
+    load_matrices_transposed(b, Rows<D>::advance(across, step) + further);
+    multiply_add<Element>(c[step * 2], a, b[0], b[1]);
+    multiply_add<Element>(c[step * 2 + 1], a, b[2], b[3]);
+  }
+}
+
+// The result of one product, rounded, is the A operand of the next as it lies in the registers.
+template <class Element>
+TESSERA_DEVICE void round_to_operand(uint32_t (&a)[4], const float (&c)[2][4]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) a[i] = pack<Element>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+}
+
+// Lane t of a quad has word t of four chunks, and gets chunk t.
+TESSERA_DEVICE void transpose_in_quad(uint32_t (&word)[4]) {
+#pragma unroll
+  for (int distance = 1; distance < 4; distance *= 2)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (i & distance) continue;
+      const bool upper = lane() & distance;
+      const uint32_t other = shuffle_xor(upper ? word[i] : word[i + distance], distance);
+      if (upper)
+        word[i] = other;
+      else
+        word[i + distance] = other;
+    }
+}
+
+// Writes the first `rows` rows of a tile, times a factor for the upper and one for the lower 8: 64 bytes of a row at
+// once, since half a sector costs as much as a whole one.
+template <int D, class Element>
+TESSERA_DEVICE void store_tile(Element* to, int64_t stride, int rows, const float (&c)[D / 8][4], float upper,
+                               float lower) {
+  const int g = lane() / 4, t = lane() % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float factor = half ? lower : upper;
+    Element* row = to + (g + half * 8) * stride;
+    const bool real = g + half * 8 < rows;
+#pragma unroll
+    for (int first = 0; first < D / 8; first += 4) {
+      uint32_t word[4];
+#pragma unroll
+      for (int i = 0; i < 4 && first + i < D / 8; ++i)
+        word[i] = pack<Element>(c[first + i][half * 2] * factor, c[first + i][half * 2 + 1] * factor);
+      if (first + 4 <= D / 8) {
+        transpose_in_quad(word);
+        if (real) *reinterpret_cast<uint4*>(row + (first + t) * 8) = uint4{word[0], word[1], word[2], word[3]};
+      } else if (real) {
+#pragma unroll
+        for (int i = 0; first + i < D / 8; ++i) *reinterpret_cast<uint32_t*>(row + (first + i) * 8 + t * 2) = word[i];
+      }
+    }
+  }
+}
+
+template <class Element, int D>
+__global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention a) {
+  const Pair pair(a);
+  const int64_t out_stride = int64_t{a.heads} * D;
+  const Element* q = static_cast<const Element*>(a.qkv) + pair.start * a.token_stride + pair.head * a.head_stride;
+  Element* out = static_cast<Element*>(a.out) + pair.start * out_stride + pair.head * D;
+  float* lse = a.lse + pair.head * a.tokens + pair.start;
+  if (pair.keys == 0) {
+    zero_rows(out, out_stride, 0, pair.length, D);
+    for (int i = thread_index(); i < pair.length; i += blockDim.x) lse[i] = -infinity();
+    return;
+  }
+  const uint32_t k_shared = shared_address(dynamic_shared());
+  const uint32_t v_shared = k_shared + Rows<D>::SECOND;
+  const uint32_t along = k_shared + Rows<D>::along(), across = k_shared + Rows<D>::across();
+  stage<D>(k_shared, q + a.part_stride, a.token_stride, pair.keys);
+  stage<D>(v_shared, q + 2 * a.part_stride, a.token_stride, pair.keys);
+
+  const int g = lane() / 4, t = lane() % 4;
+  const float to_log2 = a.scale * LOG2_E;
+  bool staged = false;
+  for (int first = warp() * TILE; first < pair.length || !staged; first += warps() * TILE) {
+    uint32_t q_operand[D / 16][4];
+    load_operand<D>(q_operand, q + first * a.token_stride, a.token_stride, pair.length - first);
+    if (!staged) {
+      // also by a warp that has no queries
+      wait_copies();
+      __syncthreads();
+      staged = true;
+      if (first >= pair.length) break;
+    }
+    float result[D / 8][4] = {};
+    // of rows g and g + 8: largest scaled score so far, in powers of two, and this lane's share of the sum
+    float largest[2] = {-infinity(), -infinity()}, sum[2] = {};
+#pragma unroll 1
+    for (int slice = 0; slice < pair.keys; slice += SLICE * TILE) {
+      float s[SLICE][2][4] = {};
+      float before[2] = {largest[0], largest[1]};
+#pragma unroll
+      for (int i = 0; i < SLICE; ++i) {
+        const int key = slice + i * TILE;
+        if (key >= pair.keys) break;
+        scores<Element, D>(s[i], q_operand, along + key / TILE * Rows<D>::GROUP);
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          float& score = s[i][j / 4][j % 4];
+          score = key + j / 4 * 8 + t * 2 + j % 2 < pair.keys ? score * to_log2 : -infinity();
+          largest[j % 4 / 2] = fmaxf(largest[j % 4 / 2], score);
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        largest[half] = fmaxf(largest[half], shuffle_xor(largest[half], 1));
+        largest[half] = fmaxf(largest[half], shuffle_xor(largest[half], 2));
+        const float shrink = exp2_approximate(before[half] - largest[half]);
+        sum[half] *= shrink;
+#pragma unroll
+        for (int i = 0; i < D / 8; ++i) {
+          result[i][half * 2] *= shrink;
+          result[i][half * 2 + 1] *= shrink;
+        }
+      }
+#pragma unroll
+      for (int i = 0; i < SLICE; ++i) {
+        const int key = slice + i * TILE;
+        if (key >= pair.keys) break;
+#pragma unroll
+        for (int j = 0; j < 8; ++j) {
+          float& p = s[i][j / 4][j % 4];
+          p = exp2_approximate(p - largest[j % 4 / 2]);
+          sum[j % 4 / 2] += p;
+        }
+        uint32_t p_operand[4];
+        round_to_operand<Element>(p_operand, s[i]);
+        accumulate<Element, D>(result, p_operand, across + key / TILE * Rows<D>::GROUP, Rows<D>::SECOND);
+      }
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      sum[half] += shuffle_xor(sum[half], 1);
+      sum[half] += shuffle_xor(sum[half], 2);
+      const int row = first + g + half * 8;
+      if (t == 0 && row < pair.length) lse[row] = (largest[half] + log2f(sum[half])) * LN_2;
+    }
+    store_tile<D>(out + first * out_stride, out_stride, pair.length - first, result, 1 / sum[0], 1 / sum[1]);
+  }
+}
+
+struct Backward : PackedAttention {
+  bool resident;  // q, k, v and grad_out lie in shared memory at once
+};
+
+template <class Element, int D>
+__global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kernel(Backward a) {
+  constexpr int SECOND = Rows<D>::SECOND, GROUP = Rows<D>::GROUP;
+  const Pair pair(a);
+  const int64_t out_stride = int64_t{a.heads} * D, grad_stride = 3 * out_stride;
+  // pointers are formed where they are used: kept through the products, they would not fit in the registers
+  const auto part = [&](int index) {
+    return static_cast<const Element*>(a.qkv) + computed_here(pair.start) * a.token_stride +
+           computed_here(index) * a.part_stride + computed_here(pair.head) * a.head_stride;
+  };
+  const auto grad_out = [&] {
+    return static_cast<const Element*>(a.grad_out) + computed_here(pair.start) * a.grad_token_stride +
+           computed_here(pair.head) * a.grad_head_stride;
+  };
+  const auto grad = [&](int index) {
+    return static_cast<Element*>(a.grad_qkv) + computed_here(pair.start) * grad_stride +
+           computed_here(index) * out_stride + computed_here(pair.head) * D;
+  };
+  zero_rows(grad(1), grad_stride, pair.keys, pair.length, D);
+  zero_rows(grad(2), grad_stride, pair.keys, pair.length, D);
+  if (pair.keys == 0) {
+    zero_rows(grad(0), grad_stride, 0, pair.length, D);
+    return;
+  }
+
+  const int tiles = tiles_of(pair.length);
+  const uint32_t q_shared = shared_address(dynamic_shared());
+  const uint32_t k_shared = a.resident ? q_shared + tiles * GROUP : q_shared;
+  // per tile of queries: 16 log-sum-exps in powers of two, then 16 dot products of out and grad_out, negative
+  const uint32_t statistics = q_shared + Rows<D>::STATISTICS;
+  stage<D>(q_shared, part(0), a.token_stride, pair.length);
+  stage<D>(q_shared + SECOND, grad_out(), a.grad_token_stride, pair.length);
+  if (a.resident) {
+    stage<D>(k_shared, part(1), a.token_stride, pair.keys);
+    stage<D>(k_shared + SECOND, part(2), a.token_stride, pair.keys);
+  }
+
+  const Element* out = static_cast<const Element*>(a.out) + pair.start * out_stride + pair.head * D;
+  const float* lse = a.lse + pair.head * a.tokens + pair.start;
+  for (int first = warp() * 8; first < tiles * TILE; first += warps() * 8) {
+    const int row = first + lane() / 4, t = lane() % 4;
+    const bool real = row < pair.length;
+    float sum = 0;
+    for (int chunk = t; chunk < D / 8 && real; chunk += 4) {
+      const uint4 o = *reinterpret_cast<const uint4*>(out + row * out_stride + chunk * 8);
+      const uint4 grad_o = *reinterpret_cast<const uint4*>(grad_out() + row * a.grad_token_stride + chunk * 8);
+      const uint32_t o_words[] = {o.x, o.y, o.z, o.w}, grad_words[] = {grad_o.x, grad_o.y, grad_o.z, grad_o.w};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 x = unpack<Element>(o_words[i]), y = unpack<Element>(grad_words[i]);
+        sum += x.x * y.x + x.y * y.y;
+      }
+    }
+    sum += shuffle_xor(sum, 1);
+    sum += shuffle_xor(sum, 2);
+    if (t == 0) {
+      const uint32_t to = statistics + row / TILE * GROUP + row % TILE * 4;
+      // a row of padding has no probability anywhere
+      store_shared(to, real ? lse[row] * LOG2_E : infinity());
+      store_shared(to + TILE * 4, -sum);
+    }
+  }
+  wait_copies();
+  __syncthreads();
+
+  const float to_log2 = a.scale * LOG2_E;
+#pragma unroll 1
+  for (int first = warp() * TILE; first < pair.keys; first += warps() * TILE) {
+    uint32_t k_operand[D / 16][4], v_operand[D / 16][4];
+    if (a.resident) {
+      load_operand<D>(k_operand, k_shared + first / TILE * GROUP);
+      load_operand<D>(v_operand, k_shared + SECOND + first / TILE * GROUP);
+    } else {
+      load_operand<D>(k_operand, part(1) + first * a.token_stride, a.token_stride, pair.keys - first);
+      load_operand<D>(v_operand, part(2) + first * a.token_stride, a.token_stride, pair.keys - first);
+    }
+    uint32_t along = q_shared + Rows<D>::along(), across = q_shared + Rows<D>::across();
+    uint32_t column = statistics + lane() % 4 * 8;
+    float k_result[D / 8][4] = {}, v_result[D / 8][4] = {};
+#pragma unroll 1
+    for (int tile = 0; tile < tiles; ++tile) {
+      // all transposed: rows are keys, columns are queries
+      float p[2][4] = {}, ds[2][4];
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float2 minus_delta = load_shared<float2>(column + TILE * 4 + j * 32);
+        ds[j][0] = ds[j][2] = minus_delta.x;
+        ds[j][1] = ds[j][3] = minus_delta.y;
+      }
+      scores<Element, D>(p, k_operand, along);
+      scores<Element, D>(ds, v_operand, along, SECOND);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float2 lse_2 = load_shared<float2>(column + j * 32);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          p[j][i] = exp2_approximate(p[j][i] * to_log2 - (i % 2 ? lse_2.y : lse_2.x));
+          ds[j][i] *= p[j][i];
+        }
+      }
+      uint32_t operand[4];
+      round_to_operand<Element>(operand, p);
+      accumulate<Element, D>(v_result, operand, across, SECOND);
+      round_to_operand<Element>(operand, ds);
+      accumulate<Element, D>(k_result, operand, across);
+      along += GROUP;
+      across += GROUP;
+      column += GROUP;
+    }
+    store_tile<D>(grad(1) + first * grad_stride, grad_stride, pair.keys - first, k_result, a.scale, a.scale);
+    store_tile<D>(grad(2) + first * grad_stride, grad_stride, pair.keys - first, v_result, 1, 1);
+  }
+
+  if (!a.resident) {
+    __syncthreads();
+    stage<D>(k_shared, part(1), a.token_stride, pair.keys);
+    stage<D>(k_shared + SECOND, part(2), a.token_stride, pair.keys);
+    wait_copies();
+    __syncthreads();
+  }
+
+#pragma unroll 1
+  for (int first = warp() * TILE; first < pair.length; first += warps() * TILE) {
+    uint32_t q_operand[D / 16][4], grad_out_operand[D / 16][4];
+    if (a.resident) {
+      load_operand<D>(q_operand, q_shared + first / TILE * GROUP);
+      load_operand<D>(grad_out_operand, q_shared + SECOND + first / TILE * GROUP);
+    } else {
+      load_operand<D>(q_operand, part(0) + first * a.token_stride, a.token_stride, pair.length - first);
+      load_operand<D>(grad_out_operand, grad_out() + first * a.grad_token_stride, a.grad_token_stride,
+                      pair.length - first);
+    }
+    const int t = lane() % 4;
+    float lse_row[2], minus_delta_row[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t row = statistics + first / TILE * GROUP + (lane() / 4 + half * 8) * 4;
+      lse_row[half] = load_shared<float>(row);
+      minus_delta_row[half] = load_shared<float>(row + TILE * 4);
+    }
+    uint32_t along = k_shared + Rows<D>::along(), across = k_shared + Rows<D>::across();
+    float q_result[D / 8][4] = {};
+#pragma unroll 1
+    for (int key = 0; key < pair.keys; key += TILE) {
+      float p[2][4] = {}, ds[2][4];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) ds[j / 4][j % 4] = minus_delta_row[j % 4 / 2];
+      scores<Element, D>(p, q_operand, along);
+      scores<Element, D>(ds, grad_out_operand, along, SECOND);
+#pragma unroll
+      for (int j = 0; j < 8; ++j) {
+        const float exponent = p[j / 4][j % 4] * to_log2 - lse_row[j % 4 / 2];
+        const bool real = key + j / 4 * 8 + t * 2 + j % 2 < pair.keys;
+        ds[j / 4][j % 4] = real ? exp2_approximate(exponent) * ds[j / 4][j % 4] : 0;
+      }
+      uint32_t operand[4];
+      round_to_operand<Element>(operand, ds);
+      accumulate<Element, D>(q_result, operand, across);
+      along += GROUP;
+      across += GROUP;
+    }
+    store_tile<D>(grad(0) + first * grad_stride, grad_stride, pair.length - first, q_result, a.scale, a.scale);
+  }
+}
+
+// As many warps as there are tiles, or so many that all have the same number of tiles but for one.
+int threads_for(int max_seqlen) {
+  const int tiles = tiles_of(max_seqlen);
+  const int rounds = (tiles + MAX_WARPS - 1) / MAX_WARPS;
+  return (tiles + rounds - 1) / rounds * 32;
+}
+
+template <int D, class Element>
+const char* run_forward(const PackedAttention& a, void* stream) {
+  const int shared = tiles_of(a.max_seqlen) * Rows<D>::GROUP;
+  return launch(forward_kernel<Element, D>, int64_t{a.sequences} * a.heads, threads_for(a.max_seqlen), shared, stream,
+                a);
+}
+
+template <int D, class Element>
+const char* run_backward(const PackedAttention& a, void* stream) {
+  constexpr int RESERVED = 1024;  // what the system takes of every block's share
+  const int shared = tiles_of(a.max_seqlen) * Rows<D>::GROUP;
+  const bool resident = 2 * (2 * shared + RESERVED) <= shared_per_multiprocessor();
+  return launch(backward_kernel<Element, D>, int64_t{a.sequences} * a.heads, threads_for(a.max_seqlen),
+                resident ? 2 * shared : shared, stream, Backward{a, resident});
+}
+
+template <class Element>
+const char* dispatch(const PackedAttention& a, void* stream, bool backward) {
+  switch (a.head_dim) {
+#define CASE(D) \
+  case D:       \
+    return backward ? run_backward<D, Element>(a, stream) : run_forward<D, Element>(a, stream);
+    CASE(32)
+    CASE(64)
+    CASE(80)
+    CASE(96)
+    CASE(128)
+#undef CASE
+  }
+  return "no such head dim";
+}
+
+const char* check_and_dispatch(const PackedAttention& a, void* stream, bool backward) {
+  if (a.max_seqlen > MAX_LENGTH) return "sequences are longer than these kernels take";
+  if (a.max_seqlen <= 0 || a.sequences == 0 || a.heads == 0) return nullptr;
+  return a.bfloat16 ? dispatch<BFloat16>(a, stream, backward) : dispatch<Float16>(a, stream, backward);
+}
+
+}  // namespace
+
+const char* packed_attention_forward(const PackedAttention& a, void* stream) {
+  return check_and_dispatch(a, stream, false);
+}
+
+const char* packed_attention_backward(const PackedAttention& a, void* stream) {
+  return check_and_dispatch(a, stream, true);
+}
+
+}  // namespace tessera

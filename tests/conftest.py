@@ -1,4 +1,4 @@
-"""What all tests share: two threads, a cache of their own, GPU tests only where there is a GPU, nvcc's only where it is."""
+"""What all tests share: a core each, a cache of their own, GPU tests only where there is a GPU, nvcc's only where it is."""
 
 import os
 import shutil
@@ -6,7 +6,8 @@ import shutil
 import pytest
 import torch
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+# two workers share the cores
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
 
 
 @pytest.fixture(scope="session", autouse=True)

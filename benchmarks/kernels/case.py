@@ -1,7 +1,7 @@
 """What the kernel benchmarks share: the machine at hand, and a case, one op at one shape in all its forms.
 
 `bench_OP.py` lists the cases of an op. `python -m benchmarks.gpu` times them all and writes a record; at a desk,
-`python -m pytest benchmarks/kernels --benchmark-only` hands them to pytest-benchmark.
+`python -m pytest -n 0 benchmarks/kernels --benchmark-only` hands them to pytest-benchmark.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

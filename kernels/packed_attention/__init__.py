@@ -13,7 +13,9 @@ Every implementation is a module with these two functions, which lets Triton and
 lse is the log-sum-exp of a query's scaled scores, in fp64 for fp64 input, else fp32; -inf where a query has no key.
 """
 
+import os
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -39,7 +41,8 @@ def packed_attention(
     Args:
         qkv: [T, 3, H, D], fp16, bf16, fp32 or fp64; D one of 32, 64, 80, 96, 128. Any strides.
         cu_seqlens: int32 [S+1] on the same device, from 0 to T, not decreasing; sequence s is rows cu_seqlens[s] to
-            cu_seqlens[s+1]. The CPU checks the values; a GPU trusts them.
+            cu_seqlens[s+1]. The values are checked on the CPU, and with TESSERA_DEBUG=1 in the environment on a GPU
+            as well, which makes it wait; otherwise a GPU trusts them.
         max_seqlen: length of the longest sequence.
         kv_lengths: int32 [S]; only the first kv_lengths[s] tokens of sequence s are keys, so the masked tokens that
             follow the visible ones ask and are never asked. None: all are. A sequence without keys gives zeros.
@@ -95,13 +98,35 @@ def _check_int32(name: str, value: Tensor, device: torch.device) -> None:
         )
 
 
+def _check_values(
+    tokens: int, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None, implementation: str
+) -> None:
+    on_cpu = cu_seqlens.device.type == "cpu"
+    # the reference reads the values itself there
+    if (on_cpu and implementation == "reference") or not (on_cpu or os.environ.get("TESSERA_DEBUG") == "1"):
+        return
+    starts = cu_seqlens.tolist()
+    lengths = [end - start for start, end in pairwise(starts)]
+    if starts[0] != 0 or starts[-1] != tokens or any(not 0 <= length <= max_seqlen for length in lengths):
+        raise ValueError(
+            f"cu_seqlens must rise from 0 to the {tokens} tokens in steps of at most max_seqlen = {max_seqlen}, "
+            f"got {starts[0]} to {starts[-1]} in steps of {min(lengths, default=0)} to {max(lengths, default=0)}"
+        )
+    keys = lengths if kv_lengths is None else kv_lengths.tolist()
+    for length, key in zip(lengths, keys, strict=True):
+        if not 0 <= key <= length:
+            raise ValueError(f"kv_lengths must lie between 0 and the length, got {key} for a sequence of {length}")
+
+
 @torch.library.impl("tessera::packed_attention_forward", "CompositeExplicitAutograd")
 def _forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale, implementation):
+    _check_values(len(qkv), cu_seqlens, max_seqlen, kv_lengths, implementation)
     return load("packed_attention", implementation).forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale)
 
 
 @torch.library.impl("tessera::packed_attention_backward", "CompositeExplicitAutograd")
 def _backward(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, kv_lengths, scale, implementation):
+    _check_values(len(qkv), cu_seqlens, max_seqlen, kv_lengths, implementation)
     backward = load("packed_attention", implementation).backward
     return backward(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, kv_lengths, scale)
 

@@ -114,7 +114,7 @@ def test_what_cannot_run_here_is_told_by_check_and_by_the_call(monkeypatch):
     monkeypatch.setattr(choice, "_needs_gpu", {("patches", "triton")})
     kernels.use("triton", "patches")
     for call in (lambda: kernels.check("cpu"), lambda: kernels.gather_patches(IMAGES, INDICES, 4)):
-        with pytest.raises(ValueError, match="patches needs tensors on a GPU to run triton, .* TRITON_INTERPRET=1"):
+        with pytest.raises(ValueError, match=r"patches needs tensors on a GPU to run triton, .* TRITON_INTERPRET=1"):
             call()
     assert "none (triton asked)" in kernels.describe()
     kernels.check("cuda")

@@ -1,10 +1,22 @@
 """What all tests share: a core each, a cache of their own, GPU tests only where there is a GPU, nvcc's only where it is."""
 
+import importlib
 import os
 import shutil
 
 import pytest
 import torch
+
+from kernels.choice import AVAILABLE
+
+# Where no GPU is, Triton's kernels are interpreted, on CPU tensors. That is settled when a function is defined, Triton's
+# own library included, so it comes before anything else that brings Triton in.
+with pytest.MonkeyPatch.context() as patch:
+    if not torch.cuda.is_available():
+        patch.setenv("TRITON_INTERPRET", "1")
+    for op, exist in AVAILABLE.items():
+        if "triton" in exist:
+            importlib.import_module(f"kernels.{op}.triton")
 
 # two workers share the cores
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))

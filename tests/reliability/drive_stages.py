@@ -1,6 +1,6 @@
 """Runs a few steps of every stage of the main job in a process of its own, for the tests beside it.
 
-    python drive_stages.py OUT --first A --last B [--load FOLDER] [--compile] [--controls] [--poison]
+    python drive_stages.py OUT --first A --last B [--load FOLDER] [--compile] [--controls] [--poison] [FLAG OF THE MAIN JOB ...]
 
 Saves, per stage, the state at step B and a record of what each step saw and lost. With --load the state of step A is read
 first. With --controls the same steps run again and again, each time with one saved part left out. Compiled, a stage that
@@ -26,8 +26,8 @@ SMALL = (
 ).split()
 
 
-def parts_of(compiles: bool) -> train.Parts:
-    plan = config.parse([*SMALL, "--threads", "1", *(["--compile"] if compiles else [])])
+def parts_of(flags: list[str]) -> train.Parts:
+    plan = config.parse([*SMALL, "--threads", "1", *flags])
     parts = train.prepare(plan, dist.start("cpu"))
     spaced = torch.linspace(0, len(parts.train_images) - 1, IMAGES).long()
     parts.train_images = probe.subset(parts.train_images, spaced)
@@ -89,9 +89,9 @@ def main() -> None:
     parser.add_argument("--load", type=Path)
     for flag in ("compile", "controls", "poison"):
         parser.add_argument(f"--{flag}", action="store_true")
-    chosen = parser.parse_args()
+    chosen, flags = parser.parse_known_args()
     torch.set_num_threads(1)
-    parts = parts_of(chosen.compile)
+    parts = parts_of([*flags, *(["--compile"] if chosen.compile else [])])
     for stage in parts.stages:
         if chosen.load is None:
             state = fresh(parts, stage.index)

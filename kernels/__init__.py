@@ -8,6 +8,7 @@ from kernels.nearest_neighbours import nearest_neighbours
 from kernels.packed_attention import packed_attention
 from kernels.patches import gather_patches, masked_pixel_loss
 from kernels.sinkhorn import sinkhorn, sinkhorn_cross_entropy
+from kernels.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
     "check",
@@ -19,6 +20,7 @@ __all__ = [
     "packed_attention",
     "sinkhorn",
     "sinkhorn_cross_entropy",
+    "soft_cross_entropy",
     "use",
 ]
 

@@ -16,6 +16,7 @@ loss and lse are fp64 for fp64 input, else fp32.
 import torch
 from torch import Tensor
 
+from kernels.checks import DTYPES, check_range
 from kernels.choice import chosen, load
 from kernels.cost import Cost
 
@@ -38,21 +39,27 @@ def info_nce(queries: Tensor, keys: Tensor, targets: Tensor, temperature: float)
     Args:
         queries: [B, C], fp16, bf16, fp32 or fp64, used as they are (normalise them for a cosine).
         keys: [M, C] in the dtype of queries.
-        targets: int64 [B], the key that belongs to each query, in [0, M). The CPU checks the values; a GPU trusts them.
+        targets: int64 [B], the key that belongs to each query, in [0, M). The values are checked on the CPU, and with
+            TESSERA_DEBUG=1 in the environment on a GPU as well, which is waited for; otherwise a GPU trusts them.
         temperature: a positive number.
 
     Returns:
         Scalar, fp64 for fp64 input, else fp32; 0 for no queries. Differentiable in queries and keys, once.
 
     Raises:
-        ValueError: for a shape, dtype, device or temperature that is not the above.
+        ValueError: for a shape, dtype, device, target or temperature that is not the above.
     """
     if queries.ndim != 2 or keys.ndim != 2 or queries.shape[1] != keys.shape[1]:
         raise ValueError(
             f"info_nce needs queries [B, C] and keys [M, C], got {list(queries.shape)} and {list(keys.shape)}"
         )
-    if queries.dtype != keys.dtype or not queries.is_floating_point():
-        raise ValueError(f"info_nce needs queries and keys of one floating dtype, got {queries.dtype} and {keys.dtype}")
+    if queries.dtype != keys.dtype or queries.dtype not in DTYPES:
+        raise ValueError(
+            "info_nce needs queries and keys in one of float16, bfloat16, float32 and float64, "
+            f"got {queries.dtype} and {keys.dtype}"
+        )
+    if queries.shape[0] and not keys.shape[0]:
+        raise ValueError(f"info_nce needs keys that targets can name, got none for {queries.shape[0]} queries")
     if targets.shape != queries.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
             f"info_nce needs targets as int64 [{queries.shape[0]}], got {targets.dtype} {list(targets.shape)}"
@@ -76,10 +83,7 @@ def cost(queries: int, keys: int, channels: int, element_size: int) -> tuple[Cos
 
 @torch.library.impl("tessera::info_nce_forward", "CompositeExplicitAutograd")
 def _forward(queries, keys, targets, temperature, implementation):
-    if targets.device.type == "cpu" and len(targets):
-        low, high = int(targets.min()), int(targets.max())
-        if low < 0 or high >= len(keys):
-            raise ValueError(f"info_nce needs targets between 0 and {len(keys) - 1}, got {low} to {high}")
+    check_range("info_nce", "targets", targets, len(keys))
     return load("info_nce", implementation).forward(queries, keys, targets, temperature)
 
 

@@ -14,6 +14,7 @@ similarity is fp64 for fp64 input, else fp32.
 import torch
 from torch import Tensor
 
+from kernels.checks import DTYPES
 from kernels.choice import chosen, load
 from kernels.cost import Cost
 
@@ -33,9 +34,9 @@ def nearest_neighbours(
         queries: [B, C], fp16, bf16, fp32 or fp64, used as they are (normalise them for a cosine).
         keys: [M, C] in the dtype of queries.
         k: how many, at least 1; more than M is allowed.
-        query_ids: int64 [B], with key_ids or not at all.
-        key_ids: int64 [M]: keys whose id equals the query's are skipped, such as
-            other views of the same image in a queue.
+        query_ids: int64 [B], any numbers; with key_ids or not at all.
+        key_ids: int64 [M]: keys whose id equals the query's are skipped, such as other views of the same image in a
+            queue.
 
     Returns:
         similarity [B, k], fp64 for fp64 input, else fp32, and index int64 [B, k] into keys. Where fewer than k keys
@@ -49,9 +50,9 @@ def nearest_neighbours(
         raise ValueError(
             f"nearest_neighbours needs queries [B, C] and keys [M, C], got {list(queries.shape)} and {list(keys.shape)}"
         )
-    if queries.dtype != keys.dtype or not queries.is_floating_point() or queries.device != keys.device:
+    if queries.dtype != keys.dtype or queries.dtype not in DTYPES or queries.device != keys.device:
         raise ValueError(
-            "nearest_neighbours needs queries and keys of one floating dtype on one device, "
+            "nearest_neighbours needs queries and keys in one of float16, bfloat16, float32 and float64 on one device, "
             f"got {queries.dtype} on {queries.device} and {keys.dtype} on {keys.device}"
         )
     if k < 1:

@@ -13,18 +13,17 @@ Every implementation is a module with these two functions, which lets Triton and
 lse is the log-sum-exp of a query's scaled scores, in fp64 for fp64 input, else fp32; -inf where a query has no key.
 """
 
-import os
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from kernels.checks import DTYPES, checks_values
 from kernels.choice import chosen, load
 from kernels.cost import Cost
+from kernels.packed_attention import layout
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 _LAYOUT = "Tensor cu_seqlens, SymInt max_seqlen, Tensor? kv_lengths, float scale, str implementation"
 torch.library.define("tessera::packed_attention_forward", f"(Tensor qkv, {_LAYOUT}) -> (Tensor, Tensor)")
@@ -41,8 +40,8 @@ def packed_attention(
     Args:
         qkv: [T, 3, H, D], fp16, bf16, fp32 or fp64; D one of 32, 64, 80, 96, 128. Any strides.
         cu_seqlens: int32 [S+1] on the same device, from 0 to T, not decreasing; sequence s is rows cu_seqlens[s] to
-            cu_seqlens[s+1]. The values are checked on the CPU, and with TESSERA_DEBUG=1 in the environment on a GPU
-            as well, which makes it wait; otherwise a GPU trusts them.
+            cu_seqlens[s+1]. The values of it and of kv_lengths are checked on the CPU, and with TESSERA_DEBUG=1 in the
+            environment on a GPU as well, which is waited for; otherwise a GPU trusts them.
         max_seqlen: length of the longest sequence.
         kv_lengths: int32 [S]; only the first kv_lengths[s] tokens of sequence s are keys, so the masked tokens that
             follow the visible ones ask and are never asked. None: all are. A sequence without keys gives zeros.
@@ -58,9 +57,10 @@ def packed_attention(
     if qkv.ndim != 4 or qkv.shape[1] != 3:
         raise ValueError(f"packed_attention needs qkv of shape [tokens, 3, heads, head dim], got {list(qkv.shape)}")
     if qkv.shape[3] not in HEAD_DIMS:
-        raise ValueError(f"packed_attention has head dims {', '.join(map(str, HEAD_DIMS))}, got {qkv.shape[3]}")
+        dims = ", ".join(map(str, HEAD_DIMS))
+        raise ValueError(f"packed_attention needs qkv with a head dim of {dims}, got {qkv.shape[3]}")
     if qkv.dtype not in DTYPES:
-        raise ValueError(f"packed_attention takes float16, bfloat16, float32 or float64, got {qkv.dtype}")
+        raise ValueError(f"packed_attention needs qkv in float16, bfloat16, float32 or float64, got {qkv.dtype}")
     _check_int32("cu_seqlens", cu_seqlens, qkv.device)
     if cu_seqlens.shape[0] < 1:
         raise ValueError("packed_attention needs cu_seqlens of at least one element, got none")
@@ -68,7 +68,12 @@ def packed_attention(
         _check_int32("kv_lengths", kv_lengths, qkv.device)
         sequences, given = cu_seqlens.shape[0] - 1, kv_lengths.shape[0]
         if given != sequences:
-            raise ValueError(f"packed_attention needs one kv_length per sequence, got {given} for {sequences}")
+            raise ValueError(
+                f"packed_attention needs one entry of kv_lengths per sequence, got {given} for {sequences}"
+            )
+        kv_lengths = kv_lengths.contiguous()
+    # kernels step through both one int32 at a time
+    cu_seqlens = cu_seqlens.contiguous()
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     implementation = chosen("packed_attention", qkv.device)
     return torch.ops.tessera.packed_attention_forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale, implementation)[0]
@@ -98,35 +103,18 @@ def _check_int32(name: str, value: Tensor, device: torch.device) -> None:
         )
 
 
-def _check_values(
-    tokens: int, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None, implementation: str
-) -> None:
-    on_cpu = cu_seqlens.device.type == "cpu"
-    # the reference reads the values itself there
-    if (on_cpu and implementation == "reference") or not (on_cpu or os.environ.get("TESSERA_DEBUG") == "1"):
-        return
-    starts = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(starts)]
-    if starts[0] != 0 or starts[-1] != tokens or any(not 0 <= length <= max_seqlen for length in lengths):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the {tokens} tokens in steps of at most max_seqlen = {max_seqlen}, "
-            f"got {starts[0]} to {starts[-1]} in steps of {min(lengths, default=0)} to {max(lengths, default=0)}"
-        )
-    keys = lengths if kv_lengths is None else kv_lengths.tolist()
-    for length, key in zip(lengths, keys, strict=True):
-        if not 0 <= key <= length:
-            raise ValueError(f"kv_lengths must lie between 0 and the length, got {key} for a sequence of {length}")
-
-
 @torch.library.impl("tessera::packed_attention_forward", "CompositeExplicitAutograd")
 def _forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale, implementation):
-    _check_values(len(qkv), cu_seqlens, max_seqlen, kv_lengths, implementation)
+    on_cpu = cu_seqlens.device.type == "cpu"
+    # on the CPU the reference reads the layout itself
+    if checks_values(cu_seqlens.device) and not (on_cpu and implementation == "reference"):
+        layout.read(len(qkv), cu_seqlens, max_seqlen, kv_lengths)
     return load("packed_attention", implementation).forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale)
 
 
 @torch.library.impl("tessera::packed_attention_backward", "CompositeExplicitAutograd")
 def _backward(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, kv_lengths, scale, implementation):
-    _check_values(len(qkv), cu_seqlens, max_seqlen, kv_lengths, implementation)
+    # forward has checked the layout, and autograd hands back no tensor that was written to since
     backward = load("packed_attention", implementation).backward
     return backward(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, kv_lengths, scale)
 

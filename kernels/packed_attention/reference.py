@@ -1,6 +1,7 @@
 """Packed attention in plain torch: sequences of equal shape share one batched attention, so nothing is padded.
 
-CPU: aten's flash attention, forward and backward, per group of sequences with equal length and number of keys.
+CPU: aten's flash attention, forward and backward, per group of sequences with equal length and number of keys; up to 64
+tokens the formula written out, which takes half to nine tenths of its time there.
 CUDA, 16 bit, from sm_80: aten's variable-length flash attention over the whole batch, without a host sync.
 Elsewhere: the formula written out, on the same groups; scores are formed again in backward, never kept. Grouping reads
 the layout on the host, which syncs a GPU, unless the shapes tell that all sequences are equally long and all tokens are
@@ -9,13 +10,15 @@ keys.
 T tokens, S sequences of one group, L their length, K their keys, H heads, D head dim.
 """
 
-from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kernels.packed_attention import layout
+
 _aten = torch.ops.aten
+_SHORT = 64  # tokens up to which a CPU is faster with the formula written out
 
 
 class _Group(NamedTuple):
@@ -39,7 +42,7 @@ def forward(
     qkv_T3HD = _last_dim_contiguous(qkv_T3HD)
     if tokens and _has_gpu_flash(qkv_T3HD):
         return _gpu_flash_forward(qkv_T3HD, cu_seqlens, max_seqlen, kv_lengths, scale)
-    attend = _cpu_flash_forward if qkv_T3HD.device.type == "cpu" else _plain_forward
+    on_cpu = qkv_T3HD.device.type == "cpu"
     out_THD = qkv_T3HD.new_empty(tokens, heads, dim)
     lse_HT = qkv_T3HD.new_empty(heads, tokens, dtype=_wide(qkv_T3HD.dtype))
     for group in _groups(tokens, cu_seqlens, max_seqlen, kv_lengths):
@@ -48,6 +51,7 @@ def forward(
             lse_HT[:, group.rows] = -torch.inf
             continue
         q, k, v = group.unpack(qkv_T3HD).permute(2, 0, 3, 1, 4)
+        attend = _cpu_flash_forward if on_cpu and group.length > _SHORT else _plain_forward
         out_SHLD, lse_SHL = attend(q, k[:, :, : group.keys], v[:, :, : group.keys], scale)
         out_rows, lse_rows = out_SHLD.transpose(1, 2).flatten(0, 1), lse_SHL.transpose(0, 1).flatten(1)
         if len(out_rows) == tokens and isinstance(group.rows, slice):
@@ -72,7 +76,7 @@ def backward(
     qkv_T3HD, grad_out_THD = _last_dim_contiguous(qkv_T3HD), _last_dim_contiguous(grad_out_THD)
     if tokens and _has_gpu_flash(qkv_T3HD):
         return _gpu_flash_backward(grad_out_THD, qkv_T3HD, out_THD, lse_HT, cu_seqlens, max_seqlen, kv_lengths, scale)
-    attend = _cpu_flash_backward if qkv_T3HD.device.type == "cpu" else _plain_backward
+    on_cpu = qkv_T3HD.device.type == "cpu"
     grad_T3HD = qkv_T3HD.new_empty(qkv_T3HD.shape)
     for group in _groups(tokens, cu_seqlens, max_seqlen, kv_lengths):
         if group.keys == 0:
@@ -83,9 +87,10 @@ def backward(
         q, k, v = group.unpack(qkv_T3HD).permute(2, 0, 3, 1, 4)
         grad_out, out = (group.unpack(x).transpose(1, 2) for x in (grad_out_THD, out_THD))
         lse = lse_HT[:, group.rows].unflatten(1, (group.sequences, group.length)).transpose(0, 1)
+        attend = _cpu_flash_backward if on_cpu and group.length > _SHORT else _plain_backward
         grads = attend(grad_out, q, k[:, :, : group.keys], v[:, :, : group.keys], out, lse, scale)
         if in_place and group.keys == group.length and group.sequences * group.length == tokens:
-            return torch.stack(grads, 2).permute(0, 3, 2, 1, 4).flatten(0, 1)
+            return torch.stack([grad.transpose(1, 2) for grad in grads], 2).flatten(0, 1)
         for target, grad in zip(grad_SL3HD.permute(2, 0, 3, 1, 4), grads, strict=True):
             rows = grad.shape[2]
             target[:, :, :rows] = grad
@@ -102,27 +107,17 @@ def _groups(tokens: int, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor
         on_cpu = cu_seqlens.device.type == "cpu"
         if not on_cpu or torch.equal(cu_seqlens, torch.arange(0, tokens + 1, max_seqlen, dtype=torch.int32)):
             return [_Group(slice(0, tokens), sequences, max_seqlen, max_seqlen)]
-    starts = cu_seqlens.tolist()
-    lengths = [end - start for start, end in pairwise(starts)]
-    if starts[0] != 0 or starts[-1] != tokens or any(not 0 <= length <= max_seqlen for length in lengths):
-        raise ValueError(
-            f"cu_seqlens must rise from 0 to the {tokens} tokens in steps of at most max_seqlen = {max_seqlen}, "
-            f"got {starts[0]} to {starts[-1]} in steps of {min(lengths, default=0)} to {max(lengths, default=0)}"
-        )
-    keys = lengths if kv_lengths is None else kv_lengths.tolist()
     members: dict[tuple[int, int], list[int]] = {}
-    for start, length, key in zip(starts[:-1], lengths, keys, strict=True):
-        if not 0 <= key <= length:
-            raise ValueError(f"kv_lengths must lie between 0 and the length, got {key} for a sequence of {length}")
+    for start, length, keys in layout.read(tokens, cu_seqlens, max_seqlen, kv_lengths):
         if length:
-            members.setdefault((length, key), []).append(start)
+            members.setdefault((length, keys), []).append(start)
     groups = []
-    for (length, key), first in members.items():
+    for (length, keys), first in members.items():
         rows: slice | Tensor = slice(first[0], first[0] + length * len(first))
         if first[-1] + length != rows.stop:
             index = torch.tensor(first).unsqueeze(1) + torch.arange(length)
             rows = index.flatten().to(cu_seqlens.device)
-        groups.append(_Group(rows, len(first), length, key))
+        groups.append(_Group(rows, len(first), length, keys))
     return groups
 
 
@@ -138,16 +133,19 @@ def _cpu_flash_backward(grad_out, q, k, v, out, lse, scale):
 
 def _plain_forward(q_SHLD, k_SHKD, v_SHKD, scale):
     q, k, v = (x.to(_wide(x.dtype)) for x in (q_SHLD, k_SHKD, v_SHKD))
-    scores_SHLK = q @ k.mT * scale
-    lse_SHL = scores_SHLK.logsumexp(-1)
-    return ((scores_SHLK - lse_SHL[..., None]).exp_() @ v).to(q_SHLD.dtype), lse_SHL
+    scores_SHLK = (q * scale) @ k.mT
+    p_SHLK = scores_SHLK.softmax(-1)
+    # the largest probability is exp(its score - lse), so the sum need not be formed a second time
+    lse_SHL = scores_SHLK.amax(-1) - p_SHLK.amax(-1).log_()
+    return (p_SHLK @ v).to(q_SHLD.dtype), lse_SHL
 
 
 def _plain_backward(grad_out, q_SHLD, k_SHKD, v_SHKD, out, lse_SHL, scale):
-    do, q, k, v, o = (x.to(_wide(x.dtype)) for x in (grad_out, q_SHLD, k_SHKD, v_SHKD, out))
-    p_SHLK = (q @ k.mT * scale - lse_SHL[..., None]).exp_()
-    ds_SHLK = (do @ v.mT - (do * o).sum(-1, keepdim=True)).mul_(p_SHLK).mul_(scale)
-    return ds_SHLK @ k, ds_SHLK.mT @ q, p_SHLK.mT @ do
+    do, q, k, v = (x.to(_wide(x.dtype)) for x in (grad_out, q_SHLD, k_SHKD, v_SHKD))
+    q = q * scale
+    p_SHLK = (q @ k.mT).softmax(-1)
+    ds_SHLK = _aten._softmax_backward_data(do @ v.mT, p_SHLK, -1, p_SHLK.dtype)
+    return ds_SHLK @ k * scale, ds_SHLK.mT @ q, p_SHLK.mT @ do
 
 
 def _gpu_flash_forward(qkv_T3HD, cu_seqlens, max_seqlen, kv_lengths, scale):

@@ -96,6 +96,10 @@ def _size(sizes, i):
     return sizes[i]
 
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
+
+
 # A matrix with D columns is a tuple of column blocks, so that no head dim is padded to a power of two.
 
 
@@ -170,8 +174,17 @@ def _place(cu_seqlens, kv_lengths, all_keys, sequence, last):
 
 
 @triton.jit
-def _group(cu_seqlens, kv_lengths, all_keys, first, sequences, count, start, length, keys, rows_M):
-    """Which of `count` neighbouring sequences each row belongs to, and whether it is a key there."""
+def _neighbours(cu_seqlens, kv_lengths, all_keys, heads, sequences, count):
+    """`_place` of the sequences of a resident program, `count` neighbours, and what `_group` wants to know of them."""
+    first = tl.program_id(0) // heads * count
+    start, length, keys = _place(cu_seqlens, kv_lengths, all_keys, first, tl.minimum(first + count, sequences))
+    return start, length, keys, (cu_seqlens, kv_lengths, all_keys, first, sequences, count, start, length, keys)
+
+
+@triton.jit
+def _group(neighbours, rows_M):
+    """Which of the neighbouring sequences each row belongs to, and whether it is a key there."""
+    cu_seqlens, kv_lengths, all_keys, first, sequences, count, start, length, keys = neighbours
     member_M = rows_M * 0
     is_key_M = rows_M < keys
     for i in range(1, count):
@@ -184,8 +197,49 @@ def _group(cu_seqlens, kv_lengths, all_keys, first, sequences, count, start, len
     return member_M, is_key_M & (rows_M < length)
 
 
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LN_2 = tl.constexpr(0.6931471805599453)
+@triton.jit
+def _asked(neighbours, row_M, key_N):
+    """Whether a query asks a key, [M, N], among neighbouring sequences."""
+    member_M, _ = _group(neighbours, row_M)
+    member_N, is_key_N = _group(neighbours, key_N)
+    return (member_M[:, None] == member_N[None, :]) & is_key_N[None, :]
+
+
+@triton.jit
+def _load_pieces(key, part_stride, token_stride, keys, neighbours, DIMS, PIECES, GROUPED: tl.constexpr):
+    """Keys and values of a resident program."""
+    k = ()
+    v = ()
+    for i in tl.static_range(len(PIECES)):
+        key_N = _before(PIECES, i) + tl.arange(0, PIECES[i])
+        # grouped: what lies behind a member's keys is another member's, or asked by nobody and kept out here
+        keep_N = key_N < keys
+        if GROUPED:
+            keep_N = _group(neighbours, key_N)[1]
+        k += (_load(key, key_N, token_stride, keep_N, DIMS),)
+        v += (_load(key + part_stride, key_N, token_stride, keep_N, DIMS),)
+    return k, v
+
+
+@triton.jit
+def _store_forward(out, lse, row_M, row, keep_M, sum_MD, highest_M, total_M, DIMS: tl.constexpr):
+    """The output and its log-sum-exp, from the sum over keys and the highest score, in powers of 2."""
+    has_keys_M = total_M > 0
+    total_M = tl.where(has_keys_M, total_M, 1.0)
+    _store(out, row_M, row, keep_M, sum_MD, (1 / total_M)[:, None], DIMS)
+    lse_M = tl.where(has_keys_M, (highest_M + tl.log2(total_M)) * _LN_2, float("-inf"))
+    tl.store(lse + row_M, lse_M, mask=keep_M)
+
+
+@triton.jit
+def _load_backward(query, grad_out, out, lse, row_M, token_stride, grad_token_stride, row, keep_M, DIMS: tl.constexpr):
+    """Of some queries themselves, the gradient of their output, its product with the output, their log-sum-exp."""
+    q = _load(query, row_M, token_stride, keep_M, DIMS)
+    do = _load(grad_out, row_M, grad_token_stride, keep_M, DIMS)
+    delta_M = _row_dot(do, _load(out, row_M, row, keep_M, DIMS))
+    return q, do, delta_M, tl.load(lse + row_M, mask=keep_M, other=0.0) * _LOG2_E
+
+
 _NOT_SPECIALISED = ["tokens", "heads", "sequences", "count", "all_keys", "longer_than", "blocks"]
 # read one element at a time: their alignment, which a slice changes, must not make another compiled form
 _SCALAR_POINTERS = ["cu_seqlens", "kv_lengths"]
@@ -214,9 +268,8 @@ def _forward_resident(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // heads * count
     head = (tl.program_id(0) % heads).to(tl.int64)
-    start, length, keys = _place(cu_seqlens, kv_lengths, all_keys, sequence, tl.minimum(sequence + count, sequences))
+    start, length, keys, neighbours = _neighbours(cu_seqlens, kv_lengths, all_keys, heads, sequences, count)
     if (length <= longer_than) | (length > _total(PIECES)):
         return
     first = start.to(tl.int64)
@@ -224,16 +277,7 @@ def _forward_resident(
     query = qkv + first * token_stride + head * head_stride
     out += first * row + head * _total(DIMS)
     lse += head * tokens + first
-    k = ()
-    v = ()
-    for i in tl.static_range(len(PIECES)):
-        key_N = _before(PIECES, i) + tl.arange(0, PIECES[i])
-        # grouped: what lies behind a member's keys is another member's, or asked by nobody and kept out here
-        keep_N = key_N < keys
-        if GROUPED:
-            keep_N = _group(cu_seqlens, kv_lengths, all_keys, sequence, sequences, count, start, length, keys, key_N)[1]
-        k += (_load(query + part_stride, key_N, token_stride, keep_N, DIMS),)
-        v += (_load(query + part_stride + part_stride, key_N, token_stride, keep_N, DIMS),)
+    k, v = _load_pieces(query + part_stride, part_stride, token_stride, keys, neighbours, DIMS, PIECES, GROUPED)
     for at in tl.range(0, length, ROWS, num_stages=STAGES):
         row_M = at + tl.arange(0, ROWS)
         keep_M = row_M < length
@@ -244,9 +288,7 @@ def _forward_resident(
             key_N = _before(PIECES, i) + tl.arange(0, PIECES[i])
             asked = (key_N < keys)[None, :]
             if GROUPED:
-                asked = _asked(
-                    cu_seqlens, kv_lengths, all_keys, sequence, sequences, count, start, length, keys, row_M, key_N
-                )
+                asked = _asked(neighbours, row_M, key_N)
             score_MN = tl.where(asked, _inner(q, k[i]) * (scale * _LOG2_E), float("-inf"))
             highest_M = tl.maximum(highest_M, tl.max(score_MN, 1))
             scores += (score_MN,)
@@ -258,19 +300,7 @@ def _forward_resident(
             p_MN = tl.exp2(scores[i] - highest_M[:, None])
             total_M += tl.sum(p_MN, 1)
             sum_MD = _add_product(sum_MD, p_MN.to(qkv.dtype.element_ty), v[i])
-        has_keys_M = total_M > 0
-        total_M = tl.where(has_keys_M, total_M, 1.0)
-        _store(out, row_M, row, keep_M, sum_MD, (1 / total_M)[:, None], DIMS)
-        lse_M = tl.where(has_keys_M, (highest_M + tl.log2(total_M)) * _LN_2, float("-inf"))
-        tl.store(lse + row_M, lse_M, mask=keep_M)
-
-
-@triton.jit
-def _asked(cu_seqlens, kv_lengths, all_keys, first, sequences, count, start, length, keys, row_M, key_N):
-    """Whether a query asks a key, [M, N], among neighbouring sequences."""
-    member_M, _ = _group(cu_seqlens, kv_lengths, all_keys, first, sequences, count, start, length, keys, row_M)
-    member_N, is_key_N = _group(cu_seqlens, kv_lengths, all_keys, first, sequences, count, start, length, keys, key_N)
-    return (member_M[:, None] == member_N[None, :]) & is_key_N[None, :]
+        _store_forward(out, lse, row_M, row, keep_M, sum_MD, highest_M, total_M, DIMS)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALISED, do_not_specialize_on_alignment=_SCALAR_POINTERS)
@@ -300,9 +330,8 @@ def _backward_resident(
     ROWS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    sequence = tl.program_id(0) // heads * count
     head = (tl.program_id(0) % heads).to(tl.int64)
-    start, length, keys = _place(cu_seqlens, kv_lengths, all_keys, sequence, tl.minimum(sequence + count, sequences))
+    start, length, keys, neighbours = _neighbours(cu_seqlens, kv_lengths, all_keys, heads, sequences, count)
     if (length <= longer_than) | (length > _total(PIECES)):
         return
     last_key = keys
@@ -315,26 +344,18 @@ def _backward_resident(
     out += first * row + head * _total(DIMS)
     lse += head * tokens + first
     grad_query = grad_qkv + first * 3 * row + head * _total(DIMS)
-    k = ()
-    v = ()
+    k, v = _load_pieces(query + part_stride, part_stride, token_stride, keys, neighbours, DIMS, PIECES, GROUPED)
     dk = ()
     dv = ()
     for i in tl.static_range(len(PIECES)):
-        key_N = _before(PIECES, i) + tl.arange(0, PIECES[i])
-        keep_N = key_N < keys
-        if GROUPED:
-            keep_N = _group(cu_seqlens, kv_lengths, all_keys, sequence, sequences, count, start, length, keys, key_N)[1]
-        k += (_load(query + part_stride, key_N, token_stride, keep_N, DIMS),)
-        v += (_load(query + part_stride + part_stride, key_N, token_stride, keep_N, DIMS),)
         dk += (_zeros(_size(PIECES, i), DIMS),)
         dv += (_zeros(_size(PIECES, i), DIMS),)
     for at in tl.range(0, length, ROWS, num_stages=STAGES):
         row_M = at + tl.arange(0, ROWS)
         keep_M = row_M < length
-        q = _load(query, row_M, token_stride, keep_M, DIMS)
-        do = _load(grad_out, row_M, grad_token_stride, keep_M, DIMS)
-        delta_M = _row_dot(do, _load(out, row_M, row, keep_M, DIMS))
-        lse_M = tl.load(lse + row_M, mask=keep_M, other=0.0) * _LOG2_E
+        q, do, delta_M, lse_M = _load_backward(
+            query, grad_out, out, lse, row_M, token_stride, grad_token_stride, row, keep_M, DIMS
+        )
         dq = _zeros(ROWS, DIMS)
         next_dk = ()
         next_dv = ()
@@ -346,19 +367,7 @@ def _backward_resident(
                 place_N = _before(PIECES, i) + tl.arange(0, PIECES[i])
                 asked = (place_N < keys)[:, None]
                 if GROUPED:
-                    asked = _asked(
-                        cu_seqlens,
-                        kv_lengths,
-                        all_keys,
-                        sequence,
-                        sequences,
-                        count,
-                        start,
-                        length,
-                        keys,
-                        row_M,
-                        place_N,
-                    ).trans()
+                    asked = _asked(neighbours, row_M, place_N).trans()
                 # transposed scores: p and ds are then left operands of dv and dk as they are
                 score_NM = _inner(k[i], q) * (scale * _LOG2_E)
                 p_NM = tl.exp2(tl.where(asked, score_NM - lse_M[None, :], float("-inf")))
@@ -423,11 +432,8 @@ def _forward_streaming(
         total_M = total_M * fade_M + tl.sum(p_MN, 1)
         sum_MD = _add_product(_scaled(sum_MD, fade_M), p_MN.to(qkv.dtype.element_ty), v)
         highest_M = higher_M
-    has_keys_M = total_M > 0
-    total_M = tl.where(has_keys_M, total_M, 1.0)
-    _store(out + first * row + head * _total(DIMS), row_M, row, keep_M, sum_MD, (1 / total_M)[:, None], DIMS)
-    lse_M = tl.where(has_keys_M, (highest_M + tl.log2(total_M)) * _LN_2, float("-inf"))
-    tl.store(lse + head * tokens + first + row_M, lse_M, mask=keep_M)
+    out += first * row + head * _total(DIMS)
+    _store_forward(out, lse + head * tokens + first, row_M, row, keep_M, sum_MD, highest_M, total_M, DIMS)
 
 
 @triton.jit(do_not_specialize=_NOT_SPECIALISED, do_not_specialize_on_alignment=_SCALAR_POINTERS)
@@ -481,10 +487,9 @@ def _backward_streaming(
         for at in range(0, tl.where(block * ROWS < keys, length, 0), STEP):
             row_M = at + tl.arange(0, STEP)
             keep_M = row_M < length
-            q = _load(query, row_M, token_stride, keep_M, DIMS)
-            do = _load(grad_out, row_M, grad_token_stride, keep_M, DIMS)
-            delta_M = _row_dot(do, _load(out, row_M, row, keep_M, DIMS))
-            lse_M = tl.load(lse + row_M, mask=keep_M, other=0.0) * _LOG2_E
+            q, do, delta_M, lse_M = _load_backward(
+                query, grad_out, out, lse, row_M, token_stride, grad_token_stride, row, keep_M, DIMS
+            )
             score_NM = _inner(k, q) * (scale * _LOG2_E)
             p_NM = tl.exp2(tl.where(is_key_N[:, None], score_NM - lse_M[None, :], float("-inf")))
             dv = _add_product(dv, p_NM.to(qkv.dtype.element_ty), do)
@@ -494,10 +499,9 @@ def _backward_streaming(
         _store(grad_query + 2 * row, own, 3 * row, own < length, dv, 1.0, DIMS)
     else:
         keep_M = own < length
-        q = _load(query, own, token_stride, keep_M, DIMS)
-        do = _load(grad_out, own, grad_token_stride, keep_M, DIMS)
-        delta_M = _row_dot(do, _load(out, own, row, keep_M, DIMS))
-        lse_M = tl.load(lse + own, mask=keep_M, other=0.0) * _LOG2_E
+        q, do, delta_M, lse_M = _load_backward(
+            query, grad_out, out, lse, own, token_stride, grad_token_stride, row, keep_M, DIMS
+        )
         dq = _zeros(ROWS, DIMS)
         for at in range(0, keys, STEP):
             key_N = at + tl.arange(0, STEP)

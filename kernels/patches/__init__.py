@@ -20,6 +20,7 @@ below. Every other implementation is opaque to it, a module with these four func
 import torch
 from torch import Tensor
 
+from kernels.checks import check_range
 from kernels.choice import chosen, load
 from kernels.cost import Cost
 
@@ -43,8 +44,9 @@ def gather_patches(images: Tensor, indices: Tensor, patch_size: int) -> Tensor:
 
     Args:
         images: [B, 3, H, W], any floating dtype; H and W are multiples of patch_size.
-        indices: int64 [B, N], row-major patch numbers in [0, H/P * W/P), in any order, repeats allowed. Eager CPU calls
-            check the range; compiled code and a GPU trust it.
+        indices: int64 [B, N], row-major patch numbers in [0, H/P * W/P), in any order, repeats allowed. The range is
+            checked on the CPU, and with TESSERA_DEBUG=1 in the environment on a GPU as well, which is waited for;
+            otherwise a GPU trusts it, and so does compiled code of the reference.
         patch_size: P, in pixels.
 
     Returns:
@@ -56,6 +58,7 @@ def gather_patches(images: Tensor, indices: Tensor, patch_size: int) -> Tensor:
     _check("gather_patches", images, indices, patch_size)
     implementation = chosen("patches", images.device)
     if implementation == "reference":
+        _check_range("gather_patches", images, indices, patch_size)
         return load("patches", implementation).gather_patches(images, indices, patch_size)
     return torch.ops.tessera.gather_patches(images, indices, patch_size, implementation)
 
@@ -85,13 +88,14 @@ def masked_pixel_loss(
     """
     _check("masked_pixel_loss", images, indices, patch_size)
     expected = (*indices.shape, 3 * patch_size**2)
-    if prediction.shape != expected or not prediction.is_floating_point():
+    if prediction.shape != expected or not prediction.is_floating_point() or prediction.device != images.device:
         raise ValueError(
-            f"masked_pixel_loss needs a floating prediction of shape {list(expected)}, "
-            f"got {prediction.dtype} {list(prediction.shape)}"
+            f"masked_pixel_loss needs a floating prediction of shape {list(expected)} on {images.device}, "
+            f"got {prediction.dtype} {list(prediction.shape)} on {prediction.device}"
         )
     implementation = chosen("patches", images.device)
     if implementation == "reference":
+        _check_range("masked_pixel_loss", images, indices, patch_size)
         return load("patches", implementation).masked_pixel_loss(prediction, images, indices, patch_size, normalise)
     return torch.ops.tessera.masked_pixel_loss(prediction, images, indices, patch_size, normalise, implementation)
 
@@ -120,14 +124,16 @@ def _check(op: str, images: Tensor, indices: Tensor, patch_size: int) -> None:
             f"{op} needs indices as int64 [{len(images)}, N] on {images.device}, "
             f"got {indices.dtype} {list(indices.shape)} on {indices.device}"
         )
-    if indices.device.type == "cpu" and not torch.compiler.is_compiling() and indices.numel():
-        low, high, patches = int(indices.min()), int(indices.max()), (height // patch_size) * (width // patch_size)
-        if low < 0 or high >= patches:
-            raise ValueError(f"{op} needs indices between 0 and {patches - 1}, got {low if low < 0 else high}")
+
+
+def _check_range(op: str, images: Tensor, indices: Tensor, patch_size: int) -> None:
+    height, width = images.shape[2:]
+    check_range(op, "indices", indices, (height // patch_size) * (width // patch_size))
 
 
 @torch.library.impl("tessera::gather_patches", "CompositeExplicitAutograd")
 def _gather(images, indices, patch_size, implementation):
+    _check_range("gather_patches", images, indices, patch_size)
     return load("patches", implementation).gather(images, indices, patch_size)
 
 
@@ -138,6 +144,7 @@ def _scatter(rows, indices, height, width, patch_size, dtype, implementation):
 
 @torch.library.impl("tessera::masked_pixel_loss", "CompositeExplicitAutograd")
 def _loss(prediction, images, indices, patch_size, normalise, implementation):
+    _check_range("masked_pixel_loss", images, indices, patch_size)
     return load("patches", implementation).loss_forward(prediction, images, indices, patch_size, normalise)
 
 

@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "packed_attention.h"
+#include "sinkhorn.h"
 
 namespace {
 
@@ -69,6 +70,93 @@ Tensor packed_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor
   return grad_qkv;
 }
 
+tessera::Sinkhorn describe(const Tensor& scores, double temperature) {
+  const ScalarType dtype = scores.scalar_type();
+  STD_TORCH_CHECK(dtype == ScalarType::Half || dtype == ScalarType::BFloat16 || dtype == ScalarType::Float,
+                  "sinkhorn takes fp16, bf16 and fp32");
+  tessera::Sinkhorn a{};
+  a.type = dtype == ScalarType::Half       ? tessera::Type::FLOAT16
+           : dtype == ScalarType::BFloat16 ? tessera::Type::BFLOAT16
+                                           : tessera::Type::FLOAT32;
+  a.scores = scores.data_ptr();
+  a.row_stride = scores.stride(0);
+  a.rows = scores.size(0);
+  a.prototypes = static_cast<int32_t>(scores.size(1));
+  a.scale = static_cast<float>(1 / temperature);
+  return a;
+}
+
+void describe_student(tessera::Sinkhorn& a, const Tensor& student, double student_temperature,
+                      const Tensor& target_rows, const Tensor& student_rows) {
+  a.student = student.data_ptr();
+  a.student_stride = student.stride(0);
+  a.student_scale = static_cast<float>(1 / student_temperature);
+  a.target_rows = static_cast<float*>(target_rows.data_ptr());
+  a.student_rows = static_cast<float*>(student_rows.data_ptr());
+}
+
+// Plans the pass, gives it the memory that it asks for, and enqueues it.
+void run(tessera::Sinkhorn a, const Tensor& scores, tessera::SinkhornPass pass,
+         const char* (*launch)(const tessera::Sinkhorn&, const tessera::SinkhornPlan&, void*)) {
+  const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
+  tessera::SinkhornPlan plan;
+  const char* error = tessera::sinkhorn_plan(a, pass, plan);
+  STD_TORCH_CHECK(!error, "sinkhorn cannot run on this GPU: ", error);
+  const Tensor parts = torch::stable::new_empty(scores, {plan.float_count}, ScalarType::Float);
+  const Tensor words = torch::stable::new_zeros(scores, {plan.word_count}, ScalarType::Long);
+  a.parts = static_cast<float*>(parts.data_ptr());
+  a.words = static_cast<uint64_t*>(words.data_ptr());
+  error = launch(a, plan, current_stream(scores.get_device_index()));
+  STD_TORCH_CHECK(!error, "sinkhorn could not start on the GPU: ", error);
+}
+
+Tensor sinkhorn_balance(Tensor scores, std::optional<Tensor> start, double temperature, int64_t iterations) {
+  Tensor log_u = torch::stable::new_empty(scores, {scores.size(1)}, ScalarType::Float);
+  auto a = describe(scores, temperature);
+  a.start = start ? static_cast<const float*>(start->data_ptr()) : nullptr;
+  a.iterations = static_cast<int32_t>(iterations);
+  a.log_u = static_cast<float*>(log_u.data_ptr());
+  run(a, scores, tessera::SinkhornPass::BALANCE, tessera::sinkhorn_balance);
+  return log_u;
+}
+
+Tensor sinkhorn_assign(Tensor scores, Tensor log_u, double temperature) {
+  Tensor out = torch::stable::new_empty(scores, {scores.size(0), scores.size(1)}, ScalarType::Float);
+  auto a = describe(scores, temperature);
+  a.log_u = static_cast<float*>(log_u.data_ptr());
+  a.out = static_cast<float*>(out.data_ptr());
+  run(a, scores, tessera::SinkhornPass::ASSIGN, tessera::sinkhorn_assign);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> sinkhorn_cross_entropy_forward(Tensor scores, Tensor log_u, Tensor student,
+                                                                  double temperature, double student_temperature) {
+  Tensor loss = torch::stable::new_empty(scores, {}, ScalarType::Float);
+  Tensor target_rows = torch::stable::new_empty(scores, {2, scores.size(0)}, ScalarType::Float);
+  Tensor student_rows = torch::stable::new_empty(scores, {2, scores.size(0)}, ScalarType::Float);
+  auto a = describe(scores, temperature);
+  describe_student(a, student, student_temperature, target_rows, student_rows);
+  a.log_u = static_cast<float*>(log_u.data_ptr());
+  a.loss = static_cast<float*>(loss.data_ptr());
+  run(a, scores, tessera::SinkhornPass::CROSS_ENTROPY, tessera::sinkhorn_cross_entropy_forward);
+  return {loss, target_rows, student_rows};
+}
+
+Tensor sinkhorn_cross_entropy_backward(Tensor grad_loss, Tensor scores, Tensor log_u, Tensor student,
+                                       Tensor target_rows, Tensor student_rows, double temperature,
+                                       double student_temperature) {
+  Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
+  auto a = describe(scores, temperature);
+  describe_student(a, student, student_temperature, target_rows, student_rows);
+  a.log_u = static_cast<float*>(log_u.data_ptr());
+  a.grad_loss = static_cast<const float*>(grad_loss.data_ptr());
+  a.grad = grad.data_ptr();
+  const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
+  const char* error = tessera::sinkhorn_cross_entropy_backward(a, current_stream(scores.get_device_index()));
+  STD_TORCH_CHECK(!error, "sinkhorn_cross_entropy could not start on the GPU: ", error);
+  return grad;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(tessera_cuda, library) {
@@ -78,9 +166,21 @@ STABLE_TORCH_LIBRARY(tessera_cuda, library) {
   library.def(
       "packed_attention_backward(Tensor grad_out, Tensor qkv, Tensor out, Tensor lse, Tensor cu_seqlens, "
       "int max_seqlen, Tensor? kv_lengths, float scale) -> Tensor");
+  library.def("sinkhorn_balance(Tensor scores, Tensor? start, float temperature, int iterations) -> Tensor");
+  library.def("sinkhorn_assign(Tensor scores, Tensor log_u, float temperature) -> Tensor");
+  library.def(
+      "sinkhorn_cross_entropy_forward(Tensor scores, Tensor log_u, Tensor student, float temperature, "
+      "float student_temperature) -> (Tensor, Tensor, Tensor)");
+  library.def(
+      "sinkhorn_cross_entropy_backward(Tensor grad_loss, Tensor scores, Tensor log_u, Tensor student, "
+      "Tensor target_rows, Tensor student_rows, float temperature, float student_temperature) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tessera_cuda, CUDA, library) {
   library.impl("packed_attention_forward", TORCH_BOX(&packed_attention_forward));
   library.impl("packed_attention_backward", TORCH_BOX(&packed_attention_backward));
+  library.impl("sinkhorn_balance", TORCH_BOX(&sinkhorn_balance));
+  library.impl("sinkhorn_assign", TORCH_BOX(&sinkhorn_assign));
+  library.impl("sinkhorn_cross_entropy_forward", TORCH_BOX(&sinkhorn_cross_entropy_forward));
+  library.impl("sinkhorn_cross_entropy_backward", TORCH_BOX(&sinkhorn_cross_entropy_backward));
 }

@@ -22,6 +22,7 @@ struct BFloat16 {
 #include "host_emulation.h"
 #else
 
+#include <cooperative_groups.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -46,6 +47,31 @@ TESSERA_DEVICE void copy_async(uint32_t to, const void* from, bool real) {
                : "memory");
 }
 
+// The first `bytes` of 16 from global to shared memory, and zeros for the rest: nothing else is read.
+TESSERA_DEVICE void copy_part_async(uint32_t to, const void* from, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+
+// What this thread has copied since the last call is one group, and may be nothing.
+TESSERA_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all groups of this thread's copies but the latest `groups`, at most 3.
+TESSERA_DEVICE void wait_copies_but(int groups) {
+  switch (groups) {
+    case 0:
+      asm volatile("cp.async.wait_group 0;" ::: "memory");
+      break;
+    case 1:
+      asm volatile("cp.async.wait_group 1;" ::: "memory");
+      break;
+    case 2:
+      asm volatile("cp.async.wait_group 2;" ::: "memory");
+      break;
+    default:
+      asm volatile("cp.async.wait_group 3;" ::: "memory");
+  }
+}
+
 // Waits for this thread's copies; others see them after the next barrier.
 TESSERA_DEVICE void wait_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -64,7 +90,7 @@ TESSERA_DEVICE void load_matrices_transposed(uint32_t (&to)[4], uint32_t row) {
                : "memory");
 }
 
-// one float or two
+// one float, two, or four words
 template <class Value>
 TESSERA_DEVICE Value load_shared(uint32_t address);
 
@@ -79,6 +105,16 @@ template <>
 TESSERA_DEVICE float2 load_shared<float2>(uint32_t address) {
   float2 value;
   asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(value.x), "=f"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+template <>
+TESSERA_DEVICE uint4 load_shared<uint4>(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
   return value;
 }
 
@@ -144,6 +180,40 @@ TESSERA_DEVICE Word shuffle_xor(Word value, int lanes) {
   return __shfl_xor_sync(0xffffffffu, value, lanes);
 }
 
+// The value of one lane.
+template <class Word>
+TESSERA_DEVICE Word shuffle(Word value, int lane) {
+  return __shfl_sync(0xffffffffu, value, lane);
+}
+
+TESSERA_DEVICE float as_float(uint32_t bits) { return __uint_as_float(bits); }
+TESSERA_DEVICE uint32_t as_bits(float value) { return __float_as_uint(value); }
+
+// All threads of all blocks of a cooperative launch meet, and see what the others wrote before.
+TESSERA_DEVICE void grid_sync() { cooperative_groups::this_grid().sync(); }
+
+// A word in global memory that passes from one block to others as a whole. It carries its own news, so that nothing
+// else has to be ordered by it.
+TESSERA_DEVICE void publish(uint64_t* to, uint64_t word) {
+  asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word) : "memory");
+}
+
+// Waits until the top bit of the word is `bit`.
+TESSERA_DEVICE uint64_t await(const uint64_t* from, bool bit) {
+  uint64_t word;
+  do {
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from) : "memory");
+  } while (static_cast<bool>(word >> 63) != bit);
+  return word;
+}
+
+// 16 bytes to global memory that nobody reads soon: they leave the caches first.
+TESSERA_DEVICE void store_for_later(void* to, uint4 value) {
+  asm volatile("st.global.cs.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
 TESSERA_DEVICE float exp2_approximate(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
@@ -163,12 +233,16 @@ TESSERA_DEVICE int64_t computed_here(int x) {
   return x;
 }
 
-inline int shared_per_multiprocessor() {
-  int device = 0, bytes = 0;
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
-  return bytes;
+  cudaDeviceGetAttribute(&value, attribute, device);
+  return value;
 }
+
+inline int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+inline int shared_per_multiprocessor() { return device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
+inline int shared_per_block() { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 template <class Arguments>
 const char* launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared, void* stream,
@@ -181,6 +255,36 @@ const char* launch(void (*kernel)(Arguments), int64_t blocks, int threads, int s
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 
+// All blocks run at once, or the launch fails.
+template <class Arguments>
+const char* launch_cooperative(void (*kernel)(Arguments), int64_t blocks, int threads, int shared, void* stream,
+                               const Arguments& arguments) {
+  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                 cudaSharedmemCarveoutMaxShared);
+  if (error == cudaSuccess) {
+    Arguments copy = arguments;
+    void* pointers[] = {&copy};
+    error = cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(blocks)), dim3(threads), pointers, shared,
+                                        static_cast<cudaStream_t>(stream));
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace tessera
 
 #endif
+
+namespace tessera {
+
+constexpr float LOG2_E = 1.44269504088896340736f;
+constexpr float LN_2 = 0.69314718055994530942f;
+
+TESSERA_DEVICE constexpr float infinity() { return __builtin_huge_valf(); }
+
+TESSERA_DEVICE int lane() { return thread_index() % 32; }
+TESSERA_DEVICE int warp() { return thread_index() / 32; }
+TESSERA_DEVICE int warps() { return blockDim.x / 32; }
+
+}  // namespace tessera

@@ -18,16 +18,8 @@ namespace {
 constexpr int TILE = 16;
 constexpr int MAX_WARPS = 8;
 constexpr int SLICE = 4;  // tiles of keys whose scores forward holds at once
-constexpr float LOG2_E = 1.44269504088896340736f;
-constexpr float LN_2 = 0.69314718055994530942f;
-
-TESSERA_DEVICE constexpr float infinity() { return __builtin_huge_valf(); }
 
 __host__ __device__ constexpr int tiles_of(int rows) { return (rows + TILE - 1) / TILE; }
-
-TESSERA_DEVICE int lane() { return thread_index() % 32; }
-TESSERA_DEVICE int warp() { return thread_index() / 32; }
-TESSERA_DEVICE int warps() { return blockDim.x / 32; }
 
 // Rows of D 16-bit elements in shared memory, in bytes. Any 8 consecutive rows have the same 16-byte chunk in different
 // bank groups: chunks are permuted by the row number, or, where D does not divide evenly, rows are a chunk longer.

@@ -22,6 +22,8 @@ Every implementation is a module with these functions (wide: fp64 for fp64 score
         what exp(20 / 0.1) needs
     cross_entropy_backward(grad_loss, scores, log_u, student_logits, target_rows, student_rows, temperature,
         student_temperature) -> grad_student_logits
+and may have
+    balance(scores, temperature, iterations) -> log_u, all sweeps of one process at once
 """
 
 import torch
@@ -33,6 +35,9 @@ from kernels.cost import Cost
 
 torch.library.define(
     "tessera::sinkhorn_sweep", "(Tensor scores, Tensor? log_u, float temperature, str implementation) -> Tensor"
+)
+torch.library.define(
+    "tessera::sinkhorn_balance", "(Tensor scores, float temperature, int iterations, str implementation) -> Tensor"
 )
 torch.library.define(
     "tessera::sinkhorn_assign", "(Tensor scores, Tensor log_u, float temperature, str implementation) -> Tensor"
@@ -136,17 +141,23 @@ def cost(rows: int, prototypes: int, element_size: int, iterations: int = 3) -> 
 
 def _balance(scores: Tensor, temperature: float, iterations: int, group, implementation: str) -> Tensor:
     """log_u[K], the scale of each prototype before the last row normalisation; the same on all ranks."""
+    if group is None:
+        return torch.ops.tessera.sinkhorn_balance(scores, temperature, iterations, implementation)
     log_u = None
     for _ in range(iterations):
         column_lse = torch.ops.tessera.sinkhorn_sweep(scores, log_u, temperature, implementation)
-        if group is not None:
-            top = column_lse.clone()
-            dist.all_reduce(top, dist.ReduceOp.MAX, group)
-            total = (column_lse - top).exp()
-            dist.all_reduce(total, dist.ReduceOp.SUM, group)
-            column_lse = top + total.log()
-        log_u = -column_lse
+        top = column_lse.clone()
+        dist.all_reduce(top, dist.ReduceOp.MAX, group)
+        total = (column_lse - top).exp()
+        dist.all_reduce(total, dist.ReduceOp.SUM, group)
+        log_u = _equalised(top + total.log())
     return log_u
+
+
+def _equalised(column_lse: Tensor) -> Tensor:
+    """log_u under which all columns have one sum. Its mean is 0: it would grow by log(K / B) at each iteration, and lose
+    digits, were that sum 1."""
+    return column_lse.mean() - column_lse
 
 
 def _check(op: str, scores: Tensor, iterations: int, **temperatures: float) -> None:
@@ -164,6 +175,17 @@ def _check(op: str, scores: Tensor, iterations: int, **temperatures: float) -> N
 @torch.library.impl("tessera::sinkhorn_sweep", "CompositeExplicitAutograd")
 def _sweep(scores, log_u, temperature, implementation):
     return load("sinkhorn", implementation).sweep(scores, log_u, temperature)
+
+
+@torch.library.impl("tessera::sinkhorn_balance", "CompositeExplicitAutograd")
+def _balance_alone(scores, temperature, iterations, implementation):
+    module = load("sinkhorn", implementation)
+    if hasattr(module, "balance"):
+        return module.balance(scores, temperature, iterations)
+    log_u = None
+    for _ in range(iterations):
+        log_u = _equalised(module.sweep(scores, log_u, temperature))
+    return log_u
 
 
 @torch.library.impl("tessera::sinkhorn_assign", "CompositeExplicitAutograd")
@@ -186,6 +208,11 @@ def _cross_entropy_backward(grad_loss, scores, log_u, student_logits, target_row
 
 @torch.library.register_fake("tessera::sinkhorn_sweep")
 def _sweep_fake(scores, log_u, temperature, implementation):
+    return scores.new_empty(scores.shape[1], dtype=_wide(scores))
+
+
+@torch.library.register_fake("tessera::sinkhorn_balance")
+def _balance_fake(scores, temperature, iterations, implementation):
     return scores.new_empty(scores.shape[1], dtype=_wide(scores))
 
 

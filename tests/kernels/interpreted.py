@@ -1,16 +1,41 @@
-"""What the tests of Triton's kernels share: they run on a GPU where there is one, and in the interpreter elsewhere."""
+"""What the tests of Triton's kernels share with those of all implementations.
 
-from collections.abc import Iterator
+Triton's run on a GPU where there is one, and in the interpreter elsewhere.
+"""
+
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
 import torch
+
+from tests.kernels.agreement import HALF_AND_FULL
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 MARKS = [pytest.mark.gpu] if HAS_GPU else []
 # the interpreter's matrix product of bf16 is wrong
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+def _place(implementation: str, device: str, *dtype: torch.dtype):
+    needs_gpu = device == "cuda" or (implementation == "triton" and torch.bfloat16 in dtype)
+    return pytest.param(implementation, device, *dtype, marks=[pytest.mark.gpu] if needs_gpu else [])
+
+
+# each implementation of an op that has both, on the devices that it runs on; the second with the dtypes that it takes
+IMPLEMENTATION_AND_DEVICE = [_place("reference", "cpu"), _place("reference", "cuda"), _place("triton", DEVICE)]
+IMPLEMENTATION_DEVICE_DTYPE = [
+    _place(*place.values, dtype)
+    for place in IMPLEMENTATION_AND_DEVICE
+    for dtype in HALF_AND_FULL
+    if place.values[0] == "reference" or dtype != torch.float64
+]
+
+
+def moved(arguments: Sequence, device: str) -> list:
+    """The arguments with every tensor of the CPU on `device`; those that are on another stay there."""
+    return [x.to(device) if isinstance(x, torch.Tensor) and x.device.type == "cpu" else x for x in arguments]
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""info_nce against cross-entropy over the full matrix of similarities."""
+"""info_nce, in every implementation, against cross-entropy over the full matrix of similarities."""
 
 import pytest
 import torch
@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels.info_nce import cost, reference
-from tests.kernels.agreement import DEVICES, HALF_AND_FULL, assert_agrees
+from tests.kernels.agreement import assert_agrees
+from tests.kernels.interpreted import (
+    IMPLEMENTATION_AND_DEVICE,
+    IMPLEMENTATION_DEVICE_DTYPE,
+    moved,
+    poisoned_memory,
+)
 
 
 def plain_info_nce(queries, keys, targets, temperature):
@@ -21,17 +27,26 @@ def random_input(batch, count, channels, dtype=torch.float32, device="cpu"):
     return queries, keys, torch.randint(0, count, (batch,), device=device)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
-@pytest.mark.parametrize(("batch", "count", "channels"), [(1, 1, 1), (17, 65, 49), (64, 197, 256)])
-@pytest.mark.parametrize("temperature", [0.05, 0.15, 1])
-def test_values_and_gradients(device, dtype, batch, count, channels, temperature):
-    queries, keys, targets = random_input(batch, count, channels, dtype, device)
-    assert_agrees(
-        lambda q, k: kernels.info_nce(q, k, targets, temperature),
-        lambda q, k: plain_info_nce(q, k, targets, temperature),
-        [queries, keys],
-    )
+def assert_agrees_with_plain(queries, keys, targets, temperature):
+    with poisoned_memory():
+        assert_agrees(
+            lambda q, k: kernels.info_nce(q, k, targets, temperature),
+            lambda q, k: plain_info_nce(q, k, targets, temperature),
+            [queries, keys],
+        )
+
+
+@pytest.mark.parametrize(("implementation", "device", "dtype"), IMPLEMENTATION_DEVICE_DTYPE, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "count", "channels", "temperature"),
+    [
+        *((1, 1, 1, 0.1), (16, 15, 16, 0.05), (17, 65, 49, 1), (33, 100, 128, 0.05), (64, 197, 256, 0.15)),
+        (130, 257, 32, 0.1),
+    ],
+)
+def test_values_and_gradients(implementation, device, dtype, batch, count, channels, temperature):
+    kernels.use(implementation, "info_nce")
+    assert_agrees_with_plain(*random_input(batch, count, channels, dtype, device), temperature)
 
 
 @settings(max_examples=25, deadline=None)
@@ -47,13 +62,11 @@ def test_any_number_of_rows_at_a_time(batch, count, channels, elements):
         )
 
 
-def test_large_logits_do_not_overflow():
-    queries, keys, targets = random_input(8, 30, 16)
-    assert_agrees(
-        lambda q, k: kernels.info_nce(q, k, targets, 0.1),
-        lambda q, k: plain_info_nce(q, k, targets, 0.1),
-        [queries * 100, keys * 100],
-    )
+@pytest.mark.parametrize(("implementation", "device", "dtype"), IMPLEMENTATION_DEVICE_DTYPE, ids=str)
+def test_large_logits_do_not_overflow(implementation, device, dtype):
+    kernels.use(implementation, "info_nce")
+    queries, keys, targets = random_input(8, 200, 16, dtype, device)
+    assert_agrees_with_plain(queries * 100, keys * 100, targets, 0.1)
 
 
 def test_no_matrix_of_similarities_is_kept():
@@ -65,16 +78,17 @@ def test_no_matrix_of_similarities_is_kept():
     assert max(kept) == keys.numel()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_no_queries(device):
-    queries, keys, targets = random_input(0, 5, 4, device=device)
-    queries.requires_grad_()
-    keys.requires_grad_()
-    loss = kernels.info_nce(queries, keys, targets, 0.1)
-    grads = torch.autograd.grad(loss, (queries, keys))
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+@pytest.mark.parametrize("count", [0, 5])
+def test_no_queries(implementation, device, count):
+    kernels.use(implementation, "info_nce")
+    queries, keys = (torch.zeros(n, 4, device=device, requires_grad=True) for n in (0, count))
+    with poisoned_memory():
+        loss = kernels.info_nce(queries, keys, torch.zeros(0, dtype=torch.int64, device=device), 0.1)
+        grads = torch.autograd.grad(loss, (queries, keys))
     assert loss == 0
     assert grads[0].shape == (0, 4)
-    assert (grads[1] == 0).all()
+    assert torch.equal(grads[1], torch.zeros_like(keys))
 
 
 def test_gradient_in_keys_alone():
@@ -86,16 +100,26 @@ def test_gradient_in_keys_alone():
     )
 
 
-def test_strides_do_not_matter():
-    queries, keys, targets = random_input(12, 20, 8)
-    wanted = kernels.info_nce(queries, keys, targets, 0.1)
-    strided = [x.T.contiguous().T for x in (queries, keys)]
-    torch.testing.assert_close(kernels.info_nce(*strided, targets.repeat_interleave(2)[::2], 0.1), wanted)
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+def test_strides_do_not_matter(implementation, device):
+    kernels.use(implementation, "info_nce")
+    queries, keys, targets = random_input(12, 20, 8, device=device)
+    results = []
+    for pair, to in (
+        ((queries, keys), targets),
+        ([x.T.contiguous().T for x in (queries, keys)], targets.repeat_interleave(2)[::2]),
+    ):
+        leaves = [x.detach().requires_grad_() for x in pair]
+        loss = kernels.info_nce(*leaves, to, 0.1)
+        results.append((loss, *torch.autograd.grad(loss, leaves)))
+    for plain, strided in zip(*results, strict=True):
+        torch.testing.assert_close(strided, plain)
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_same_bits_every_time(device):
-    queries, keys, targets = random_input(64, 300, 32, device=device)
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+def test_same_bits_every_time(implementation, device):
+    kernels.use(implementation, "info_nce")
+    queries, keys, targets = random_input(40, 300, 16, torch.float16, device)
     queries.requires_grad_()
     keys.requires_grad_()
     runs = []
@@ -106,17 +130,21 @@ def test_same_bits_every_time(device):
         assert all(map(torch.equal, runs[0], again))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_opcheck(device):
-    queries, keys, targets = random_input(5, 7, 4, torch.float64, device)
-    torch.library.opcheck(
-        torch.ops.tessera.info_nce_forward.default,
-        (queries.requires_grad_(), keys.requires_grad_(), targets, 0.1, "reference"),
-    )
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+def test_opcheck(implementation, device):
+    kernels.use(implementation, "info_nce")
+    queries, keys, targets = random_input(5, 7, 4, device=device)
+    leaves = queries.clone().requires_grad_(), keys.clone().requires_grad_()
+    ops = torch.ops.tessera
+    torch.library.opcheck(ops.info_nce_forward.default, (*leaves, targets, 0.1, implementation))
+    loss, lse = ops.info_nce_forward(queries, keys, targets, 0.1, implementation)
+    torch.library.opcheck(ops.info_nce_backward.default, (loss, queries, keys, targets, lse, 0.1, implementation))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_compiles_without_a_graph_break(device):
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+def test_compiles_without_a_graph_break(implementation, device):
+    kernels.use(implementation, "info_nce")
+
     def step(queries, keys, targets):
         return kernels.info_nce(F.normalize(queries, dim=1), keys * 2, targets, 0.1)
 
@@ -141,21 +169,32 @@ def test_cost_counts_no_matrix():
 
 
 QUERIES, KEYS, TARGETS = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)
+FP8 = torch.float8_e4m3fn
 
 
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ((QUERIES[0], KEYS, TARGETS, 0.1), r"needs queries \[B, C\] and keys \[M, C\], got \[4\] and \[3, 4\]"),
         ((QUERIES, KEYS[:, 1:], TARGETS, 0.1), r"got \[2, 4\] and \[3, 3\]"),
-        ((QUERIES, KEYS.double(), TARGETS, 0.1), "one floating dtype, got torch.float32 and torch.float64"),
-        ((QUERIES.int(), KEYS.int(), TARGETS, 0.1), "one floating dtype"),
+        ((QUERIES, KEYS.half(), TARGETS, 0.1), "one of float16, .* float64, got torch.float32 and torch.float16"),
+        ((QUERIES.int(), KEYS.int(), TARGETS, 0.1), "one of float16, .* float64, got torch.int32 and torch.int32"),
+        ((QUERIES.to(FP8), KEYS.to(FP8), TARGETS, 0.1), "one of float16, .* float64, got torch.float8_e4m3fn"),
+        ((QUERIES, KEYS[:0], TARGETS, 0.1), "needs keys that targets can name, got none for 2 queries"),
         ((QUERIES, KEYS, TARGETS[:1], 0.1), r"needs targets as int64 \[2\], got torch.int64 \[1\]"),
         ((QUERIES, KEYS, TARGETS.int(), 0.1), r"needs targets as int64 \[2\], got torch.int32"),
-        ((QUERIES, KEYS, TARGETS + 3, 0.1), "needs targets between 0 and 2, got 3 to 3"),
+        ((QUERIES.to("meta"), KEYS, TARGETS, 0.1), "one device for all inputs, got meta, .* and "),
+        ((QUERIES, KEYS.to("meta"), TARGETS, 0.1), "one device for all inputs, got .*, meta and "),
+        ((QUERIES, KEYS, TARGETS.to("meta"), 0.1), "one device for all inputs, got .* and meta"),
+        ((QUERIES, KEYS, TARGETS + 3, 0.1), "needs targets between 0 and 2, got 3"),
+        ((QUERIES, KEYS, TARGETS - 1, 0.1), "needs targets between 0 and 2, got -1"),
         ((QUERIES, KEYS, TARGETS, 0), "needs a positive temperature, got 0"),
+        ((QUERIES, KEYS, TARGETS, float("nan")), "needs a positive temperature, got nan"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        kernels.info_nce(*arguments)
+def test_bad_input_is_told_in_one_sentence(implementation, device, arguments, sentence):
+    kernels.use(implementation, "info_nce")
+    kernels.info_nce(*moved((QUERIES, KEYS, TARGETS, 0.1), device))
+    with pytest.raises(ValueError, match=f"^info_nce .*{sentence}"):
+        kernels.info_nce(*moved(arguments, device))

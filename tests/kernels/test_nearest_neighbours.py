@@ -1,4 +1,4 @@
-"""nearest_neighbours against a sorted matrix of all similarities."""
+"""nearest_neighbours, in every implementation, against a sorted matrix of all similarities."""
 
 import pytest
 import torch
@@ -7,7 +7,13 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels.nearest_neighbours import cost, reference
-from tests.kernels.agreement import DEVICES, HALF_AND_FULL, assert_close_as_plain
+from tests.kernels.agreement import assert_close_as_plain
+from tests.kernels.interpreted import (
+    IMPLEMENTATION_AND_DEVICE,
+    IMPLEMENTATION_DEVICE_DTYPE,
+    moved,
+    poisoned_memory,
+)
 
 
 def plain_neighbours(queries, keys, k, query_ids=None, key_ids=None):
@@ -21,12 +27,16 @@ def plain_neighbours(queries, keys, k, query_ids=None, key_ids=None):
     return value, index
 
 
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
-@pytest.mark.parametrize("k", [1, 20])
-def test_values(device, dtype, k):
-    queries, keys = (torch.randn(n, 49, device=device).to(dtype) for n in (65, 1437))
-    value, index = kernels.nearest_neighbours(queries, keys, k)
+@pytest.mark.parametrize(("implementation", "device", "dtype"), IMPLEMENTATION_DEVICE_DTYPE, ids=str)
+@pytest.mark.parametrize(
+    ("batch", "count", "channels", "k"),
+    [(65, 1437, 49, 1), (17, 300, 256, 1), (130, 100, 257, 1), (3, 600, 320, 1), (33, 515, 48, 20), (2, 300, 33, 5)],
+)
+def test_values(implementation, device, dtype, batch, count, channels, k):
+    kernels.use(implementation, "nearest_neighbours")
+    queries, keys = (torch.randn(n, channels, device=device).to(dtype) for n in (batch, count))
+    with poisoned_memory():
+        value, index = kernels.nearest_neighbours(queries, keys, k)
     truth, true_index = plain_neighbours(queries.double(), keys.double(), k)
     plain, _ = plain_neighbours(queries, keys, k)
     assert_close_as_plain(value, plain, truth)
@@ -57,8 +67,9 @@ def test_any_number_of_keys_at_a_time(batch, count, k, step, ids):
     assert (index[:, filled:] == -1).all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_keys_of_the_same_id_are_skipped(device):
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+def test_keys_of_the_same_id_are_skipped(implementation, device):
+    kernels.use(implementation, "nearest_neighbours")
     keys = torch.eye(4, device=device)
     ids = torch.arange(4, device=device)
     _, itself = kernels.nearest_neighbours(keys, keys)
@@ -67,18 +78,21 @@ def test_keys_of_the_same_id_are_skipped(device):
     assert (other.squeeze(1) != ids).all()
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
 @pytest.mark.parametrize("k", [1, 3])
-def test_places_that_no_key_fills(device, k):
+def test_places_that_no_key_fills(implementation, device, k):
+    kernels.use(implementation, "nearest_neighbours")
     queries, keys = torch.randn(2, 4, device=device), torch.randn(3, 4, device=device)
     ids = torch.tensor([7, 7, 8], device=device)
     value, index = kernels.nearest_neighbours(queries, keys, k, torch.tensor([7, 9], device=device), ids)
     assert index[0].tolist() == [2, -1, -1][:k]
     assert value[0, 1:].tolist() == [-torch.inf] * (k - 1)
     assert sorted(index[1].tolist()) == [0, 1, 2] if k == 3 else index[1, 0] >= 0
-    value, index = kernels.nearest_neighbours(queries, keys, k, torch.tensor([7, 7], device=device), ids * 0 + 7)
-    assert (index == -1).all()
-    assert (value == -torch.inf).all()
+    all_skipped = kernels.nearest_neighbours(queries, keys, k, torch.tensor([7, 7], device=device), ids * 0 + 7)
+    for value, index in (all_skipped, kernels.nearest_neighbours(queries, keys[:0], k)):
+        assert (index == -1).all()
+        assert (value == -torch.inf).all()
+    assert kernels.nearest_neighbours(queries[:0], keys, k)[1].shape == (0, k)
 
 
 def test_lowest_index_wins_a_tie():
@@ -89,38 +103,46 @@ def test_lowest_index_wins_a_tie():
     assert (index == 0).all()
 
 
-def test_no_gradient_flows():
-    queries, keys = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
-    value, index = kernels.nearest_neighbours(queries, keys, 2)
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+@pytest.mark.parametrize("k", [1, 3])
+def test_strides_do_not_matter_and_no_gradient_flows(implementation, device, k):
+    kernels.use(implementation, "nearest_neighbours")
+    queries, keys = torch.randn(5, 16, device=device), torch.randn(200, 16, device=device)
+    ids = torch.arange(5, device=device), torch.arange(200, device=device)
+    wanted = kernels.nearest_neighbours(queries, keys, k, *ids)
+    strided = [x.T.contiguous().T.requires_grad_() for x in (queries, keys)]
+    ids_apart = (x.repeat_interleave(2)[::2] for x in ids)
+    value, index = kernels.nearest_neighbours(*strided, k, *ids_apart)
+    torch.testing.assert_close(value, wanted[0])
+    assert torch.equal(index, wanted[1])
     assert not value.requires_grad
     assert not index.requires_grad
 
 
-def test_strides_do_not_matter():
-    queries, keys = torch.randn(9, 8), torch.randn(30, 8)
-    wanted = kernels.nearest_neighbours(queries, keys, 3)
-    found = kernels.nearest_neighbours(queries.T.contiguous().T, keys.repeat_interleave(2, 0)[::2], 3)
-    torch.testing.assert_close(found, wanted)
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_same_bits_every_time(device):
-    queries, keys = torch.randn(32, 16, device=device), torch.randn(3000, 16, device=device)
-    runs = [kernels.nearest_neighbours(queries, keys, 10) for _ in range(3)]
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+@pytest.mark.parametrize("k", [1, 10])
+def test_same_bits_every_time(implementation, device, k):
+    kernels.use(implementation, "nearest_neighbours")
+    queries, keys = torch.randn(32, 16, device=device), torch.randn(300, 16, device=device)
+    runs = [kernels.nearest_neighbours(queries, keys, k) for _ in range(3)]
     for again in runs[1:]:
         assert all(map(torch.equal, runs[0], again))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("with_ids", [False, True])
-def test_opcheck(device, with_ids):
+def test_opcheck(implementation, device, k, with_ids):
+    kernels.use(implementation, "nearest_neighbours")
     queries, keys = torch.randn(4, 5, device=device), torch.randn(9, 5, device=device)
     ids = (torch.arange(4, device=device), torch.arange(9, device=device)) if with_ids else (None, None)
-    torch.library.opcheck(torch.ops.tessera.nearest_neighbours.default, (queries, keys, 3, *ids, "reference"))
+    torch.library.opcheck(torch.ops.tessera.nearest_neighbours.default, (queries, keys, k, *ids, implementation))
 
 
-@pytest.mark.parametrize("device", DEVICES)
-def test_compiles_without_a_graph_break(device):
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+def test_compiles_without_a_graph_break(implementation, device):
+    kernels.use(implementation, "nearest_neighbours")
+
     def look_up(queries, keys):
         value, index = kernels.nearest_neighbours(queries * 2, keys, 3)
         return value + 1, keys[index]
@@ -135,23 +157,31 @@ def test_cost_counts_no_matrix():
 
 
 QUERIES, KEYS, IDS = torch.zeros(2, 4), torch.zeros(3, 4), torch.zeros(2, dtype=torch.int64)
+KEY_IDS, FP8 = torch.zeros(3, dtype=torch.int64), torch.float8_e4m3fn
 
 
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         ((QUERIES[0], KEYS), r"needs queries \[B, C\] and keys \[M, C\], got \[4\] and \[3, 4\]"),
         ((QUERIES, KEYS[:, 1:]), r"got \[2, 4\] and \[3, 3\]"),
-        (
-            (QUERIES, KEYS.double()),
-            "one floating dtype on one device, got torch.float32 on cpu and torch.float64 on cpu",
-        ),
+        ((QUERIES, KEYS.half()), r"float64 on one device, got torch.float32 on [^ ]+ and torch.float16 on"),
+        ((QUERIES.int(), KEYS.int()), "one of float16, .* float64 on one device, got torch.int32 on"),
+        ((QUERIES.to(FP8), KEYS.to(FP8)), "one of float16, .* float64 on one device, got torch.float8_e4m3fn on"),
+        ((QUERIES.to("meta"), KEYS), "on one device, got torch.float32 on meta and"),
+        ((QUERIES, KEYS.to("meta")), "on one device, got .* and torch.float32 on meta"),
         ((QUERIES, KEYS, 0), "needs k of at least 1, got 0"),
         ((QUERIES, KEYS, 1, IDS), "needs query_ids and key_ids together"),
-        ((QUERIES, KEYS, 1, IDS, IDS), r"needs key_ids as int64 \[3\] on cpu, got torch.int64 \[2\] on cpu"),
-        ((QUERIES, KEYS, 1, IDS.int(), IDS), r"needs query_ids as int64 \[2\]"),
+        ((QUERIES, KEYS, 1, None, KEY_IDS), "needs query_ids and key_ids together"),
+        ((QUERIES, KEYS, 1, IDS, IDS), r"needs key_ids as int64 \[3\] on .*, got torch.int64 \[2\] on"),
+        ((QUERIES, KEYS, 1, IDS.int(), KEY_IDS), r"needs query_ids as int64 \[2\] on .*, got torch.int32 \[2\] on"),
+        ((QUERIES, KEYS, 1, IDS.to("meta"), KEY_IDS), r"needs query_ids as .*, got torch.int64 \[2\] on meta"),
+        ((QUERIES, KEYS, 1, IDS, KEY_IDS.to("meta")), r"needs key_ids as .*, got torch.int64 \[3\] on meta"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(arguments, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        kernels.nearest_neighbours(*arguments)
+def test_bad_input_is_told_in_one_sentence(implementation, device, arguments, sentence):
+    kernels.use(implementation, "nearest_neighbours")
+    kernels.nearest_neighbours(*moved((QUERIES, KEYS, 1, IDS, KEY_IDS), device))
+    with pytest.raises(ValueError, match=f"^nearest_neighbours .*{sentence}"):
+        kernels.nearest_neighbours(*moved(arguments, device))

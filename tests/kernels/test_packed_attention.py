@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import kernels
 from kernels.packed_attention import HEAD_DIMS, cost, reference
 from tests.kernels.agreement import DEVICES, HALF_AND_FULL, assert_agrees
+from tests.kernels.interpreted import IMPLEMENTATION_AND_DEVICE, moved
 
 LENGTHS = (1, 15, 16, 17, 37, 49, 50, 64, 65, 196, 197, 256, 257)
 HEADS = 2
@@ -154,6 +155,38 @@ def test_strides_do_not_matter(device, lengths):
         torch.testing.assert_close(grad, wanted_grad)
 
 
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+def test_layout_may_have_strides(implementation, device):
+    kernels.use(implementation, "packed_attention")
+    lengths, keys = (17, 5, 40), (3, 5, 20)
+    cu_seqlens, longest, kv_lengths = layout(lengths, device, keys)
+    apart = [torch.stack((x, torch.full_like(x, 99)), 1)[:, 0] for x in (cu_seqlens, kv_lengths)]
+    qkv = random_qkv(lengths, 32, device=device).requires_grad_()
+    results = []
+    for starts, kept in ((cu_seqlens, kv_lengths), apart):
+        out = kernels.packed_attention(qkv, starts, longest, kept)
+        results.append((out, *torch.autograd.grad(out.square().sum(), qkv)))
+    assert not any(x.is_contiguous() for x in apart)
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layout_that_was_written_to_since_is_not_read_in_backward(implementation, device, compiled):
+    """The values are checked in forward only."""
+    kernels.use(implementation, "packed_attention")
+    where = layout((4, 5), device, (2, 5))
+    qkv = random_qkv((4, 5), 32, device=device).requires_grad_()
+    attend = kernels.packed_attention
+    if compiled:
+        attend = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    for i in (0, 2):
+        out = attend(qkv, *where)
+        where[i].add_(0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_same_bits_every_time(device):
     lengths = (50, 17, 50, 197)
@@ -266,32 +299,61 @@ def test_cost_counts_what_must_move():
     assert backward.flops == 2.5 * forward.flops
 
 
-GOOD = {"qkv": torch.zeros(5, 3, 2, 32), "cu_seqlens": torch.tensor([0, 2, 5], dtype=torch.int32), "max_seqlen": 3}
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
 
 
+GOOD = {"qkv": torch.zeros(5, 3, 2, 32), "cu_seqlens": int32(0, 2, 5), "max_seqlen": 3, "kv_lengths": int32(1, 3)}
+RISE = "cu_seqlens must rise from 0 to the 5 tokens"
+BETWEEN = "kv_lengths must lie between 0 and the length, got"
+
+
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
 @pytest.mark.parametrize(
     ("changed", "sentence"),
     [
-        ({"qkv": torch.zeros(5, 2, 2, 32)}, r"needs qkv of shape \[tokens, 3, heads, head dim\], got \[5, 2, 2, 32\]"),
-        ({"qkv": torch.zeros(5, 3, 2, 48)}, "has head dims 32, 64, 80, 96, 128, got 48"),
+        (
+            {"qkv": torch.zeros(5, 2, 2, 32)},
+            r"packed_attention needs qkv of shape \[tokens, 3, heads, head dim\], got \[5, 2, 2, 32\]",
+        ),
+        (
+            {"qkv": torch.zeros(5, 3, 2, 48)},
+            "packed_attention needs qkv with a head dim of 32, 64, 80, 96, 128, got 48",
+        ),
         (
             {"qkv": torch.zeros(5, 3, 2, 32, dtype=torch.int32)},
-            "takes float16, bfloat16, float32 or float64, got torch.int32",
+            "packed_attention needs qkv in float16, bfloat16, float32 or float64, got torch.int32",
         ),
-        ({"cu_seqlens": torch.tensor([0, 2, 5])}, "needs cu_seqlens as int32"),
-        ({"cu_seqlens": torch.tensor([], dtype=torch.int32)}, "at least one element"),
-        ({"cu_seqlens": torch.tensor([0, 2, 4], dtype=torch.int32)}, "must rise from 0 to the 5 tokens"),
-        ({"cu_seqlens": torch.tensor([0, 6, 5], dtype=torch.int32)}, "must rise from 0 to the 5 tokens"),
-        ({"max_seqlen": 2}, "in steps of at most max_seqlen = 2"),
-        ({"kv_lengths": torch.tensor([1], dtype=torch.int32)}, "one kv_length per sequence, got 1 for 2"),
-        ({"kv_lengths": torch.tensor([1.0, 1.0])}, "needs kv_lengths as int32"),
         (
-            {"kv_lengths": torch.tensor([1, 4], dtype=torch.int32)},
-            "between 0 and the length, got 4 for a sequence of 3",
+            {"qkv": torch.zeros(5, 3, 2, 32).to(torch.float8_e4m3fn)},
+            "packed_attention needs qkv in float16, bfloat16, float32 or float64, got torch.float8_e4m3fn",
         ),
+        (
+            {"qkv": torch.zeros(5, 3, 2, 32, device="meta")},
+            r"packed_attention needs cu_seqlens as int32 \[n\] on meta, got torch.int32 \[3\] on (cpu|cuda)",
+        ),
+        ({"cu_seqlens": torch.tensor([0, 2, 5])}, "packed_attention needs cu_seqlens as int32 .*, got torch.int64"),
+        ({"cu_seqlens": int32(0, 2, 5)[None]}, r"packed_attention needs cu_seqlens as int32 .*, got .* \[1, 3\] on"),
+        ({"cu_seqlens": int32(0, 2, 5).to("meta")}, "packed_attention needs cu_seqlens as int32 .* on meta"),
+        ({"cu_seqlens": int32()}, "packed_attention needs cu_seqlens of at least one element, got none"),
+        ({"cu_seqlens": int32(1, 2, 5)}, f"{RISE} in steps of at most max_seqlen = 3, got 1 to 5 in steps of 1 to 3"),
+        ({"cu_seqlens": int32(0, 2, 4)}, f"{RISE} .*, got 0 to 4"),
+        ({"cu_seqlens": int32(0, 2, 9)}, f"{RISE} .*, got 0 to 9"),
+        ({"cu_seqlens": int32(0, 6, 5)}, f"{RISE} .*, got 0 to 5 in steps of -1 to 6"),
+        ({"cu_seqlens": int32(0, 1, 5)}, f"{RISE} in steps of at most max_seqlen = 3, got 0 to 5 in steps of 1 to 4"),
+        ({"max_seqlen": 2}, f"{RISE} in steps of at most max_seqlen = 2, got 0 to 5 in steps of 2 to 3"),
+        # as many as tokens would be if all were equally long
+        ({"qkv": torch.zeros(6, 3, 2, 32), "kv_lengths": None}, "cu_seqlens must rise from 0 to the 6 tokens"),
+        ({"kv_lengths": int32(1)}, "packed_attention needs one entry of kv_lengths per sequence, got 1 for 2"),
+        ({"kv_lengths": torch.tensor([1.0, 1.0])}, "packed_attention needs kv_lengths as int32 .*, got torch.float32"),
+        ({"kv_lengths": torch.tensor([1, 1])}, "packed_attention needs kv_lengths as int32 .*, got torch.int64"),
+        ({"kv_lengths": int32(1, 1).to("meta")}, "packed_attention needs kv_lengths as int32 .* on meta"),
+        ({"kv_lengths": int32(1, 4)}, f"{BETWEEN} 4 for a sequence of 3"),
+        ({"kv_lengths": int32(-1, 3)}, f"{BETWEEN} -1 for a sequence of 2"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(changed, sentence):
-    kernels.packed_attention(**GOOD)
-    with pytest.raises(ValueError, match=sentence):
-        kernels.packed_attention(**(GOOD | changed))
+def test_bad_input_is_told_in_one_sentence(implementation, device, changed, sentence):
+    kernels.use(implementation, "packed_attention")
+    kernels.packed_attention(*moved(GOOD.values(), device))
+    with pytest.raises(ValueError, match=f"^{sentence}"):
+        kernels.packed_attention(*moved((GOOD | changed).values(), device))

@@ -5,7 +5,6 @@ accesses. Where nvcc is, it is compiled for the chips too: registers, spills, ma
 """
 
 import importlib
-import os
 import re
 import struct
 import subprocess
@@ -15,19 +14,28 @@ from typing import NamedTuple
 
 import pytest
 import torch
-import triton.backends.nvidia as nvidia
 from torch import Tensor
 
 import kernels
 from kernels import library
 from kernels.packed_attention import HEAD_DIMS, reference
 from tests.kernels.agreement import assert_agrees, assert_close_as_plain
+from tests.kernels.emulated import (
+    A100,
+    CSRC,
+    H100,
+    ROOT,
+    answer,
+    build,
+    build_library,
+    build_main,
+    inspect,
+    memory_of,
+    spanned,
+)
 
-ROOT = Path(__file__).parents[2]
-CSRC = ROOT / "csrc"
 LENGTHS = (1, 15, 16, 17, 37, 50, 64, 65, 196, 197, 208, 256)
 HALF = (torch.float16, torch.bfloat16)
-A100, H100 = 164 * 1024, 228 * 1024  # bytes of shared memory of one multiprocessor
 LONGEST = 320
 
 
@@ -43,22 +51,9 @@ def mixed_keys(lengths):
     return [(1, length, -(-length // 4))[i % 3] for i, length in enumerate(lengths)]
 
 
-COMPILE = "g++ -std=c++17 -O1 -g1 -fsanitize=address -Wall -Wextra -Werror -Wno-unknown-pragmas -DTESSERA_HOST".split()
-
-
 @pytest.fixture(scope="session")
 def main_object(tmp_path_factory) -> Path:
-    target = tmp_path_factory.mktemp("emulation") / "host_main.o"
-    subprocess.run([*COMPILE, "-c", CSRC / "host_main.cpp", "-o", target], check=True)
-    return target
-
-
-def build(text: str, main_object: Path, program: Path, *flags: str) -> Path:
-    """Compile a kernel source for the host."""
-    source = program.with_suffix(".cpp")
-    source.write_text(text)
-    subprocess.run([*COMPILE, *flags, f"-I{CSRC}", source, main_object, "-o", program], check=True)
-    return program
+    return build_main(tmp_path_factory.mktemp("emulation") / "host_main.o")
 
 
 @pytest.fixture(scope="session")
@@ -82,30 +77,18 @@ def emulate(
     )
     tensors = [qkv, grad_out, cu_seqlens, *([] if keys is None else [torch.tensor(keys, dtype=torch.int32)])]
     case = struct.pack("16qd", *integers, dim**-0.5 if scale is None else scale) + b"".join(map(memory_of, tensors))
-    finished = subprocess.run([program], input=case, capture_output=True)
-    if finished.returncode:
-        raise RuntimeError(finished.stderr.decode())
+    said = answer(program, "packed_attention", case)
     rows = tokens * heads
-    answer = memoryview(bytearray(finished.stdout))
     parts = []
     for dtype, count in ((qkv.dtype, rows * dim), (torch.float32, rows), (qkv.dtype, 3 * rows * dim)):
         size = count * dtype.itemsize
-        parts.append(torch.frombuffer(answer[:size], dtype=dtype) if count else torch.empty(0, dtype=dtype))
-        answer = answer[size:]
+        parts.append(torch.frombuffer(said[:size], dtype=dtype) if count else torch.empty(0, dtype=dtype))
+        said = said[size:]
     out, lse, grad_qkv = parts
-    conflicts = struct.unpack("q", answer)[0]
+    conflicts = struct.unpack("q", said)[0]
     return Result(
         out.view(tokens, heads, dim), lse.view(heads, tokens), grad_qkv.view(tokens, 3, heads, dim), conflicts
     )
-
-
-def spanned(x: Tensor) -> int:
-    """Number of elements from the first to the last in memory."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride())) if x.numel() else 0
-
-
-def memory_of(x: Tensor) -> bytes:
-    return x.as_strided((spanned(x),), (1,)).view(torch.uint8).numpy().tobytes()
 
 
 def random_qkv(lengths, dim, dtype, heads=1):
@@ -278,31 +261,13 @@ def test_missing_library_is_told_in_one_sentence(monkeypatch, tmp_path):
 @pytest.fixture(scope="session")
 def built(tmp_path_factory) -> Path:
     """The library as the README has it built, but elsewhere."""
-    folder = tmp_path_factory.mktemp("cuda")
-    configure = ["cmake", "-S", ROOT, "-B", folder, f"-DPython_EXECUTABLE={sys.executable}"]
-    for command in (configure, ["cmake", "--build", folder, "--parallel", "2"]):
-        finished = subprocess.run(command, capture_output=True, text=True)
-        assert finished.returncode == 0, finished.stdout + finished.stderr
-    return folder / "libtessera_kernels.so"
+    return build_library(tmp_path_factory.mktemp("cuda"))
 
 
-def inspect(built: Path, *arguments: str) -> dict[tuple[str, str, str, int], str]:
-    """What cuobjdump says of each kernel, by (chip, pass, dtype, head dim)."""
-    tools = Path(nvidia.__file__).parent / "bin"  # cuobjdump calls nvdisasm beside it
-    environment = os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}
-    command = [tools / "cuobjdump", *arguments, built]
-    text = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
-    found = {}
-    for chip in re.split(r"(?=arch = sm_)", text)[1:]:
-        name = re.match(r"arch = (\w+)", chip)[1]
-        for function in re.split(r"Function ?:? ?(?=_Z)", chip)[1:]:
-            kernel, dtype, dim = re.search(r"(forward|backward)_kernelINS_\d(\w?Float16)ELi(\d+)E", function).groups()
-            found[name, kernel, dtype, int(dim)] = function
-    return found
-
-
+# of a kernel: pass, dtype, head dim
+KERNEL = r"(forward|backward)_kernelINS_\d(\w?Float16)ELi(\d+)E"
 EVERY_KERNEL = {
-    (chip, kernel, dtype, dim)
+    (chip, kernel, dtype, str(dim))
     for chip in ("sm_80", "sm_90a")
     for kernel in ("forward", "backward")
     for dtype in ("Float16", "BFloat16")
@@ -314,18 +279,18 @@ EVERY_KERNEL = {
 @pytest.mark.long
 def test_nothing_spills(built):
     """Nor does any kernel take more registers than its block of up to 8 warps, or two blocks for short rows, can have."""
-    usage = inspect(built, "--dump-resource-usage")
+    usage = inspect(built, KERNEL, "--dump-resource-usage")
     assert set(usage) == EVERY_KERNEL
     for kernel, text in usage.items():
         registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
         assert stack == 0, f"{kernel} spills {stack} bytes"
-        assert registers <= 128 or kernel[3] > 64, f"{kernel} takes {registers} registers"
+        assert registers <= 128 or int(kernel[3]) > 64, f"{kernel} takes {registers} registers"
 
 
 @pytest.mark.nvcc
 @pytest.mark.long
 def test_matrix_instructions_and_asynchronous_copies(built):
-    code = inspect(built, "-sass")
+    code = inspect(built, KERNEL, "-sass")
     assert set(code) == EVERY_KERNEL
     for kernel, text in code.items():
         for instruction in (r"HMMA\.16816\.F32", r"LDSM\.16\.M88\.4", r"LDSM\.16\.MT88\.4", r"LDGSTS\.E\.BYPASS\.128"):

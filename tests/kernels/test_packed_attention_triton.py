@@ -253,25 +253,6 @@ def test_double_precision_is_refused():
         packed((5,), DEVICE)(random_qkv((5,), 32, torch.float64, DEVICE))
 
 
-@pytest.mark.parametrize(
-    ("cu_seqlens", "kv_lengths", "sentence"),
-    [
-        ([0, 6, 5], None, "must rise from 0 to the 5 tokens"),
-        ([1, 2, 5], None, "must rise from 0 to the 5 tokens"),
-        ([0, 2, 9], None, "must rise from 0 to the 5 tokens"),
-        ([0, 1, 5], None, "in steps of at most max_seqlen = 3"),
-        ([0, 2, 5], [1, 4], "between 0 and the length, got 4 for a sequence of 3"),
-        ([0, 2, 5], [-1, 3], "between 0 and the length, got -1 for a sequence of 2"),
-    ],
-)
-def test_a_wrong_layout_is_told_before_a_kernel_reads_it(monkeypatch, cu_seqlens, kv_lengths, sentence):
-    monkeypatch.setenv("TESSERA_DEBUG", "1")
-    where = (torch.tensor(x, dtype=torch.int32, device=DEVICE) if x else None for x in (cu_seqlens, kv_lengths))
-    cu_seqlens, kv_lengths = where
-    with pytest.raises(ValueError, match=sentence):
-        kernels.packed_attention(random_qkv((5,), 32, device=DEVICE), cu_seqlens, 3, kv_lengths)
-
-
 def test_little_of_a_tile_is_wasted():
     """Rows of keys that are computed, over those that are needed, for what the forms choose by themselves."""
     for dim in (32, 64):

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 import kernels
 from kernels.patches import cost
 from tests.kernels.agreement import DEVICES, HALF_AND_FULL, assert_agrees
+from tests.kernels.interpreted import IMPLEMENTATION_AND_DEVICE, moved, poisoned_memory
 
 
 def plain_patches(images, indices, size):
@@ -91,13 +92,21 @@ def test_flat_patches_have_a_finite_loss():
     assert prediction.grad.isfinite().all()
 
 
-def test_no_patches():
-    images, indices = random_input(2, 16, 16, 8, 0)
-    prediction = torch.zeros(2, 0, 192, requires_grad=True)
-    loss = kernels.masked_pixel_loss(prediction, images, indices, 8)
-    loss.backward()
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+@pytest.mark.parametrize("batch", [0, 2])
+def test_no_patches(implementation, device, batch):
+    kernels.use(implementation, "patches")
+    images, indices = random_input(batch, 16, 16, 8, 0, device=device)
+    images.requires_grad_()
+    prediction = torch.zeros(batch, 0, 192, device=device, requires_grad=True)
+    with poisoned_memory():
+        loss = kernels.masked_pixel_loss(prediction, images, indices, 8)
+        loss.backward()
+        assert kernels.gather_patches(images, indices, 8).shape == (batch, 0, 192)
     assert loss == 0
+    assert loss.dtype == torch.float32
     assert prediction.grad.shape == prediction.shape
+    assert torch.equal(images.grad, torch.zeros_like(images))
 
 
 def test_loss_is_fp32_for_half_precision_and_survives_large_pixels():
@@ -161,6 +170,7 @@ def test_cost_counts_only_the_asked_patches():
 IMAGES, INDICES, PREDICTION = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 192)
 
 
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -168,21 +178,52 @@ IMAGES, INDICES, PREDICTION = torch.zeros(2, 3, 16, 16), torch.zeros(2, 3, dtype
         ((IMAGES.byte(), INDICES, 8), "needs floating images"),
         ((IMAGES, INDICES, 5), "needs images in whole patches, got 16x16 pixels for patches of 5"),
         ((IMAGES, INDICES, 0), "needs images in whole patches"),
-        ((IMAGES, INDICES.int(), 8), r"needs indices as int64 \[2, N\] on cpu, got torch.int32"),
-        ((IMAGES, INDICES[:1], 8), r"needs indices as int64 \[2, N\]"),
+        ((IMAGES, INDICES.int(), 8), r"needs indices as int64 \[2, N\] on .*, got torch.int32"),
+        ((IMAGES, INDICES[0], 8), r"needs indices as int64 \[2, N\] on .*, got torch.int64 \[3\]"),
+        ((IMAGES, INDICES[:1], 8), r"needs indices as int64 \[2, N\] on .*, got torch.int64 \[1, 3\]"),
+        ((IMAGES, INDICES.to("meta"), 8), r"needs indices as int64 \[2, N\] on .*, got torch.int64 \[2, 3\] on meta"),
+        ((IMAGES.to("meta"), INDICES, 8), r"needs indices as int64 \[2, N\] on meta, got torch.int64 \[2, 3\] on"),
         ((IMAGES, INDICES + 4, 8), "needs indices between 0 and 3, got 4"),
         ((IMAGES, INDICES - 1, 8), "needs indices between 0 and 3, got -1"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(arguments, sentence):
-    with pytest.raises(ValueError, match=f"gather_patches {sentence}"):
-        kernels.gather_patches(*arguments)
-    with pytest.raises(ValueError, match=f"masked_pixel_loss {sentence}"):
-        kernels.masked_pixel_loss(PREDICTION, *arguments)
+def test_bad_input_is_told_in_one_sentence(implementation, device, arguments, sentence):
+    kernels.use(implementation, "patches")
+    kernels.gather_patches(*moved((IMAGES, INDICES, 8), device))
+    with pytest.raises(ValueError, match=f"^gather_patches {sentence}"):
+        kernels.gather_patches(*moved(arguments, device))
+    with pytest.raises(ValueError, match=f"^masked_pixel_loss {sentence}"):
+        kernels.masked_pixel_loss(*moved((PREDICTION, *arguments), device))
 
 
-def test_prediction_of_the_wrong_shape():
-    with pytest.raises(
-        ValueError, match=r"floating prediction of shape \[2, 3, 192\], got torch.float32 \[2, 3, 191\]"
-    ):
-        kernels.masked_pixel_loss(PREDICTION[..., 1:], IMAGES, INDICES, 8)
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+@pytest.mark.parametrize(
+    ("prediction", "got"),
+    [
+        (PREDICTION[..., 1:], r"torch.float32 \[2, 3, 191\] on"),
+        (PREDICTION[:, :2], r"torch.float32 \[2, 2, 192\] on"),
+        (PREDICTION.int(), r"torch.int32 \[2, 3, 192\] on"),
+        (PREDICTION.to("meta"), r"torch.float32 \[2, 3, 192\] on meta"),
+    ],
+)
+def test_bad_prediction_is_told_in_one_sentence(implementation, device, prediction, got):
+    kernels.use(implementation, "patches")
+    kernels.masked_pixel_loss(*moved((PREDICTION, IMAGES, INDICES, 8), device))
+    sentence = r"masked_pixel_loss needs a floating prediction of shape \[2, 3, 192\] on .*, got "
+    with pytest.raises(ValueError, match=sentence + got):
+        kernels.masked_pixel_loss(*moved((prediction, IMAGES, INDICES, 8), device))
+
+
+@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+@pytest.mark.parametrize("op", ["gather_patches", "masked_pixel_loss"])
+def test_compiled_code_stays_whole_and_only_the_reference_trusts_its_indices(implementation, device, op):
+    """What the compiler traces has no values to look at; an op that is opaque to it looks when it runs."""
+    kernels.use(implementation, "patches")
+    images, indices, prediction = moved((IMAGES, INDICES, PREDICTION), device)
+    given = (prediction, images, indices, 8)[op == "gather_patches" :]
+    wrong = (prediction, images, indices - 1, 8)[op == "gather_patches" :]
+    compiled = torch.compile(getattr(kernels, op), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(*given), getattr(kernels, op)(*given))
+    if implementation != "reference":
+        with pytest.raises(ValueError, match=f"^{op} needs indices between 0 and 3, got -1"):
+            compiled(*wrong)

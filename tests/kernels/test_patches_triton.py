@@ -92,21 +92,6 @@ def test_flat_patches_have_a_finite_loss():
     assert prediction.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("batch", [0, 2])
-def test_no_patches(batch):
-    images, indices = random_input(batch, 16, 16, 8, 0, device=DEVICE)
-    images.requires_grad_()
-    prediction = torch.zeros(batch, 0, 192, device=DEVICE, requires_grad=True)
-    with poisoned_memory():
-        loss = kernels.masked_pixel_loss(prediction, images, indices, 8)
-        loss.backward()
-        assert kernels.gather_patches(images, indices, 8).shape == (batch, 0, 192)
-    assert loss == 0
-    assert loss.dtype == torch.float32
-    assert prediction.grad.shape == prediction.shape
-    assert torch.equal(images.grad, torch.zeros_like(images))
-
-
 def test_large_pixels():
     images, indices = random_input(1, 16, 16, 8, 4, device=DEVICE)
     prediction = torch.randn(1, 4, 192, device=DEVICE)

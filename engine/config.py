@@ -4,9 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from engine import recipes
+import tyro
+
+from engine import methods, recipes
+from engine.collapse import CHOICES
 from engine.errors import BadInput
 from engine.flags import read
 from engine.methods.base import StageSettings
@@ -22,16 +25,18 @@ RESUME_MAY_CHANGE = (
 class Train:
     """Train a vision transformer without labels. Further flags, per stage, belong to the method that is named."""
 
-    method: str = "maect"
-    """The pretext task: mae, nnclr, or maect, which runs mae, nnclr and contrastive tuning after one another."""
+    method: Annotated[
+        str, tyro.conf.arg(help=f"The pretext task: {', '.join(methods.names())}. maect runs mae and nnclr first.")
+    ] = "maect"
     model: str = ""
     """A timm ViT name; default vit_micro_patch8_32 on the embedded digits, vit_base_patch16_224 on a folder."""
     data: str = ""
     """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg, or a flat unlabelled one. Default: the embedded digits."""
     weights: str = ""
-    """Start from these (a published file, a run folder, an exported folder) and leave out the MAE stage."""
+    """Start from these (a published file, a run folder, an exported folder); where stages follow MAE, leave that one out."""
     preset: str = "auto"
-    """Which published settings: plain, aug or digits; auto is digits on the embedded data and plain on others."""
+    """Which settings: plain or aug (published, where the method has them), or digits; auto is digits on the embedded data
+    and plain on others."""
     epochs: tuple[int, ...] = ()
     """Epochs of each stage, in order."""
     batch_size: int = 0
@@ -42,8 +47,10 @@ class Train:
     """Side of a patch in pixels; 0 is the model's."""
     pool: str = ""
     """What evaluation reads: token (CLS) or avg (mean of patches); default: the recipe's."""
+    collapse: str = ""
+    """What keeps a clustering from collapsing: centring, me-max, sinkhorn, me-max+sinkhorn or none; default: the recipe's."""
     accumulate: int = 1
-    """Micro-batches per step and rank; contrastive stages take only 1, since they compare within the batch."""
+    """Micro-batches per step and rank; a stage that compares images within the batch takes only 1."""
     precision: str = "auto"
     """fp32 or bf16; auto is bf16 on GPUs and fp32 on CPUs."""
     compile: bool = False
@@ -82,6 +89,7 @@ class Train:
         choices = {
             "preset": recipes.PRESETS,
             "pool": ("", "token", "avg"),
+            "collapse": ("", *CHOICES),
             "precision": ("auto", "fp32", "bf16"),
             "device": ("auto", "cpu", "cuda"),
             "kernels": ("auto", "reference", "triton", "cuda"),
@@ -186,6 +194,13 @@ def _preset(train: Train) -> Plan:
         stages = tuple((name, replace(s, epochs=epochs)) for (name, s), epochs in zip(stages, train.epochs))
     if train.batch_size:
         stages = tuple((name, replace(settings, batch_size=train.batch_size)) for name, settings in stages)
+    if train.collapse:
+        if not any(hasattr(settings, "collapse") for _, settings in stages):
+            raise BadInput(f"--collapse {train.collapse} is for methods that cluster, which {train.method} does not.")
+        stages = tuple(
+            (name, replace(settings, collapse=train.collapse) if hasattr(settings, "collapse") else settings)
+            for name, settings in stages
+        )
     return Plan(train, recipe.source, model, encoder, stages)
 
 

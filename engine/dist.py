@@ -135,6 +135,11 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(seen.item())
 
 
+def group() -> td.ProcessGroup | None:
+    """All ranks, for what wants a process group; None when alone."""
+    return td.group.WORLD if world_size() > 1 else None
+
+
 def barrier() -> None:
     if world_size() > 1:
         td.barrier()

@@ -28,7 +28,7 @@ class Draws:
 
     def __init__(self, *seed_keys: int | str, batch: int, rows: slice, device: torch.device):
         self.generator = torch.Generator(device).manual_seed(seed_of(*seed_keys))
-        self.batch, self.rows, self.device = batch, rows, device
+        self.seed_keys, self.batch, self.rows, self.device = seed_keys, batch, rows, device
 
     def uniform(self, *shape: int) -> Tensor:
         """fp32 [b, *shape] in [0, 1)."""
@@ -37,3 +37,21 @@ class Draws:
     def integers(self, below: int) -> Tensor:
         """int64 [b] in [0, below)."""
         return torch.randint(below, (self.batch,), generator=self.generator, device=self.device)[self.rows]
+
+    def seeds(self) -> Tensor:
+        """int64 [b] on the CPU, so that reading one waits for no device: for generators of their own, which a micro-batch starts
+        from the seed of its first image."""
+        return torch.randint(2**62, (self.batch,), generator=self._host("seeds"))[self.rows]
+
+    def on_host(self, purpose: str, *shape: int) -> Tensor:
+        """fp32 [b, *shape] in [0, 1) on the CPU, for what must be known without waiting for a device; others for each purpose."""
+        return torch.rand(self.batch, *shape, generator=self._host(purpose))[self.rows]
+
+    def places(self, purpose: str, each: int) -> Tensor:
+        """int64 [b, each] on the CPU: where each stands when `each` of every image of the global batch are put in random order,
+        from 0 to batch * each - 1."""
+        order = torch.randperm(self.batch * each, generator=self._host(purpose))
+        return order.view(self.batch, each)[self.rows]
+
+    def _host(self, purpose: str) -> torch.Generator:
+        return torch.Generator().manual_seed(seed_of(*self.seed_keys, purpose))

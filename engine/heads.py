@@ -1,15 +1,20 @@
-"""What sits on the backbone during pre-training: the MAE decoder, projector and predictor, and the queue of keys.
+"""What sits on the backbone during pre-training: the MAE decoder, projectors, predictor and prototypes, the queue of keys, and
+the teacher that follows them.
 
-Shapes: B images, N patches of an image, V visible and M masked ones, C encoder width, D decoder width, P patch size.
+Shapes: B images, N patches of an image, V visible and M masked ones, C encoder width, D decoder width, P patch size,
+R rows, K prototypes, E width of the bottleneck.
 """
+
+from copy import deepcopy
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import dist
+from engine.optim import move_average
 from engine.tokens import Packed
-from engine.vit import Block, initialise, sincos_positions
+from engine.vit import Block, VisionTransformer, initialise, sincos_positions
 
 
 class Decoder(nn.Module):
@@ -79,9 +84,10 @@ class Decoder(nn.Module):
         return 2.0 * ends + sum(block.flops(tokens) for block in self.decoder_blocks)
 
 
-def head_flops(head: nn.Sequential) -> float:
-    """Operations of one forward pass of a projector or predictor for one row."""
-    return 2.0 * sum(layer.weight.numel() for layer in head if isinstance(layer, nn.Linear))
+def head_flops(head: nn.Module) -> float:
+    """Operations of one forward pass of a head for one row: matrix products only."""
+    layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear | WeightNormed)]
+    return 2.0 * sum(layer.in_features * layer.out_features for layer in layers)
 
 
 class BatchNorm(nn.Module):
@@ -141,6 +147,103 @@ def predictor(features: int = 256, hidden: int = 4096) -> nn.Sequential:
     return nn.Sequential(
         nn.Linear(features, hidden, bias=False), BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, features, bias=False)
     )
+
+
+class WeightNormed(nn.Module):
+    """A linear layer without bias whose rows are g * v / |v| (Salimans & Kingma 2016); state-dict keys of torch's older
+    weight_norm, as published heads have them.
+
+    g starts at 1. It stays there, so that unit inputs give cosines, unless `free_norm` lets it learn.
+    """
+
+    def __init__(self, features: int, prototypes: int, free_norm: bool = False):
+        super().__init__()
+        self.in_features, self.out_features = features, prototypes
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=free_norm)
+        self.weight_v = nn.Parameter(nn.Linear(features, prototypes, bias=False).weight.detach())
+
+    def forward(self, x_RE: Tensor) -> Tensor:
+        return F.linear(x_RE, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class DinoHead(nn.Module):
+    """Linear layers with GELU between them, down to a bottleneck; L2 norm; weight-normed prototypes without bias.
+
+    The head of DINO (Caron et al. 2021, appendix C) and iBOT, and with a free norm of DINOv2; their parameter names.
+
+    Args:
+        features: encoder width C.
+        layers: linear layers before the prototypes, at least 1.
+        free_norm: let the prototypes' norms learn (DINO's norm_last_layer=False).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int = 2048,
+        layers: int = 3,
+        bottleneck: int = 256,
+        prototypes: int = 65536,
+        free_norm: bool = False,
+    ):
+        super().__init__()
+        widths = [features, *(hidden,) * (layers - 1), bottleneck]
+        parts: list[nn.Module] = []
+        for index in range(layers):
+            parts += [nn.Linear(widths[index], widths[index + 1]), nn.GELU()]
+        self.mlp = nn.Sequential(*parts[:-1])
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.last_layer = WeightNormed(bottleneck, prototypes, free_norm)
+
+    def forward(self, x_RC: Tensor) -> Tensor:
+        """[R, C] -> scores [R, K]."""
+        return self.last_layer(self.embed(x_RC))
+
+    def embed(self, x_RC: Tensor) -> Tensor:
+        """[R, C] -> unit vectors fp32 [R, E]."""
+        return F.normalize(self.mlp(x_RC).float(), dim=-1)
+
+
+def swav_projector(features: int, hidden: int = 2048, out: int = 128) -> nn.Sequential:
+    """Two linear layers with batch norm and ReLU between them (SwAV's projection head); its output is not normalised yet."""
+    return nn.Sequential(nn.Linear(features, hidden), BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+class UnitPrototypes(nn.Linear):
+    """A linear layer without bias whose rows are brought to length 1 after every update (SwAV)."""
+
+    def __init__(self, features: int, prototypes: int):
+        super().__init__(features, prototypes, bias=False)
+        self.commit(torch.tensor(True, device=self.weight.device))
+
+    @torch.no_grad()
+    def commit(self, applied: Tensor) -> None:
+        """Normalise the rows, if the update was applied."""
+        self.weight.copy_(torch.where(applied, F.normalize(self.weight, dim=1), self.weight))
+
+
+class Teacher(nn.Module):
+    """Exponential averages of modules, without gradients: Teacher(encoder=..., head=...) has `encoder` and `head`."""
+
+    def __init__(self, **online: nn.Module):
+        super().__init__()
+        for name, module in online.items():
+            twin = module.copy() if isinstance(module, VisionTransformer) else deepcopy(module)
+            self.add_module(name, twin.requires_grad_(False))
+
+    @torch.no_grad()
+    def follow(self, online: nn.Module, weight: Tensor) -> None:
+        """Move every part by `weight` (a scalar on the device; 0 changes nothing) towards the part of that name in `online`.
+
+        Statistics of batch norm are left alone: they are of what the teacher itself saw.
+        """
+        pairs = []
+        for name, average in self.named_children():
+            module = getattr(online, name)
+            pairs += [(a, p) for a, p in zip(average.parameters(), module.parameters()) if p.requires_grad]
+        move_average([average for average, _ in pairs], [parameter for _, parameter in pairs], weight)
 
 
 class Queue(nn.Module):

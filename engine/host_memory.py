@@ -11,7 +11,7 @@ def keep_freed_memory() -> bool:
     """Keep freed blocks of up to 1 GiB in the process, for the next step, instead of handing them back to the system.
 
     Every activation above 32 MiB at most is otherwise mapped anew, and the system zeroes its pages one fault at a time:
-    thousands of faults a step, 5 to 10 % of a small ViT's step on two cores. The memory held is that of the peak.
+    2,778 page faults per MAE step became 9. The memory held is that of the peak.
 
     Returns:
         Whether the C library took the setting; only glibc has it.

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
+from engine.collapse import usage
 from engine.data.pipeline import eval_batches
 from engine.data.sources import ImageSet
 
@@ -28,6 +29,7 @@ LOW_USAGE = 0.01  # one prototype in a hundred does all the work
 HALVED = 0.5  # a rank below this share of its best is a sharp drop
 LOST = 0.1  # of the k-NN accuracy above chance, and 2 points at least: less is noise of a small probe
 CACHE_BYTES = 256 * 2**20
+CHOOSING = 512  # samples at once: scores of 65,536 prototypes are large
 
 
 @torch.no_grad()
@@ -68,24 +70,6 @@ def feature_std(features: Tensor) -> float:
 
 
 @torch.no_grad()
-def usage(indices: Tensor, count: int) -> Tensor:
-    """How evenly prototypes (or queue entries) are chosen: perplexity of the choices over the largest possible one.
-
-    Args:
-        indices: int64 of any shape, chosen entries in [0, count).
-        count: entries there are to choose from.
-
-    Returns:
-        fp32 scalar on the device of `indices` (no host sync): 1 where use is even, 1 / min(count, choices) where all
-        choices are the same.
-    """
-    indices = indices.flatten()
-    chosen = torch.zeros(count, dtype=torch.int64, device=indices.device)
-    share = chosen.index_add_(0, indices, torch.ones_like(indices)).double() / indices.numel()
-    return (torch.exp(-torch.xlogy(share, share).sum()) / min(count, indices.numel())).float()
-
-
-@torch.no_grad()
 def neighbour_agreement(labels_of_queries: Tensor, labels_of_neighbours: Tensor) -> Tensor:
     """Percentage of neighbours that have their query's label: the cheapest sign of learning for methods with a queue.
 
@@ -117,7 +101,7 @@ class Health:
 
     @classmethod
     def of(cls, step: int, values: Mapping[str, float]) -> "Health":
-        """From what `OnlineProbe.measure` returned; "usage" and "loss" are added by whoever has them."""
+        """From what `OnlineProbe.measure` returned; "loss" is added by whoever has it."""
         known = {field.name for field in dataclasses.fields(cls)} - {"step"}
         return cls(step, **{name: value for name, value in values.items() if name in known})
 
@@ -273,19 +257,29 @@ class OnlineProbe:
         self.val = _Samples(val_images, max_val, rank, world, options) if labelled else None
 
     @torch.no_grad()
-    def measure(self, encode: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    def measure(
+        self,
+        encode: Callable[[Tensor], Tensor],
+        choose: Callable[[Tensor], Tensor] | None = None,
+        prototypes: int = 0,
+    ) -> dict[str, float]:
         """Encode the samples and judge the features; equal on all ranks.
 
         Args:
             encode: images fp32 [b, 3, H, W], normalised -> features [b, C] of any float dtype. The caller sets the mode
                 (eval); gradients are off in here.
+            choose: features [n, C] -> the prototype of each, int64 [n]; None where the method has none.
+            prototypes: how many there are to choose from.
 
         Returns:
-            rank_me, feature_std and feature_dim of the train samples; where labels exist also knn_top1 and knn_chance
-            (the share of the commonest class), both in percent.
+            rank_me, feature_std and feature_dim of the train samples; with prototypes their `usage`; where labels exist
+            also knn_top1 and knn_chance (the share of the commonest class), both in percent.
         """
         train, train_labels = self._features(self.train, encode)
         values = {"rank_me": rank_me(train), "feature_std": feature_std(train), "feature_dim": train.shape[1]}
+        if choose is not None:
+            chosen = torch.cat([choose(rows) for rows in train.split(CHOOSING)])
+            values["usage"] = usage(chosen, prototypes).item()
         if train_labels is None:
             return values
         alone = self.val is None

@@ -8,7 +8,18 @@ from torch import Tensor
 
 from engine import dist
 from engine.methods.base import Method
-from engine.optim import adamw, move_average, set_lr, warmup_cosine
+from engine.optim import (
+    Larc,
+    Moment,
+    adamw,
+    clip_gradients,
+    cosine,
+    drop_frozen,
+    move_average,
+    set_decay,
+    set_lr,
+    warmup_cosine,
+)
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -45,7 +56,7 @@ class Update:
 
     Args:
         method: on its device.
-        total_steps: of the stage; the schedule ends there.
+        total_steps: of the stage, all its epochs; schedules end there, or past it where the settings' horizon is above 1.
         precision: "fp32", or "bf16" for autocast (weights and optimiser stay fp32).
         accumulate: micro-batches per update.
 
@@ -55,10 +66,14 @@ class Update:
 
     def __init__(self, method: Method, total_steps: int, precision: str = "fp32", accumulate: int = 1):
         self.method, self.settings = method, method.settings
-        self.total_steps, self.accumulate = total_steps, accumulate
+        self.total_steps, self.accumulate = round(self.settings.horizon * total_steps), accumulate
+        self.steps_per_epoch = max(1, total_steps // self.settings.epochs)
         self.warmup_steps = round(self.settings.warmup * total_steps)
         self.autocast = AUTOCAST[precision]
-        self.optimizer = adamw(method.groups(self.settings.batch_size), self.settings.betas)
+        groups = method.groups(self.settings.batch_size)
+        larc = self.settings.optimizer == "larc"
+        self.optimizer = Larc(groups, self.settings.betas[0]) if larc else adamw(groups, self.settings.betas)
+        self.peak_lr = max(group["peak_lr"] for group in self.optimizer.param_groups)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.parallel = dist.parallel(method)
         self.average = WeightAverage(method)
@@ -72,15 +87,19 @@ class Update:
         """Update from this rank's rows of a batch.
 
         Returns:
-            What the method reports, as device scalars (this rank's mean), the gradient norm, and the lr used.
+            What the method reports, as device scalars (this rank's mean), the gradient norm, the lr used, and the weight decay
+            where it changes.
         """
-        lr = set_lr(self.optimizer, warmup_cosine(step, self.total_steps, self.warmup_steps))
+        moment = Moment(step, self.total_steps, self.steps_per_epoch)
+        self.method.begin(moment)
+        rates = self._set_rates(step)
         reports = [self._backward(*micro) for micro in self._micro_batches(images, ids, drawn)]
         report = {name: torch.stack([r[name].detach() for r in reports]).mean() for name in reports[0]}
+        drop_frozen(self.optimizer, moment.epoch)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         applied = dist.all_true(torch.isfinite(norm) & torch.isfinite(report["loss"]))
         if self.settings.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(self.trained, self.settings.clip_norm, norm)
+            clip_gradients(self.optimizer, self.settings.clip_norm, self.settings.clip_over)
         # The fused kernel reads this flag on the device and leaves weights, moments and step counts alone when it is 1.
         self.optimizer.found_inf = (~applied).to(torch.float32)
         self.optimizer.step()
@@ -89,7 +108,18 @@ class Update:
         self.average.move(applied)
         self.skipped += ~applied
         self.skipped_in_a_row = torch.where(applied, 0, self.skipped_in_a_row + 1)
-        return report | {"gradient_norm": norm, "lr": lr}
+        return report | {"gradient_norm": norm} | rates
+
+    def _set_rates(self, step: int) -> dict[str, float]:
+        """Learning rate and weight decay of a step, as functions of it alone."""
+        settings = self.settings
+        start, end = settings.start_lr / self.peak_lr, settings.end_lr / self.peak_lr
+        rates = {"lr": set_lr(self.optimizer, warmup_cosine(step, self.total_steps, self.warmup_steps, start, end))}
+        if settings.weight_decay_end is not None:
+            decay = cosine(step, self.total_steps, settings.weight_decay, settings.weight_decay_end)
+            set_decay(self.optimizer, decay / settings.weight_decay)
+            rates["weight_decay"] = decay
+        return rates
 
     def _micro_batches(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Iterator[tuple]:
         size = len(ids) // self.accumulate

@@ -80,8 +80,10 @@ class Packed:
     def pack(groups: Sequence[Tensor]) -> "Packed":
         """Packs tensors [S, L, C], one per group. A single contiguous group is not copied."""
         layout = Layout(tuple(Group(group.shape[0], group.shape[1]) for group in groups))
-        flat = [group.flatten(0, 1) for group in groups]
-        return Packed(flat[0] if len(flat) == 1 else torch.cat(flat), layout)
+        if len(groups) > 1:
+            return Packed(torch.cat([group.flatten(0, 1) for group in groups]), layout)
+        # no view by name: the compiler would make the first block, which is given it, a graph of its own
+        return Packed(torch.ops.aten._unsafe_view(groups[0].contiguous(), (layout.tokens, groups[0].shape[2])), layout)
 
     def unpack(self) -> list[Tensor]:
         """The groups as views [S, L, C] of `tokens_TC`, without a copy."""
@@ -97,11 +99,14 @@ class Packed:
 class View:
     """One view of a batch: `images` fp32 [B, 3, H, W] and which of their patches the model may see.
 
-    `visible` is int64 [B, V], row-major patch indices in the order wanted; None shows every patch.
+    `visible` is int64 [B, V], row-major patch indices in the order wanted; None shows every patch. Where `hidden`, bool [B, V],
+    is true, the model sees the token `blank` [C] at the patch's place instead of its pixels (BEiT, iBOT).
     """
 
     images: Tensor
     visible: Tensor | None = None
+    hidden: Tensor | None = None
+    blank: Tensor | None = None
 
 
 def random_masking(noise_BN: Tensor, keep: int) -> tuple[Tensor, Tensor]:

@@ -30,7 +30,7 @@ from engine.durable import write_file
 from engine.errors import BadInput
 from engine.log import RunLog, peak_flops, read_metrics
 from engine.loop import Cadence, Stage, Stopped, StopRequest, run_stage
-from engine.methods.base import Method
+from engine.methods.base import Method, StageSettings
 from engine.state import TrainState, position, restore, to_host
 from engine.step import AUTOCAST, Update
 
@@ -125,8 +125,8 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
     torch.manual_seed(seed_of(train.seed, "encoder"))
     encoder = vit.create(plan.model, **plan.encoder)
     for name, settings in plan.stages:
-        settings.check_encoder(encoder)
-        _check_batch(name, settings.batch_size, plan, ranks, len(train_images))
+        settings.check_encoder(name, encoder)
+        _check_batch(name, settings, plan, ranks, len(train_images))
     loaded = ""
     if train.weights and not train.resume:
         loaded = str(weights.load(encoder, train.weights))
@@ -150,8 +150,8 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
     )
 
 
-def _check_batch(stage: str, batch: int, plan: Plan, ranks: dist.Ranks, images: int) -> None:
-    accumulate = plan.train.accumulate
+def _check_batch(stage: str, settings: StageSettings, plan: Plan, ranks: dist.Ranks, images: int) -> None:
+    batch, accumulate = settings.batch_size, plan.train.accumulate
     if batch > images:
         raise BadInput(
             f"stage {stage} has a batch of {batch}, but there are {images} training images; set --batch-size lower."
@@ -161,7 +161,7 @@ def _check_batch(stage: str, batch: int, plan: Plan, ranks: dist.Ranks, images: 
             f"stage {stage} has a batch of {batch}, which {ranks.world} processes with {accumulate} micro-batches each "
             "cannot share evenly; choose a multiple."
         )
-    if accumulate > 1 and not methods.get(stage).accumulates:
+    if accumulate > 1 and not settings.splits:
         raise BadInput(f"stage {stage} compares images within the batch, so it takes only --accumulate 1.")
 
 
@@ -331,7 +331,9 @@ def _probe(parts: Parts, state: TrainState, folder: Path) -> Callable[[], dict[s
 
     def measure() -> dict[str, float | str]:
         with as_evaluated(parts, state):
-            values = online.measure(state.method.features)
+            method = state.method
+            choose = method.choose if method.prototype_count else None
+            values = online.measure(method.features, choose, method.prototype_count)
         if not ranks.first:
             return values
         step = parts.stages[state.stage].first_step + state.step
@@ -343,7 +345,7 @@ def _probe(parts: Parts, state: TrainState, folder: Path) -> Callable[[], dict[s
 
 def _export(parts: Parts, state: TrainState, folder: Path) -> None:
     with state.update.average.in_place():
-        weights.export(state.method.encoder, folder)
+        weights.export(state.method.evaluated, folder)
 
 
 def _list_bad_files(parts: Parts, state: TrainState, folder: Path) -> None:
@@ -370,7 +372,7 @@ def _draw_pictures(parts: Parts, state: TrainState, folder: Path) -> None:
     """Reconstructions where the method can make them, and the principal components of patch features."""
     from engine import pictures  # brings matplotlib, which takes a second: a run should start without it
 
-    stage, encoder = parts.stages[state.stage], parts.encoder
+    stage, encoder = parts.stages[state.stage], state.method.evaluated
     images = _shown_images(parts)
     draws = Draws(parts.plan.train.seed, "pictures", batch=len(images), rows=slice(None), device=images.device)
     with as_evaluated(parts, state):

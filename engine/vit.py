@@ -291,6 +291,13 @@ class VisionTransformer(nn.Module):
         self.norm, self.fc_norm = (nn.Identity(), norm) if a.fc_norm else (norm, nn.Identity())
         self._fixed_positions: dict[tuple[int, int], tuple[tuple[int, int], Tensor]] = {}
 
+    def copy(self) -> "VisionTransformer":
+        """Another one of equal weights on the same device, uncompiled whatever this one is."""
+        with torch.device(self.pos_embed.device):
+            twin = VisionTransformer(self.architecture)
+        twin.load_state_dict(self.state_dict())
+        return twin
+
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
         """Fills every parameter: as `initialise`, N(0, .02) prefix tokens, truncated N(0, .02) or sin-cos positions."""
@@ -345,8 +352,11 @@ class VisionTransformer(nn.Module):
         patches_RE = torch.cat([patches.flatten(0, 1) for patches in rows]) if len(rows) > 1 else rows[0].flatten(0, 1)
         parts = self.patch_embed(patches_RE).split([patches.shape[0] * patches.shape[1] for patches in rows])
         groups = []
-        for part, patches, place in zip(parts, rows, places, strict=True):
-            tokens_BVC = part.unflatten(0, patches.shape[:2]) + place
+        for view, part, patches, place in zip(views, parts, rows, places, strict=True):
+            tokens_BVC = part.unflatten(0, patches.shape[:2])
+            if view.hidden is not None:
+                tokens_BVC = torch.where(view.hidden[..., None], view.blank.to(tokens_BVC.dtype), tokens_BVC)
+            tokens_BVC = tokens_BVC + place
             if self.num_prefix_tokens:
                 prefix = self.prefix().expand(len(patches), -1, -1)
                 tokens_BVC = torch.cat([prefix.to(tokens_BVC.dtype), tokens_BVC], dim=1)
@@ -384,11 +394,16 @@ class VisionTransformer(nn.Module):
         """
         return self.encode([View(images)]).unpack()[0]
 
-    def flops(self, patches: int, start: int = 0, stop: int | None = None) -> float:
-        """Operations of one forward pass for one image of `patches` visible patches; embedding counts if `start` is 0."""
+    def flops(self, patches: int, start: int = 0, stop: int | None = None, *, thinned: bool = False) -> float:
+        """Operations of one forward pass for one image of `patches` visible patches; embedding counts if `start` is 0.
+
+        `thinned`: under stochastic depth, on average.
+        """
         length = self.num_prefix_tokens + patches
         embedding = 0.0 if start else 2.0 * patches * self.patch_embed.proj.weight.numel()
-        return embedding + sum(block.flops(length) for block in self.blocks[start:stop])
+        rates = self.drop_path_rates if thinned else (0.0,) * self.depth
+        pairs = list(zip(self.blocks, rates, strict=True))[start:stop]
+        return embedding + sum((1 - rate) * block.flops(length) for block, rate in pairs)
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]

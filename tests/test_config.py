@@ -29,6 +29,11 @@ def folder_of_images(root: Path, per_class: int = 4) -> Path:
         (["--weights", "/no/such/file.pth"], ["/no/such/file.pth"]),
         (["--resume", "/no/such/run"], ["/no/such/run"]),
         (["--preset", "huge"], ["huge", "plain", "aug", "digits"]),
+        (["--method", "dino", "--preset", "aug"], ["--preset aug", "dino", "auto, plain, digits"]),
+        (["--method", "dino", "--collapse", "center"], ["center", "centring", "me-max", "sinkhorn", "none"]),
+        (["--method", "mae", "--collapse", "none"], ["--collapse none", "mae"]),
+        (["--method", "dino", "--dino.local-size", "20"], ["--dino.local-size is 20", "8"]),
+        (["--method", "dino", "--collapse", "sinkhorn", "--accumulate", "2"], ["dino", "--accumulate 1"]),
         (["--precision", "fp17"], ["fp17", "fp32", "bf16"]),
         (["--kernels", "metal"], ["metal", "auto", "reference"]),
         (["--kernels", "cuda"], ["--kernels cuda cannot be had", "CUDA kernels are not built"]),
@@ -134,7 +139,7 @@ def test_flags_reach_the_stages():
 def test_the_command_line_is_what_was_agreed():
     """A flag that is added or renamed is a decision about the public surface: it is made here, too."""
     assert set(config.Train.__dataclass_fields__) == {
-        "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool",
+        "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
         "accumulate", "precision", "compile", "kernels", "device", "threads", "seed", "out", "resume", "dry_run",
         "log_every", "probe_every", "save_every", "keep", "evaluate", "bad_limit", "abort_after",
     }  # fmt: skip

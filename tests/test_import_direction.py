@@ -27,6 +27,7 @@ LEAVES = {
     "host_memory",
     "dist",
     "draws",
+    "masking",
     "optim",
     "checkpoint",
     "log",

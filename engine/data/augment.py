@@ -67,6 +67,25 @@ def byol_views(size: tuple[int, int], scale: tuple[float, float] = (0.08, 1.0)) 
     )
 
 
+def multi_crop(
+    size: tuple[int, int],
+    local_size: tuple[int, int],
+    globals_: int,
+    locals_: int,
+    scale: tuple[float, float],
+    local_scale: tuple[float, float],
+    colours: bool = True,
+) -> tuple[Augmentation, ...]:
+    """Large crops, then small ones (SwAV, DINO). With colours the large ones are BYOL's two views in turn, and the small ones
+    are blurred half of the time, as in DINO (arXiv 2104.14294); without, all are cropped and flipped only.
+    """
+    if not colours:
+        return (minimal(size, scale),) * globals_ + (minimal(local_size, local_scale),) * locals_
+    pair = byol_views(size, scale)
+    local = Augmentation(local_size, local_scale, jitter=0.8, grayscale=0.2, blur=0.5)
+    return tuple(pair[view % 2] for view in range(globals_)) + (local,) * locals_
+
+
 def uniforms(rows: slice, columns: int, *keys: int) -> np.ndarray:
     """float64 [rows, columns] in [0, 1): these rows of an endless table that is a pure function of the keys.
 

@@ -23,11 +23,19 @@ from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
 from engine.data import screen
-from engine.data.augment import Augmentation, byol_views, epoch_order, minimal, view_parameters, view_uniforms
+from engine.data.augment import (
+    Augmentation,
+    byol_views,
+    epoch_order,
+    minimal,
+    multi_crop,
+    view_parameters,
+    view_uniforms,
+)
 from engine.data.sources import ImageSet, check_bad, substitutes, usable_cpus
 from engine.errors import BadInput
 
-__all__ = ["Augmentation", "Batch", "TrainLoader", "byol_views", "eval_batches", "minimal"]
+__all__ = ["Augmentation", "Batch", "TrainLoader", "byol_views", "eval_batches", "minimal", "multi_crop"]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)

@@ -7,10 +7,12 @@ import pkgutil
 from engine.errors import BadInput
 from engine.methods.base import Method
 
+SHARED = ("base", "clustering")  # what methods have in common, no methods themselves
+
 
 def names() -> list[str]:
     """Every method there is."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "base")
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in SHARED)
 
 
 def get(name: str) -> type[Method]:

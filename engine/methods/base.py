@@ -12,11 +12,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from engine.collapse import Collapse
 from engine.data.pipeline import Augmentation
 from engine.draws import Draws
 from engine.errors import BadInput
-from engine.heads import BatchNorm
-from engine.optim import Group
+from engine.heads import BatchNorm, UnitPrototypes
+from engine.optim import CLIP_OVER, OPTIMIZERS, Group, Moment
 from engine.vit import VisionTransformer
 
 
@@ -28,12 +29,25 @@ class StageSettings:
     batch_size: int = 1024
     """Images of a step over all ranks."""
     base_lr: float = 1.5e-4
+    start_lr: float = 0.0
+    """Learning rate at the first step of the warm-up, as it is: for no number of images."""
+    end_lr: float = 0.0
+    """Learning rate at the end of the cosine, as it is. Parameters with a lower rate start and end in proportion."""
     weight_decay: float = 0.05
+    weight_decay_end: float | None = None
+    """Weight decay at the end of a cosine that starts at weight-decay; None keeps it constant."""
+    optimizer: str = "adamw"
+    """adamw, or larc (SGD whose steps are in proportion to each tensor's norm)."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """Of AdamW; the first one is also larc's momentum."""
     warmup: float = 0.05
-    """Share of the stage's steps with a linearly rising learning rate; half a cosine to zero follows."""
+    """Share of the stage's steps with a linearly rising learning rate; half a cosine to end-lr follows."""
+    horizon: float = 1.0
+    """All schedules end at this multiple of the stage's steps; above 1 training stops on the way."""
     clip_norm: float = 0.0
     """Largest gradient norm; 0 leaves gradients as they are."""
+    clip_over: str = "all"
+    """What that norm is taken over: all gradients, each part (encoder, each head), or each tensor."""
     weight_ema: float = 0.0
     """Decay of an average of the encoder's weights, which is then what is probed and exported; 0 keeps none."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
@@ -48,10 +62,19 @@ class StageSettings:
             "epochs": (self.epochs >= 1, "a whole number from 1"),
             "batch-size": (self.batch_size >= 1, "a whole number from 1"),
             "base-lr": (self.base_lr > 0, "a number above 0"),
+            "start-lr": (self.start_lr >= 0, "a number from 0"),
+            "end-lr": (self.end_lr >= 0, "a number from 0"),
             "weight-decay": (self.weight_decay >= 0, "a number from 0"),
+            "weight-decay-end": (
+                self.weight_decay_end is None or (self.weight_decay_end >= 0 and self.weight_decay > 0),
+                "None, or a number from 0 where weight-decay is above 0",
+            ),
+            "optimizer": (self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1"),
             "warmup": (0 <= self.warmup <= 1, "a share from 0 to 1"),
+            "horizon": (self.horizon >= 1, "a number from 1"),
             "clip-norm": (self.clip_norm >= 0, "a number from 0"),
+            "clip-over": (self.clip_over in CLIP_OVER, f"one of {', '.join(CLIP_OVER)}"),
             "weight-ema": (0 <= self.weight_ema < 1, "a number from 0 to below 1"),
             "crop-scale": (0 < low <= high <= 1, "two shares with 0 < low <= high <= 1"),
             "flip": (0 <= self.flip <= 1, "a probability from 0 to 1"),
@@ -65,8 +88,13 @@ class StageSettings:
         """A method's further rules: flag -> (whether it holds, what is valid)."""
         return {}
 
-    def check_encoder(self, encoder: VisionTransformer) -> None:
+    def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
         """Raise BadInput for a value that does not fit the encoder."""
+
+    @property
+    def splits(self) -> bool:
+        """Whether splitting a batch into micro-batches leaves the loss as it is: not where images of a batch are compared."""
+        return True
 
 
 class Method(nn.Module, ABC):
@@ -76,20 +104,27 @@ class Method(nn.Module, ABC):
         name: the file's name, and the name on the command line.
         Settings: the dataclass of its settings.
         trains_encoder: whether the encoder differs after the stage.
-        accumulates: whether splitting a batch leaves the loss as it is (contrastive losses compare within the batch).
         neighbours: dataset ids int64 [b] that the last step's lookup found for its images, -1 for none; else None.
+        prototype_count: how many prototypes the images are shared out to; 0 where the method does not cluster.
+        moment: where in the stage the current update lies.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[StageSettings]]
     trains_encoder: ClassVar[bool] = True
-    accumulates: ClassVar[bool] = True
 
     def __init__(self, encoder: VisionTransformer, settings: StageSettings):
         super().__init__()
         self.encoder = encoder
         self.settings = settings
         self.neighbours: Tensor | None = None
+        self.prototype_count = 0
+        self.moment = Moment()
+
+    @property
+    def evaluated(self) -> VisionTransformer:
+        """The encoder that is probed, exported and judged."""
+        return self.encoder
 
     @abstractmethod
     def views(self) -> tuple[Augmentation, ...]:
@@ -98,6 +133,12 @@ class Method(nn.Module, ABC):
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         """Random choices of one step: tensors whose first dimension is this rank's images."""
         return {}
+
+    def begin(self, moment: Moment) -> None:
+        """Told before each update. What depends on the step is computed from `self.moment` where it is needed, so there is
+        nothing to save; such numbers must not enter a compiled region, which would compile again at every step.
+        """
+        self.moment = moment
 
     @abstractmethod
     def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -126,7 +167,7 @@ class Method(nn.Module, ABC):
         then nothing may change.
         """
         for module in self.modules():
-            if isinstance(module, BatchNorm):
+            if isinstance(module, BatchNorm | Collapse | UnitPrototypes):
                 module.commit(applied)
 
     def inherit(self, earlier: "Method") -> None:
@@ -139,4 +180,8 @@ class Method(nn.Module, ABC):
 
     def features(self, images: Tensor) -> Tensor:
         """What evaluation sees: fp32 [B, C], the encoder's pooled output for whole images [B, 3, H, W]."""
-        return self.encoder.pool(self.encoder(images)).float()
+        return self.evaluated.pool(self.evaluated(images)).float()
+
+    def choose(self, features: Tensor) -> Tensor:
+        """The prototype of each of these features [n, C], int64 [n]; asked only where there are prototypes."""
+        raise NotImplementedError

@@ -18,7 +18,7 @@ from engine.vit import VisionTransformer
 
 @dataclass(frozen=True)
 class Settings(StageSettings):
-    """MAE; the defaults are the released recipe's (see engine/recipes.py for sources)."""
+    """MAE; the defaults are the released recipe's (see engine/recipes/mae.py for sources)."""
 
     crops: int = 1
     """Random crops of an image in a step, each masked on its own; they count in the learning rate's scaling."""

@@ -43,10 +43,11 @@ class Settings(NnclrSettings):
             "frozen-blocks": (self.frozen_blocks >= -1, "a whole number from 0, or -1 for the lower half"),
         }
 
-    def check_encoder(self, encoder: VisionTransformer) -> None:
+    def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
         if self.frozen_blocks > len(encoder.blocks):
+            blocks = len(encoder.blocks)
             raise BadInput(
-                f"--maect.frozen-blocks is {self.frozen_blocks}; it must be at most the encoder's {len(encoder.blocks)} blocks."
+                f"--{stage}.frozen-blocks is {self.frozen_blocks}; it must be at most the encoder's {blocks} blocks."
             )
 
 

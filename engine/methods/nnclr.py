@@ -25,7 +25,7 @@ from engine.vit import VisionTransformer
 
 @dataclass(frozen=True)
 class Settings(StageSettings):
-    """NNCLR head training; the defaults are MAE-CT's stage two (see engine/recipes.py for sources)."""
+    """NNCLR head training; the defaults are MAE-CT's stage two (see engine/recipes/maect.py for sources)."""
 
     epochs: int = 20
     base_lr: float = 1e-4
@@ -42,6 +42,10 @@ class Settings(StageSettings):
     temperature: float = 0.15
     top_k: int = 1
     """The neighbour is drawn uniformly from this many nearest."""
+
+    @property
+    def splits(self) -> bool:
+        return False
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         return {
@@ -64,7 +68,6 @@ class Nnclr(Method):
     name = "nnclr"
     Settings = Settings
     trains_encoder = False
-    accumulates = False
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)

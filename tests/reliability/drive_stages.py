@@ -1,45 +1,75 @@
-"""Runs a few steps of every stage of the main job in a process of its own, for the tests beside it.
+"""Runs a few steps of every method in a process of its own, for the tests beside it.
 
-    python drive_stages.py OUT --first A --last B [--load FOLDER] [--compile] [--controls] [--poison] [FLAG OF THE MAIN JOB ...]
+    python drive_stages.py OUT --last B [--methods NAME ...] [--first A --load FOLDER] [--controls] [--poison] [--compile]
+        [--drop-path RATE] [--set FIELD=NUMBER ...]
 
-Saves, per stage, the state at step B and a record of what each step saw and lost. With --load the state of step A is read
-first. With --controls the same steps run again and again, each time with one saved part left out. Compiled, a stage that
-compiles anything after its first two steps fails.
+Of a method with several stages the last one runs, on what the untrained earlier ones hand over. Saves, per method, the state at
+step B and a record of what each step saw and lost. With --load the state of step A is read first. With --controls the same steps
+run again and again, each time with one saved part as a new run has it. Compiled, a method that compiles anything after its first
+two steps fails.
 """
 
 import argparse
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from engine import checkpoint, config, dist, probe, train
+from engine import checkpoint, config, dist, methods, probe, train
+from engine.errors import BadInput
+from engine.methods.base import StageSettings
 from engine.state import TrainState, position, restore, to_host
+from tests.methods.small import small
 
-IMAGES, POISONED_STEP = 104, 5  # 13 steps an epoch: step 10 is inside one, step 20 in the next
-SMALL = (
-    "--batch-size 8 --mae.weight-ema 0.9 --maect.weight-ema 0.9 --nnclr.queue-size 64 --maect.queue-size 64 "
-    "--maect.top-k 3 --nnclr.projector-hidden 32 --maect.projector-hidden 32 --nnclr.predictor-hidden 32 "
-    "--maect.predictor-hidden 32 --nnclr.embedding 16 --maect.embedding 16 --mae.decoder-depth 1"
-).split()
+IMAGES, BATCH, EPOCHS, POISONED_STEP = 104, 8, 4, 5  # 13 steps an epoch: step 10 is inside one, step 20 in the next
+# so that whatever a schedule or a freeze depends on changes within twenty steps
+SOON = {
+    "epochs": EPOCHS,
+    "target_temperature_start": 0.03,
+    "target_temperature_epochs": 3,
+    "queue_from": 1,
+    "queue_size": 128,
+}
 
 
-def parts_of(flags: list[str]) -> train.Parts:
-    plan = config.parse([*SMALL, "--threads", "1", *flags])
-    parts = train.prepare(plan, dist.start("cpu"))
+def reduced(stage: str, settings: StageSettings, given: dict[str, float]) -> StageSettings:
+    """Small sizes, an average of weights where the method takes one, and what was given."""
+    settings = replace(settings, **small(type(settings), **SOON, **given))
+    try:
+        averaged = replace(settings, weight_ema=0.9)
+        averaged.check(stage)
+        return averaged
+    except BadInput:
+        return settings
+
+
+def parts_of(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> train.Parts:
+    given = {name: json.loads(value) for name, value in (pair.split("=") for pair in chosen.set)}
+    plan = config.parse(["--method", method, "--threads", "1", *(["--compile"] if chosen.compile else [])])
+    stages = tuple((name, reduced(name, settings, given)) for name, settings in plan.stages)
+    encoder = plan.encoder | {"depth": 2, "drop_path": chosen.drop_path}
+    parts = train.prepare(replace(plan, stages=stages, encoder=encoder), ranks)
     spaced = torch.linspace(0, len(parts.train_images) - 1, IMAGES).long()
     parts.train_images = probe.subset(parts.train_images, spaced)
+    per_epoch = {stage.index: IMAGES // stage.images_per_step for stage in parts.stages}
+    parts.stages = [
+        replace(stage, steps_per_epoch=per_epoch[stage.index], total_steps=EPOCHS * per_epoch[stage.index])
+        for stage in parts.stages
+    ]
     return parts
 
 
-def fresh(parts: train.Parts, index: int) -> TrainState:
-    """The stage at its first step, its encoder untouched by the stages before."""
-    torch.manual_seed(0)
+def fresh(parts: train.Parts, seed: int) -> TrainState:
+    """The method's own stage at its first step, after its untrained earlier stages."""
+    torch.manual_seed(seed)
     parts.encoder.initialise()
-    earlier = train.build(parts, index - 1, None).method if index == 2 else None
-    return train.build(parts, index, earlier)
+    state = None
+    for stage in parts.stages:
+        state = train.build(parts, stage.index, state.method if state else None)
+    return state
 
 
 def steps(parts: train.Parts, state: TrainState, last: int, poison: bool) -> list[dict]:
@@ -61,66 +91,28 @@ def steps(parts: train.Parts, state: TrainState, last: int, poison: bool) -> lis
     return record
 
 
-def controls(tensors: dict[str, dict[str, torch.Tensor]], stage: str) -> dict[str, Callable[[dict], None]]:
-    """What can be left out, by name: every file, and inside the model and the optimiser every kind of tensor."""
+def controls(tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, Callable[[dict, dict], None]]:
+    """What can be replaced by a new run's, by name: every file, and inside the model and the optimiser every kind of tensor."""
 
-    def without(file: str, keep: Callable[[str], bool]) -> Callable[[dict], None]:
-        def leave_out(content: dict[str, dict]) -> None:
-            content[file] = {name: value for name, value in content[file].items() if keep(name)}
+    def renewed(file: str, which: Callable[[str], bool]) -> Callable[[dict, dict], None]:
+        def renew(content: dict[str, dict], new: dict[str, dict]) -> None:
+            kept = {name: value for name, value in content[file].items() if not which(name)}
+            content[file] = kept | {name: value for name, value in new[file].items() if which(name)}
 
-        return leave_out
+        return renew
 
-    found = {file: without(file, lambda name: False) for file in tensors if tensors[file]}
-    for child in {name.split(".")[0] for name in tensors["model"]} | {"queue.keys", "queue.ids", "queue.pointer"}:
-        if any(name.startswith(child) for name in tensors["model"]) and not (
-            stage == "nnclr" and child == "projector_average"
-        ):
-            found[f"model/{child}"] = without("model", lambda name, child=child: not name.startswith(child))
-    for kind in ("step", "exp_avg", "exp_avg_sq"):
-        found[f"optimizer/{kind}"] = without("optimizer", lambda name, kind=kind: name.rpartition("/")[2] != kind)
+    found = {file: renewed(file, lambda name: True) for file in tensors if tensors[file]}
+    children = {name.split(".")[0] for name in tensors["model"]}
+    for child in children | {name for name in tensors["model"] if name.startswith("queue")}:
+        found[f"model/{child}"] = renewed("model", lambda name, child=child: f"{name}.".startswith(f"{child}."))
+    for kind in {name.rpartition("/")[2] for name in tensors["optimizer"]}:
+        found[f"optimizer/{kind}"] = renewed("optimizer", lambda name, kind=kind: name.rpartition("/")[2] == kind)
     return found
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--first", type=int, default=0)
-    parser.add_argument("--last", type=int, required=True)
-    parser.add_argument("--load", type=Path)
-    for flag in ("compile", "controls", "poison"):
-        parser.add_argument(f"--{flag}", action="store_true")
-    chosen, flags = parser.parse_known_args()
-    torch.set_num_threads(1)
-    parts = parts_of([*flags, *(["--compile"] if chosen.compile else [])])
-    for stage in parts.stages:
-        if chosen.load is None:
-            state = fresh(parts, stage.index)
-        else:
-            state = train.build(parts, stage.index, None)
-            tensors, where = checkpoint.newest(chosen.load / stage.name, print)
-            restore(state, tensors, where)
-            assert state.step == chosen.first
-        record = steps(parts, state, chosen.last, chosen.poison)
-        end = to_host(state)
-        if parts.ranks.first:
-            checkpoint.save(chosen.out / stage.name, state.step, end, position(state))
-        verdicts = {}
-        for name, leave_out in (controls(tensors, stage.name) if chosen.controls else {}).items():
-            maimed = copy.deepcopy(tensors)
-            leave_out(maimed)
-            verdicts[name] = differs(parts, stage.index, maimed, where, chosen.last, end)
-        if chosen.controls:
-            verdicts["position"] = differs(parts, stage.index, tensors, where | {"step": 0}, chosen.last, end)
-        if parts.ranks.first:
-            (chosen.out / f"{stage.name}.json").write_text(json.dumps({"steps": record, "controls": verdicts}))
-    dist.stop()
-
-
-def differs(parts: train.Parts, index: int, tensors: dict, where: dict, last: int, end: dict) -> bool:
+def differs(parts: train.Parts, tensors: dict, where: dict, last: int, end: dict) -> bool:
     """Whether a run from this content ends elsewhere; refusing it counts, too."""
-    torch.manual_seed(1)
-    parts.encoder.initialise()
-    state = train.build(parts, index, None)
+    state = fresh(parts, 1)
     try:
         restore(state, tensors, where)
         steps(parts, state, last, False)
@@ -128,6 +120,52 @@ def differs(parts: train.Parts, index: int, tensors: dict, where: dict, last: in
         return True
     got = to_host(state)
     return any(not torch.equal(value, got[file][name]) for file in end for name, value in end[file].items())
+
+
+def drive(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> None:
+    parts = parts_of(method, ranks, chosen)
+    if chosen.load is None:
+        state = fresh(parts, 0)
+    else:
+        tensors, where = checkpoint.newest(chosen.load / method, print)
+        state = train.build(parts, where["stage"], None)
+        restore(state, tensors, where)
+        assert state.step == chosen.first
+    assert state.method.name == method
+    record = steps(parts, state, chosen.last, chosen.poison)
+    end = to_host(state)
+    if ranks.first:
+        checkpoint.save(chosen.out / method, state.step, end, position(state))
+    verdicts = {}
+    if chosen.controls:
+        new = to_host(fresh(parts, 1))
+        for name, renew in controls(tensors).items():
+            maimed = copy.deepcopy(tensors)
+            renew(maimed, new)
+            verdicts[name] = differs(parts, maimed, where, chosen.last, end)
+        verdicts["position"] = differs(parts, tensors, where | {"step": 0}, chosen.last, end)
+        verdicts["nothing"] = differs(parts, tensors, where, chosen.last, end)
+    if ranks.first:
+        (chosen.out / f"{method}.json").write_text(json.dumps({"steps": record, "controls": verdicts}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--methods", nargs="+", default=methods.names())
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--last", type=int, required=True)
+    parser.add_argument("--load", type=Path)
+    parser.add_argument("--drop-path", type=float, default=0.0)
+    parser.add_argument("--set", nargs="+", default=[])
+    for flag in ("compile", "controls", "poison"):
+        parser.add_argument(f"--{flag}", action="store_true")
+    chosen = parser.parse_args()
+    torch.set_num_threads(1)
+    ranks = dist.start("cpu")
+    for method in chosen.methods:
+        drive(method, ranks, chosen)
+    dist.stop()
 
 
 if __name__ == "__main__":

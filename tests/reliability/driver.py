@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint
+from engine import checkpoint, methods
 
 ROOT = Path(__file__).parents[2]
-STAGES = ("mae", "nnclr", "maect")
+METHODS = methods.names()
 
 
 def drive(*arguments: object, environment: dict[str, str] | None = None) -> subprocess.Popen:
@@ -28,10 +28,10 @@ def finish(*processes: subprocess.Popen) -> None:
         assert process.returncode == 0, output
 
 
-def state_of(folder: Path, stage: str) -> dict[str, torch.Tensor]:
-    tensors, _ = checkpoint.newest(folder / stage, print)
+def state_of(folder: Path, method: str) -> dict[str, torch.Tensor]:
+    tensors, _ = checkpoint.newest(folder / method, print)
     return {f"{file}/{name}": value for file, named in tensors.items() for name, value in named.items()}
 
 
-def steps_of(folder: Path, stage: str) -> list[dict]:
-    return json.loads((folder / f"{stage}.json").read_text())["steps"]
+def steps_of(folder: Path, method: str) -> list[dict]:
+    return json.loads((folder / f"{method}.json").read_text())["steps"]

@@ -1,4 +1,5 @@
-"""Twenty steps equal ten, a new process, and ten more, bit for bit; and every saved part is needed for that."""
+"""Of every method there is, twenty steps equal ten, a new process, and ten more, bit for bit; every saved part is needed for
+that; and two ranks compute what one process does."""
 
 import json
 import os
@@ -7,23 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.reliability.driver import STAGES, drive, finish, state_of, steps_of
+from tests.reliability.driver import METHODS, drive, finish, state_of, steps_of
 
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resumed")
-    whole = drive(folder / "whole", "--last", 20, "--poison")
-    finish(drive(folder / "half", "--last", 10, "--poison"))
-    finish(whole, drive(folder / "rest", "--load", folder / "half", "--first", 10, "--last", 20, "--controls"))
+    depth = ("--drop-path", 0.5)  # of two blocks the second loses half of its rows
+    whole = drive(folder / "whole", "--last", 20, "--poison", *depth)
+    finish(drive(folder / "half", "--last", 10, "--poison", *depth))
+    finish(whole, drive(folder / "rest", "--load", folder / "half", "--first", 10, "--last", 20, "--controls", *depth))
     return folder
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", STAGES)
-def test_resume_is_bit_exact(resumed: Path, stage: str):
-    assert steps_of(resumed / "half", stage) + steps_of(resumed / "rest", stage) == steps_of(resumed / "whole", stage)
-    whole, rest = state_of(resumed / "whole", stage), state_of(resumed / "rest", stage)
+@pytest.mark.parametrize("method", METHODS)
+def test_resume_is_bit_exact(resumed: Path, method: str):
+    assert steps_of(resumed / "half", method) + steps_of(resumed / "rest", method) == steps_of(
+        resumed / "whole", method
+    )
+    whole, rest = state_of(resumed / "whole", method), state_of(resumed / "rest", method)
     assert whole.keys() == rest.keys()
     assert whole["guard/skipped"] == 1
     for name, value in whole.items():
@@ -31,12 +35,19 @@ def test_resume_is_bit_exact(resumed: Path, stage: str):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("stage", STAGES)
-def test_every_saved_part_is_needed(resumed: Path, stage: str):
-    verdicts = json.loads((resumed / "rest" / f"{stage}.json").read_text())["controls"]
+@pytest.mark.parametrize("method", METHODS)
+def test_every_saved_part_is_needed(resumed: Path, method: str):
+    verdicts = json.loads((resumed / "rest" / f"{method}.json").read_text())["controls"]
+    assert verdicts.pop("nothing") is False, "the same run again ends where it ended"
     assert {"model", "optimizer", "guard", "position", "optimizer/step", "optimizer/exp_avg_sq"} <= verdicts.keys()
-    assert stage == "nnclr" or "average" in verdicts
-    assert stage == "mae" or {"model/queue.keys", "model/queue.ids", "model/queue.pointer"} <= verdicts.keys()
+    needed = {
+        "mae": {"average"},
+        "nnclr": {"model/queue.keys", "model/queue.ids", "model/queue.pointer"},
+        "maect": {"average", "model/queue.keys", "model/projector_average"},
+        "dino": {"model/teacher", "model/collapse"},
+        "swav": {"model/queues.0.keys", "model/prototypes"},
+    }
+    assert needed.get(method, set()) <= verdicts.keys()
     assert [name for name, differs in verdicts.items() if not differs] == []
 
 
@@ -45,11 +56,11 @@ def test_resume_is_bit_exact_when_compiled(tmp_path: Path):
     whole = drive(tmp_path / "whole", "--last", 20, "--compile")
     finish(drive(tmp_path / "half", "--last", 10, "--compile"))
     finish(whole, drive(tmp_path / "rest", "--load", tmp_path / "half", "--first", 10, "--last", 20, "--compile"))
-    for stage in STAGES:
-        assert steps_of(tmp_path / "half", stage) + steps_of(tmp_path / "rest", stage) == steps_of(
-            tmp_path / "whole", stage
+    for method in METHODS:
+        assert steps_of(tmp_path / "half", method) + steps_of(tmp_path / "rest", method) == steps_of(
+            tmp_path / "whole", method
         )
-        whole_state, rest_state = state_of(tmp_path / "whole", stage), state_of(tmp_path / "rest", stage)
+        whole_state, rest_state = state_of(tmp_path / "whole", method), state_of(tmp_path / "rest", method)
         for name, value in whole_state.items():
             assert torch.equal(value, rest_state[name]), name
 
@@ -62,19 +73,22 @@ def test_two_ranks_equal_one_process(tmp_path: Path):
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
     }
-    alone = drive(tmp_path / "alone", "--last", 6)
+    apart = ("--set", "koleo_weight=0")  # KoLeo seeks neighbours within a rank, as published
+    alone = drive(tmp_path / "alone", "--last", 6, *apart)
     ranks = [
-        drive(tmp_path / "two", "--last", 6, environment=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        drive(tmp_path / "two", "--last", 6, *apart, environment=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(2)
     ]
     finish(alone, *ranks)
-    for stage in STAGES:
-        one, two = steps_of(tmp_path / "alone", stage), steps_of(tmp_path / "two", stage)
+    for method in METHODS:
+        one, two = steps_of(tmp_path / "alone", method), steps_of(tmp_path / "two", method)
         assert [step["ids"] for step in one] == [step["ids"] for step in two]
         losses = [[float.fromhex(step["loss"]) for step in steps] for steps in (one, two)]
         assert losses[1] == pytest.approx(losses[0], rel=2e-4)
-        alone_state, two_state = state_of(tmp_path / "alone", stage), state_of(tmp_path / "two", stage)
+        alone_state, two_state = state_of(tmp_path / "alone", method), state_of(tmp_path / "two", method)
         assert alone_state.keys() == two_state.keys()
         for name, value in alone_state.items():
-            if not name.startswith("optimizer/"):  # Adam's first steps turn rounding into signs: weights are compared
-                torch.testing.assert_close(two_state[name], value, atol=3e-4, rtol=1e-3, msg=name)
+            # Adam's first steps turn rounding into signs: weights are compared, and one whose gradient is nothing but rounding
+            # (a bias before a norm) may have gone another way by six small steps
+            if not name.startswith("optimizer/"):
+                torch.testing.assert_close(two_state[name], value, atol=1e-3, rtol=1e-3, msg=name)

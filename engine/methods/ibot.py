@@ -1,0 +1,249 @@
+"""iBOT (Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer", ICLR 2022).
+
+Shapes: b images of this rank, V large crops, N patches of one, L tokens of a view, C encoder width, M masked patches of all
+large crops, G rows of the teacher and R of the student (view by view, b each), K prototypes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from engine import masking
+from engine.collapse import across_views, cross_entropy, usage
+from engine.draws import Draws
+from engine.errors import BadInput
+from engine.heads import DinoHead, Teacher, head_flops
+from engine.methods.clustering import Distillation, DistillationSettings
+from engine.tokens import View
+from engine.vit import VisionTransformer
+
+MASKINGS = ("blocks", "random")
+TRIES_AT_ONCE = 8
+
+
+@dataclass(frozen=True)
+class Settings(DistillationSettings):
+    """iBOT; the defaults are the released ViT-S recipe's (see engine/recipes for sources)."""
+
+    prototypes: int = 8192
+    crop_scale: tuple[float, float] = (0.25, 1.0)
+    local_crops: int = 10
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    target_temperature: float = 0.07
+    target_temperature_epochs: int = 30
+    masking: str = "blocks"
+    """blocks (of BEiT) or random patches."""
+    masked_crops: float = 0.5
+    """Share of the large crops that are masked."""
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    """Share of its patches that a masked crop hides, drawn between these."""
+    smallest_block: int = 0
+    """Patches of the smallest block; 0 is the square of a third of the grid's shorter side, rounded down."""
+    patch_prototypes: int = 0
+    """Prototypes of patches, in a head of their own; 0 lets them share the head and prototypes of images."""
+    patch_bottleneck: int = 256
+    """Width of what patches' own prototypes are compared with."""
+    class_weight: float = 1.0
+    """Of the loss of whole crops."""
+    patch_weight: float = 1.0
+    """Of the loss of masked patches."""
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        low, high = self.mask_ratio
+        return super().rules() | {
+            "masking": (self.masking in MASKINGS, f"one of {', '.join(MASKINGS)}"),
+            "masked-crops": (0 < self.masked_crops <= 1, "a share above 0, at most 1"),
+            "mask-ratio": (0 < low <= high <= 1, "two shares with 0 < low <= high <= 1"),
+            "smallest-block": (self.smallest_block >= 0, "a whole number from 0"),
+            "patch-prototypes": (
+                self.patch_prototypes == 0 or self.patch_prototypes >= 2,
+                "a whole number from 2, or 0 to share those of images",
+            ),
+            "patch-bottleneck": (self.patch_bottleneck >= 1, "a whole number from 1"),
+            "class-weight": (self.class_weight >= 0, "a number from 0"),
+            "patch-weight": (self.patch_weight >= 0, "a number from 0"),
+        }
+
+    def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
+        super().check_encoder(stage, encoder)
+        (rows, columns), high = encoder.grid, self.mask_ratio[1]
+        if int(high * rows * columns) < 1:
+            raise BadInput(
+                f"--{stage}.mask-ratio is {self.mask_ratio}; of the model's {rows * columns} patches that hides none."
+            )
+        if self.masking == "blocks" and min(rows, columns) < 2:
+            raise BadInput(
+                f"--{stage}.masking is blocks; that needs a grid of at least 2 x 2 patches, and this one has {rows} x {columns}."
+            )
+
+
+@dataclass(frozen=True)
+class Masked:
+    """The hidden patches of the large crops, view by view, and within a view image by image.
+
+    Attributes:
+        hidden: bool [b, N] of each view.
+        tokens: int64 [m] of each view: the hidden patches among its b * L tokens.
+        patches: int64 [M], the same among the V * b * N patches of all views.
+        weights: fp32 [M]: 1 / (hidden patches of its crop * V * b). Their sum is the share of crops that are masked.
+    """
+
+    hidden: list[Tensor]
+    tokens: list[Tensor]
+    patches: Tensor
+    weights: Tensor
+
+    @staticmethod
+    def of(masks_bVN: Tensor, prefix: int, device: torch.device) -> "Masked":
+        """Made of masks bool [b, V, N] on the CPU, for tokens that begin with `prefix` others; lies on `device`."""
+        masks_VbN = masks_bVN.transpose(0, 1).contiguous()
+        patches_M = masks_VbN.flatten().nonzero()[:, 0]
+        images, patches = masks_VbN.shape[1:]
+        crops_M = patches_M // patches
+        counts_Vb = masks_VbN.sum(2)
+        weights_M = 1.0 / (counts_Vb.flatten()[crops_M] * counts_Vb.numel())
+        tokens_M = crops_M % images * (prefix + patches) + prefix + patches_M % patches
+
+        def put(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
+        tokens = put(tokens_M).split(counts_Vb.sum(1).tolist())
+        return Masked(list(put(masks_VbN)), list(tokens), put(patches_M), put(weights_M))
+
+    def rows_of(self, views: Sequence[Tensor]) -> Tensor:
+        """Their tokens [M, C], out of those of the large crops [b, L, C]."""
+        found = [
+            tokens_bLC.flatten(0, 1).index_select(0, rows) for tokens_bLC, rows in zip(views, self.tokens, strict=True)
+        ]
+        return torch.cat(found)
+
+
+class Ibot(Distillation):
+    """Every crop predicts the prototypes that the teacher gives the other large crops, and every masked patch of a large crop
+    those that the teacher, which sees all of it, gives that patch.
+
+    Heads are not compiled: how many patches are masked changes from step to step, and with it the shapes in them.
+    """
+
+    name = "ibot"
+    Settings = Settings
+    last_layers = ("head.last_layer.", "patch_head.last_layer.")
+
+    def __init__(self, encoder: VisionTransformer, settings: Settings):
+        super().__init__(encoder, settings)
+        s = settings
+        self.patches_of_crop = encoder.grid[0] * encoder.grid[1]
+        self.mask_token = nn.Parameter(torch.zeros(1, encoder.embed_dim))
+        sizes = (encoder.embed_dim, s.head_hidden, s.head_layers)
+        self.head = DinoHead(*sizes, s.bottleneck, s.prototypes, s.free_norm)
+        parts = {"encoder": encoder, "head": self.head}
+        if s.patch_prototypes:
+            parts["patch_head"] = self.patch_head = DinoHead(
+                *sizes, s.patch_bottleneck, s.patch_prototypes, s.free_norm
+            )
+        self.teacher = Teacher(**parts)
+        self.patch_collapse = self.guard(s.patch_prototypes or s.prototypes)
+
+    def draw(self, draws: Draws) -> dict[str, Tensor]:
+        return super().draw(draws) | {"masks": self.masks(draws)}
+
+    def masks(self, draws: Draws) -> Tensor:
+        """Which patches of the large crops are hidden, bool [b, V, N] on the CPU."""
+        settings, crops, (rows, columns) = self.settings, self.settings.global_crops, self.encoder.grid
+        counts_R = (self.mask_shares(draws) * rows * columns).astype(int)
+        if settings.masking == "random":
+            noise_RN = draws.on_host("patches", crops, rows * columns).flatten(0, 1).numpy()
+            masks_RN = masking.random_patches(noise_RN, counts_R)
+        else:
+            smallest = settings.smallest_block or (min(rows, columns) // 3) ** 2 or 1
+            masks_RN = masking.block_patches(
+                lambda round_: draws.on_host(f"blocks/{round_}", crops, TRIES_AT_ONCE, 4).flatten(0, 1).numpy(),
+                counts_R,
+                (rows, columns),
+                smallest,
+            )
+        return torch.from_numpy(masks_RN).unflatten(0, (-1, crops))
+
+    def mask_shares(self, draws: Draws) -> np.ndarray:
+        """The share of its patches that each crop may hide, float [b * V]."""
+        numbers_R2 = draws.on_host("shares", self.settings.global_crops, 2).flatten(0, 1).double().numpy()
+        return masking.shares(numbers_R2, *self.settings.mask_ratio, self.settings.masked_crops)
+
+    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        masked = Masked.of(drawn["masks"], self.encoder.num_prefix_tokens, images[0].device)
+        return self.compare(images, self.see(images, masked, drawn), masked)
+
+    def see(self, images: tuple[Tensor, ...], masked: Masked, drawn: dict[str, Tensor]) -> list[Tensor]:
+        """The student's tokens [b, L, C] of each crop, the large ones with masked patches."""
+        crops = self.settings.global_crops
+        views = [View(view, hidden=h, blank=self.mask_token[0]) for view, h in zip(images[:crops], masked.hidden)]
+        return self.encode([*views, *(View(view) for view in images[crops:])], drawn)
+
+    def compare(self, images: tuple[Tensor, ...], seen: list[Tensor], masked: Masked) -> dict[str, Tensor]:
+        """Both losses of the student's tokens, and what is to be logged."""
+        s = self.settings
+        pooled_RC = torch.cat([self.encoder.pool(tokens_bLC) for tokens_bLC in seen])
+        student_RK, student_MK = self._scores(self, pooled_RC, masked.rows_of(seen[: s.global_crops]))
+        with torch.no_grad():
+            taught = self.teach(images[: s.global_crops])
+            scores_GK = self.scores(torch.cat([self.evaluated.pool(tokens_bLC) for tokens_bLC in taught]))
+            scores_MK = self.patch_scores(taught, masked)
+        targets = self.collapse.targets(scores_GK, self.target_temperature)
+        class_loss = across_views(targets, student_RK, s.student_temperature, (s.global_crops, len(images)))
+        self.collapse.observe(scores_GK)
+        patch_targets = self.patch_collapse.targets(scores_MK, self.target_temperature)
+        patch_loss = cross_entropy(patch_targets, student_MK, s.student_temperature, weights_R=masked.weights)
+        spread = self.collapse.regulariser(student_RK, s.student_temperature)
+        patch_spread = self.patch_collapse.regulariser(student_MK, s.student_temperature)
+        used = class_loss.new_zeros(())  # where chance masked nothing
+        if len(scores_MK):
+            used = usage(self.patch_collapse.choose(scores_MK), self.patch_collapse.prototypes)
+        return {
+            "loss": s.class_weight * (class_loss + spread) + s.patch_weight * (patch_loss + patch_spread),
+            "class_loss": class_loss.detach(),
+            "patch_loss": patch_loss.detach(),
+            "patch_prototype_usage": used,
+        } | self.collapse.health(targets)
+
+    def _patch_head(self, owner: nn.Module) -> DinoHead:
+        """What scores patches, of the student (self) or of the teacher."""
+        return owner.patch_head if self.settings.patch_prototypes else owner.head
+
+    def _scores(self, owner: nn.Module, pooled_RC: Tensor, patches_MC: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [R, K] and [M, K], in one pass where they share a head."""
+        if self.settings.patch_prototypes:
+            return owner.head(pooled_RC), owner.patch_head(patches_MC)
+        scores = owner.head(torch.cat([pooled_RC, patches_MC]))
+        return scores[: len(pooled_RC)], scores[len(pooled_RC) :]
+
+    def patch_scores(self, taught: list[Tensor], masked: Masked) -> Tensor:
+        """The teacher's scores [M, K] of the masked patches. The centre follows those of all patches."""
+        head = self._patch_head(self.teacher)
+        if not self.patch_collapse.centres:
+            return head(masked.rows_of(taught))
+        prefix = self.encoder.num_prefix_tokens
+        embedded = head.embed(torch.cat([tokens_bLC[:, prefix:].flatten(0, 1) for tokens_bLC in taught]))
+        # The prototypes are linear: the mean of all patches' scores is the score of their mean.
+        with torch.autocast(embedded.device.type, enabled=False):
+            self.patch_collapse.observe(head.last_layer(embedded.mean(0, keepdim=True)))
+        return head.last_layer(embedded.index_select(0, masked.patches))
+
+    def scores(self, features: Tensor) -> Tensor:
+        return self.teacher.head(features)
+
+    def flops_per_image(self) -> float:
+        s, head = self.settings, self._patch_head(self)
+        masked = s.global_crops * self.patches_of_crop * s.masked_crops * sum(s.mask_ratio) / 2
+        patches = 3 * masked * head_flops(head) + self.taught_patch_flops(masked)
+        return self.student_flops(self.head) + self.teacher_flops(self.head) + patches
+
+    def taught_patch_flops(self, masked: float) -> float:
+        """Operations per image of the teacher's head for patches, of which `masked` are masked."""
+        head = self._patch_head(self)
+        if not self.patch_collapse.centres:
+            return masked * head_flops(head)
+        patches = self.settings.global_crops * self.patches_of_crop
+        return patches * head_flops(head.mlp) + masked * head_flops(head.last_layer)

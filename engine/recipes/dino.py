@@ -1,0 +1,40 @@
+"""DINO. D = facebookresearch/dino 7c446df (main_dino.py's defaults, README.md's training commands); arXiv 2104.14294."""
+
+from dataclasses import replace
+
+from engine.methods.dino import Settings
+from engine.recipes.base import DIGITS, Recipe
+
+# D gives 64 images per GPU; 16 GPUs are our choice.
+_DEFAULTS = Settings(
+    epochs=100, batch_size=1024, base_lr=5e-4, end_lr=1e-6, warmup=10 / 100, weight_decay=0.04, weight_decay_end=0.4,
+    clip_norm=3.0, clip_over="tensor", collapse="centring", centre_momentum=0.9, global_crops=2, crop_scale=(0.4, 1.0),
+    local_crops=8, local_size=96, local_scale=(0.05, 0.4), prototypes=65536, head_hidden=2048, head_layers=3, bottleneck=256,
+    student_temperature=0.1, target_temperature=0.07, target_temperature_start=0.04, target_temperature_epochs=30,
+    teacher_momentum=0.996, teacher_momentum_end=1.0, freeze_last_layer=1,
+)  # fmt: skip
+
+
+def published(model: str) -> Recipe:
+    encoder = {"global_pool": "token", "drop_path": 0.1}
+    if model == "vit_small_patch16_224":
+        small = replace(_DEFAULTS, epochs=300, warmup=10 / 300, free_norm=True)
+        return Recipe("DINO's 300-epoch ViT-S recipe (D) on 16 x 64 images", (("dino", small),), encoder)
+    if model == "vit_base_patch16_224":
+        return Recipe(
+            "DINO's released defaults and advice for ViT-B (D) on 16 x 64 images", (("dino", _DEFAULTS),), encoder
+        )
+    return Recipe("after DINO's released defaults (D) on 16 x 64 images", (("dino", _DEFAULTS),), encoder)
+
+
+def digits() -> Recipe:
+    """Ours, for the embedded digits and the small ViT; not tuned."""
+    settings = Settings(
+        epochs=60, batch_size=64, base_lr=4e-3, warmup=0.1, weight_decay_end=0.1, augmentation="minimal", flip=0.0,
+        crop_scale=(0.5, 1.0), local_crops=2, local_size=16, local_scale=(0.2, 0.5), prototypes=512, head_hidden=256,
+        bottleneck=64, teacher_momentum=0.99,
+    )  # fmt: skip
+    return Recipe(DIGITS, (("dino", settings),), {"global_pool": "avg"})
+
+
+PUBLISHED = {"plain": published}

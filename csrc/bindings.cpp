@@ -86,15 +86,6 @@ tessera::Sinkhorn describe(const Tensor& scores, double temperature) {
   return a;
 }
 
-void describe_student(tessera::Sinkhorn& a, const Tensor& student, double student_temperature,
-                      const Tensor& target_rows, const Tensor& student_rows) {
-  a.student = student.data_ptr();
-  a.student_stride = student.stride(0);
-  a.student_scale = static_cast<float>(1 / student_temperature);
-  a.target_rows = static_cast<float*>(target_rows.data_ptr());
-  a.student_rows = static_cast<float*>(student_rows.data_ptr());
-}
-
 // Plans the pass, gives it the memory that it asks for, and enqueues it.
 void run(tessera::Sinkhorn a, const Tensor& scores, tessera::SinkhornPass pass,
          const char* (*launch)(const tessera::Sinkhorn&, const tessera::SinkhornPlan&, void*)) {
@@ -129,34 +120,6 @@ Tensor sinkhorn_assign(Tensor scores, Tensor log_u, double temperature) {
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> sinkhorn_cross_entropy_forward(Tensor scores, Tensor log_u, Tensor student,
-                                                                  double temperature, double student_temperature) {
-  Tensor loss = torch::stable::new_empty(scores, {}, ScalarType::Float);
-  Tensor target_rows = torch::stable::new_empty(scores, {2, scores.size(0)}, ScalarType::Float);
-  Tensor student_rows = torch::stable::new_empty(scores, {2, scores.size(0)}, ScalarType::Float);
-  auto a = describe(scores, temperature);
-  describe_student(a, student, student_temperature, target_rows, student_rows);
-  a.log_u = static_cast<float*>(log_u.data_ptr());
-  a.loss = static_cast<float*>(loss.data_ptr());
-  run(a, scores, tessera::SinkhornPass::CROSS_ENTROPY, tessera::sinkhorn_cross_entropy_forward);
-  return {loss, target_rows, student_rows};
-}
-
-Tensor sinkhorn_cross_entropy_backward(Tensor grad_loss, Tensor scores, Tensor log_u, Tensor student,
-                                       Tensor target_rows, Tensor student_rows, double temperature,
-                                       double student_temperature) {
-  Tensor grad = torch::stable::new_empty(student, {student.size(0), student.size(1)});
-  auto a = describe(scores, temperature);
-  describe_student(a, student, student_temperature, target_rows, student_rows);
-  a.log_u = static_cast<float*>(log_u.data_ptr());
-  a.grad_loss = static_cast<const float*>(grad_loss.data_ptr());
-  a.grad = grad.data_ptr();
-  const torch::stable::accelerator::DeviceGuard guard(scores.get_device_index());
-  const char* error = tessera::sinkhorn_cross_entropy_backward(a, current_stream(scores.get_device_index()));
-  STD_TORCH_CHECK(!error, "sinkhorn_cross_entropy could not start on the GPU: ", error);
-  return grad;
-}
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY(tessera_cuda, library) {
@@ -168,12 +131,6 @@ STABLE_TORCH_LIBRARY(tessera_cuda, library) {
       "int max_seqlen, Tensor? kv_lengths, float scale) -> Tensor");
   library.def("sinkhorn_balance(Tensor scores, Tensor? start, float temperature, int iterations) -> Tensor");
   library.def("sinkhorn_assign(Tensor scores, Tensor log_u, float temperature) -> Tensor");
-  library.def(
-      "sinkhorn_cross_entropy_forward(Tensor scores, Tensor log_u, Tensor student, float temperature, "
-      "float student_temperature) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "sinkhorn_cross_entropy_backward(Tensor grad_loss, Tensor scores, Tensor log_u, Tensor student, "
-      "Tensor target_rows, Tensor student_rows, float temperature, float student_temperature) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tessera_cuda, CUDA, library) {
@@ -181,6 +138,4 @@ STABLE_TORCH_LIBRARY_IMPL(tessera_cuda, CUDA, library) {
   library.impl("packed_attention_backward", TORCH_BOX(&packed_attention_backward));
   library.impl("sinkhorn_balance", TORCH_BOX(&sinkhorn_balance));
   library.impl("sinkhorn_assign", TORCH_BOX(&sinkhorn_assign));
-  library.impl("sinkhorn_cross_entropy_forward", TORCH_BOX(&sinkhorn_cross_entropy_forward));
-  library.impl("sinkhorn_cross_entropy_backward", TORCH_BOX(&sinkhorn_cross_entropy_backward));
 }

@@ -13,9 +13,6 @@ namespace tessera {
 [[gnu::weak]] const char* sinkhorn_plan(const Sinkhorn& arguments, SinkhornPass pass, SinkhornPlan& plan);
 [[gnu::weak]] const char* sinkhorn_balance(const Sinkhorn& arguments, const SinkhornPlan& plan, void* stream);
 [[gnu::weak]] const char* sinkhorn_assign(const Sinkhorn& arguments, const SinkhornPlan& plan, void* stream);
-[[gnu::weak]] const char* sinkhorn_cross_entropy_forward(const Sinkhorn& arguments, const SinkhornPlan& plan,
-                                                         void* stream);
-[[gnu::weak]] const char* sinkhorn_cross_entropy_backward(const Sinkhorn& arguments, void* stream);
 
 }  // namespace tessera
 
@@ -93,13 +90,13 @@ void run_packed_attention() {
 
 struct SinkhornCase {
   int64_t rows, prototypes, type, iterations, has_start;
-  int64_t row_stride, score_elements, student_stride, student_elements;
+  int64_t row_stride, score_elements;
   int64_t seed, multiprocessors, shared_per_multiprocessor;
-  double temperature, student_temperature, grad_loss;
+  double temperature;
 };
 
-// balance, then what its log_u gives, or without iterations what `start` gives: assignment, cross-entropy and gradient.
-// Of each of the first three passes also groups, slices, batches and whether they are resident.
+// balance, then the assignment that its log_u gives, or without iterations `start`. Of both passes also groups, slices,
+// batches and whether they are resident.
 void run_sinkhorn() {
   if (!tessera::sinkhorn_plan) fail("this program has no sinkhorn");
   const auto given = *read<SinkhornCase>(1);
@@ -111,23 +108,14 @@ void run_sinkhorn() {
   a.type = static_cast<tessera::Type>(given.type);
   const int64_t size = a.type == tessera::Type::FLOAT32 ? 4 : 2;
   a.scores = read<char>(given.score_elements * size);
-  a.student = read<char>(given.student_elements * size);
   a.start = given.has_start ? read<float>(given.prototypes) : nullptr;
   a.row_stride = given.row_stride;
-  a.student_stride = given.student_stride;
   a.rows = given.rows;
   a.prototypes = static_cast<int32_t>(given.prototypes);
   a.iterations = static_cast<int32_t>(given.iterations);
   a.scale = static_cast<float>(1 / given.temperature);
-  a.student_scale = static_cast<float>(1 / given.student_temperature);
-  const auto grad_loss = static_cast<float>(given.grad_loss);
-  a.grad_loss = &grad_loss;
   a.log_u = allocate<float>(given.prototypes);
   a.out = allocate<float>(elements);
-  a.loss = allocate<float>(1);
-  a.target_rows = allocate<float>(2 * given.rows);
-  a.student_rows = allocate<float>(2 * given.rows);
-  a.grad = allocate<char>(elements * size);
   const auto run = [&](tessera::SinkhornPass pass, auto launch) {
     tessera::SinkhornPlan plan;
     check(tessera::sinkhorn_plan(a, pass, plan));
@@ -141,14 +129,8 @@ void run_sinkhorn() {
   run(tessera::SinkhornPass::BALANCE, tessera::sinkhorn_balance);
   if (!a.iterations) std::memcpy(a.log_u, a.start, given.prototypes * 4);
   run(tessera::SinkhornPass::ASSIGN, tessera::sinkhorn_assign);
-  run(tessera::SinkhornPass::CROSS_ENTROPY, tessera::sinkhorn_cross_entropy_forward);
-  check(tessera::sinkhorn_cross_entropy_backward(a, nullptr));
   std::fwrite(a.log_u, 4, given.prototypes, stdout);
   std::fwrite(a.out, 4, elements, stdout);
-  std::fwrite(a.loss, 4, 1, stdout);
-  std::fwrite(a.target_rows, 4, 2 * given.rows, stdout);
-  std::fwrite(a.student_rows, 4, 2 * given.rows, stdout);
-  std::fwrite(a.grad, size, elements, stdout);
 }
 
 }  // namespace

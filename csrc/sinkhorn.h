@@ -10,34 +10,27 @@ constexpr int MAX_PROTOTYPES = 131072;
 
 enum class Type : int32_t { FLOAT16, BFLOAT16, FLOAT32 };
 
-// B rows, K prototypes. The stride of a matrix counts elements; its rows are contiguous and start on 16 bytes. All else
-// is contiguous; what has no type is fp32.
+// B rows, K prototypes. Rows of the scores are contiguous and start on 16 bytes; all else is contiguous and fp32.
 struct Sinkhorn {
-  Type type;           // of scores, student, grad
+  Type type;           // of scores
   const void* scores;  // [B, K]
-  int64_t row_stride, rows;
+  int64_t row_stride;  // in elements
+  int64_t rows;
   int32_t prototypes;
   float scale;  // 1 / temperature
   // balance
   const float* start;  // log_u [K] before the first iteration; null: log_v is 0
   int32_t iterations;
-  // written by balance, read by the others
+  // written by balance, read by assign
   float* log_u;  // [K]
   // assign
   float* out;  // [B, K]
-  // cross-entropy; backward reads target_rows and student_rows
-  const void* student;  // [B, K]
-  int64_t student_stride;
-  float student_scale;
-  float *loss, *target_rows, *student_rows;  // [], [2, B], [2, B]
-  const float* grad_loss;                    // []
-  void* grad;                                // [B, K]
   // as many as the plan says
   float* parts;
   uint64_t* words;  // all 0
 };
 
-enum class SinkhornPass { BALANCE, ASSIGN, CROSS_ENTROPY };
+enum class SinkhornPass { BALANCE, ASSIGN };
 
 // How a pass lies on the GPU, and what memory it takes from the caller.
 struct SinkhornPlan {
@@ -51,11 +44,9 @@ struct SinkhornPlan {
   int64_t float_count, word_count;  // of parts and words
 };
 
-// Null on success, else why not. The passes enqueue one cooperative kernel each, backward an ordinary one.
+// Null on success, else why not. A pass enqueues one cooperative kernel.
 const char* sinkhorn_plan(const Sinkhorn& arguments, SinkhornPass pass, SinkhornPlan& plan);
 const char* sinkhorn_balance(const Sinkhorn& arguments, const SinkhornPlan& plan, void* stream);
 const char* sinkhorn_assign(const Sinkhorn& arguments, const SinkhornPlan& plan, void* stream);
-const char* sinkhorn_cross_entropy_forward(const Sinkhorn& arguments, const SinkhornPlan& plan, void* stream);
-const char* sinkhorn_cross_entropy_backward(const Sinkhorn& arguments, void* stream);
 
 }  // namespace tessera

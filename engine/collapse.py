@@ -7,7 +7,7 @@ in one prototype, or in all of them alike. What is done about it:
                      (Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021: DINO)
     me-max           targets are softmax(scores / T); the loss gains log K - entropy of the student's mean prediction
                      (Assran et al., "Masked Siamese Networks for Label-Efficient Learning", ECCV 2022: MSN)
-    sinkhorn         targets are balanced: all prototypes share the rows of all ranks equally
+    sinkhorn         the centre is solved for, such that all prototypes share the rows of all ranks equally
                      (Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments", 2020: SwAV)
     me-max+sinkhorn  both, as MSN's released configurations have it
     none             targets are softmax(scores / T)
@@ -31,37 +31,36 @@ CHOICES = ("centring", "me-max", "sinkhorn", "me-max+sinkhorn", "none")
 
 @dataclass(frozen=True)
 class Targets:
-    """Target distributions of G rows: softmax((scores - centre) / temperature), formed where they are met, or `balanced`.
+    """Target distributions of G rows: softmax((scores - centre) / temperature), formed where they are met and never stored.
 
     Attributes:
         scores: [G, K], without gradient.
-        centre: fp32 [K] or None for zeros.
-        balanced: fp32 [G, K], rows sum to 1; None for the softmax.
+        centre: fp32 [K] (fp64 for fp64 scores), or None for zeros.
     """
 
     scores: Tensor
     temperature: float
     centre: Tensor | None = None
-    balanced: Tensor | None = None
 
     @cached_property
     def probabilities(self) -> Tensor:
         """fp32 [G, K] (fp64 for fp64 scores); rows sum to 1."""
-        if self.balanced is not None:
-            return self.balanced
+        return (self._centred() / self.temperature).softmax(1)
+
+    def _centred(self) -> Tensor:
         scores_GK = _wide(self.scores)
-        return ((scores_GK if self.centre is None else scores_GK - self.centre) / self.temperature).softmax(1)
+        return scores_GK if self.centre is None else scores_GK - self.centre
 
     def __getitem__(self, rows: slice) -> "Targets":
-        balanced = None if self.balanced is None else self.balanced[rows]
-        return Targets(self.scores[rows], self.temperature, self.centre, balanced)
+        return Targets(self.scores[rows], self.temperature, self.centre)
 
     @staticmethod
     def stack(parts: Sequence["Targets"]) -> "Targets":
-        """The rows of all parts, which were made alike, one after the other."""
-        first = parts[0]
-        balanced = None if first.balanced is None else torch.cat([part.balanced for part in parts])
-        return Targets(torch.cat([part.scores for part in parts]), first.temperature, first.centre, balanced)
+        """The rows of all parts, which have one temperature, one after the other; centres of their own go into the scores."""
+        temperature, centre = parts[0].temperature, parts[0].centre
+        if all(part.centre is centre for part in parts):
+            return Targets(torch.cat([part.scores for part in parts]), temperature, centre)
+        return Targets(torch.cat([part._centred() for part in parts]), temperature)
 
 
 def cross_entropy(
@@ -76,14 +75,9 @@ def cross_entropy(
     The one place where a student meets soft targets. `rows_RV`, int64 [R, V], names the targets of each row of the student,
     whose cross-entropies are added, -1 for none; None pairs row with row.
     """
-    log_p_RK = (_wide(student_RK) / temperature).log_softmax(1)
-    q_GK = targets.probabilities
-    if rows_RV is None:
-        losses_R = -(q_GK * log_p_RK).sum(1)
-    else:
-        met_VR = [-(q_GK[rows_R.clamp_min(0)] * log_p_RK).sum(1) * (rows_R >= 0) for rows_R in rows_RV.unbind(1)]
-        losses_R = torch.stack(met_VR).sum(0)
-    return losses_R.mean() if weights_R is None else (losses_R * weights_R).sum()
+    return kernels.soft_cross_entropy(
+        targets.scores, student_RK, targets.temperature, temperature, targets.centre, weights_R, rows_RV
+    )
 
 
 def across_views(
@@ -153,24 +147,10 @@ class Collapse(nn.Module):
         scores_RK = scores_RK.detach()
         if not self.balances:
             return Targets(scores_RK, temperature, self.centre)
-        scores, t = self._to_balance(scores_RK, temperature)
-        return Targets(scores_RK, temperature, balanced=kernels.sinkhorn(scores, t, group=dist.group()))
-
-    def one_to_one(
-        self, scores_RK: Tensor, student_RK: Tensor, temperature: float, student_temperature: float
-    ) -> Tensor:
-        """Mean cross-entropy over rows where each target is met by one row of the student alone: Sinkhorn-Knopp's targets are
-        then never stored."""
-        if not self.balances:
-            return cross_entropy(self.targets(scores_RK, temperature), student_RK, student_temperature)
-        with torch.no_grad():
-            scores, t = self._to_balance(scores_RK.detach(), temperature)
-        return kernels.sinkhorn_cross_entropy(scores, student_RK, t, student_temperature, group=dist.group())
-
-    def _to_balance(self, scores_RK: Tensor, temperature: float) -> tuple[Tensor, float]:
         if self.from_probabilities:
-            return (_wide(scores_RK) / temperature).log_softmax(1), 1.0
-        return scores_RK, temperature
+            balanced = kernels.sinkhorn_centre((_wide(scores_RK) / temperature).log_softmax(1), 1.0, group=dist.group())
+            return Targets(scores_RK, temperature, balanced * temperature)
+        return Targets(scores_RK, temperature, kernels.sinkhorn_centre(scores_RK, temperature, group=dist.group()))
 
     def regulariser(self, student_RK: Tensor, temperature: float) -> Tensor:
         """ME-MAX's term, weighted: log K - entropy of the student's mean prediction over all rows of all ranks; else 0.

@@ -7,7 +7,7 @@ from kernels.info_nce import info_nce
 from kernels.nearest_neighbours import nearest_neighbours
 from kernels.packed_attention import packed_attention
 from kernels.patches import gather_patches, masked_pixel_loss
-from kernels.sinkhorn import sinkhorn, sinkhorn_cross_entropy
+from kernels.sinkhorn import sinkhorn, sinkhorn_centre, sinkhorn_cross_entropy
 from kernels.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "nearest_neighbours",
     "packed_attention",
     "sinkhorn",
+    "sinkhorn_centre",
     "sinkhorn_cross_entropy",
     "soft_cross_entropy",
     "use",

@@ -1,9 +1,10 @@
 """What every Triton kernel takes on a chip that need not be there: registers, spills, shared memory, matrix instructions.
 
-    python -m kernels.resources [--op packed_attention] [--json]
+    python -m kernels.resources [--op packed_attention] [--distinct] [--json]
 
-compiles every variant that `kernels/OP/triton.py` launches, for sm_80 and sm_90, and prints the table. No GPU is
-needed: Triton's own compiler and NVIDIA's object tools come with it.
+compiles every variant that `kernels/OP/triton.py` launches, for sm_80 and sm_90, and prints the table; with --distinct,
+one of those that differ in nothing but fp16 for bf16. No GPU is needed: Triton's own compiler and NVIDIA's object tools
+come with it.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +50,18 @@ class Variant:
     spills: dict[int, int] = field(default_factory=dict)
 
 
+def distinct(variants: Iterable[Variant]) -> list[Variant]:
+    """Without those that an earlier one equals in all but its name and its 16-bit dtype, which moves a few registers: no
+    spill, no byte of shared memory and no matrix instruction, where both are compiled.
+    """
+    kept: dict[tuple, Variant] = {}
+    for variant in variants:
+        signature = {name: kind.replace("fp16", "bf16") for name, kind in variant.signature.items()}
+        parts = (signature.items(), variant.constants.items(), sorted(variant.aligned), sorted(variant.spills.items()))
+        kept.setdefault((variant.kernel, variant.warps, variant.stages, variant.matrix, *map(tuple, parts)), variant)
+    return list(kept.values())
+
+
 class Resources(NamedTuple):
     """Registers per thread; bytes of spills (stack frame) per thread and of shared memory per block; instructions."""
 
@@ -73,7 +87,8 @@ def measure(variant: Variant, capability: int) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
-        sass = _tool("nvdisasm", "-c", file.name)
+        # slow, and not needed to know that there are none: the assembler makes none that PTX lacks
+        sass = _tool("nvdisasm", "-c", "-ndf", file.name) if "mma." in compiled.asm["ptx"] else ""
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return Resources(registers, stack, compiled.metadata.shared, len(_MATRIX.findall(sass)))
 
@@ -101,15 +116,17 @@ def main(arguments: list[str] | None = None) -> int:
     ops = [op for op, exist in AVAILABLE.items() if "triton" in exist]
     parser = argparse.ArgumentParser(prog="python -m kernels.resources", description=__doc__.split("\n")[0])
     parser.add_argument("--op", choices=ops, nargs="*", default=ops, help="ops to compile (default: all)")
+    parser.add_argument("--distinct", action="store_true", help="compile fp16 only where a form has no like in bf16")
     parser.add_argument("--json", action="store_true", help="print a list of JSON objects instead of the table")
     asked = parser.parse_args(arguments)
     # interpreted functions cannot be compiled
     os.environ.pop("TRITON_INTERPRET", None)
+    chosen = distinct if asked.distinct else list
     jobs = [
         (op, variant, capability)
         for op in asked.op
         for capability in SHARED_LIMIT
-        for variant in importlib.import_module(f"kernels.{op}.triton").variants(capability)
+        for variant in chosen(importlib.import_module(f"kernels.{op}.triton").variants(capability))
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         measured = list(pool.map(lambda job: measure(*job[1:]), jobs))

@@ -84,18 +84,6 @@ def test_loss_and_gradient_equal_a_plain_restatement(choice: str, from_probabili
     assert not targets.probabilities.requires_grad
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_one_to_one_equals_the_targets_met_row_by_row(choice: str):
-    guard, scores = make(choice), unit_scores(ROWS)
-    student = unit_scores(ROWS, 1).requires_grad_()
-    losses = (
-        guard.one_to_one(scores, student, TEACHER, STUDENT),
-        cross_entropy(guard.targets(scores, TEACHER), student, STUDENT),
-    )
-    torch.testing.assert_close(*losses)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, student)[0] for loss in losses))
-
-
 def test_rows_name_targets_and_weights_replace_the_mean():
     targets, student = Targets(unit_scores(3), TEACHER), unit_scores(4, 1)
     rows = torch.tensor([[2, 0], [1, -1], [-1, -1], [0, 0]])
@@ -115,6 +103,15 @@ def test_all_pairs_meet_where_no_view_is_shared():
     q = (scores / TEACHER).softmax(1)
     plain = [-(q * F.log_softmax(view / STUDENT, dim=1)).sum(1).mean() for view in student.split(ROWS)]
     torch.testing.assert_close(loss, sum(plain) / 3)
+
+
+def test_targets_of_different_centres_are_joined():
+    guard = make("sinkhorn")
+    parts = [guard.targets(unit_scores(6, seed), TEACHER) for seed in range(2)]
+    assert not torch.equal(parts[0].centre, parts[1].centre)
+    torch.testing.assert_close(
+        Targets.stack(parts).probabilities, torch.cat([part.probabilities for part in parts]), check_dtype=False
+    )
 
 
 def test_targets_are_cut_and_joined_by_rows():

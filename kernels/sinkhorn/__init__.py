@@ -10,28 +10,26 @@ iterations.
 Why ops: the compiler makes each half-iteration a pass of its own over [B, K]; published code moves 162 bytes per
 element from 16-bit scores in 24 reads and 17 writes. Normalising rows and summing columns for the next iteration fit in
 one pass, so `iterations + 1` reads are enough, 8 bytes per element for 3, plus one write where Q itself is wanted. The
-last pass can meet the student's logits at once, so targets are never stored.
+last step normalises rows, so Q is softmax((scores - centre) / T) with centre = -T log_u: `soft_cross_entropy` forms it as
+it reads the scores and the student's logits, and Q is never stored.
 
 Every implementation is a module with these functions (wide: fp64 for fp64 scores, else fp32):
     sweep(scores, log_u | None, temperature) -> column_lse[K], the log-sum-exp over rows of scores / T + log_v, where
         log_v normalises each row of exp(scores / T + log_u); None starts from log_v = 0
     assign(scores, log_u, temperature) -> wide Q[B,K], rows normalised
-    cross_entropy_forward(scores, log_u, student_logits, temperature, student_temperature)
-        -> (loss, target_rows[2,B], student_rows[2,B]): of each row of scores / T + log_u and of student_logits / T the
-        largest entry and the sum of exp(entry - largest); kept apart, for their sum as one logarithm would round away
-        what exp(20 / 0.1) needs
-    cross_entropy_backward(grad_loss, scores, log_u, student_logits, target_rows, student_rows, temperature,
-        student_temperature) -> grad_student_logits
 and may have
-    balance(scores, temperature, iterations) -> log_u, all sweeps of one process at once
+    balance(scores, temperature, iterations) -> -log_u, but for a number that is free, all sweeps of one process at once
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels.checks import DTYPES
 from kernels.choice import chosen, load
 from kernels.cost import Cost
+from kernels.soft_cross_entropy import cost as cross_entropy_cost
+from kernels.soft_cross_entropy import soft_cross_entropy
 
 torch.library.define(
     "tessera::sinkhorn_sweep", "(Tensor scores, Tensor? log_u, float temperature, str implementation) -> Tensor"
@@ -41,16 +39,6 @@ torch.library.define(
 )
 torch.library.define(
     "tessera::sinkhorn_assign", "(Tensor scores, Tensor log_u, float temperature, str implementation) -> Tensor"
-)
-torch.library.define(
-    "tessera::sinkhorn_cross_entropy_forward",
-    "(Tensor scores, Tensor log_u, Tensor student_logits, float temperature, float student_temperature,"
-    " str implementation) -> (Tensor, Tensor, Tensor)",
-)
-torch.library.define(
-    "tessera::sinkhorn_cross_entropy_backward",
-    "(Tensor grad_loss, Tensor scores, Tensor log_u, Tensor student_logits, Tensor target_rows, Tensor student_rows,"
-    " float temperature, float student_temperature, str implementation) -> Tensor",
 )
 
 
@@ -78,6 +66,31 @@ def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3, group: dis
     scores = scores.detach()
     log_u = _balance(scores, float(temperature), iterations, group, implementation)
     return torch.ops.tessera.sinkhorn_assign(scores, log_u, float(temperature), implementation)
+
+
+def sinkhorn_centre(
+    scores: Tensor, temperature: float, iterations: int = 3, group: dist.ProcessGroup | None = None
+) -> Tensor:
+    """What to take from each prototype's scores so that softmax((scores - centre) / temperature) is what `sinkhorn`
+    returns; no gradient flows. Each iteration reads the scores once.
+
+    Source: as for `sinkhorn`; the last step of an iteration normalises rows, as a softmax does.
+
+    Args:
+        scores: [B, K] as for `sinkhorn`.
+        temperature: see `sinkhorn`.
+        iterations: see `sinkhorn`.
+        group: see `sinkhorn`.
+
+    Returns:
+        fp32 [K] (fp64 for fp64 scores), of mean 0, the same on all ranks of the group.
+
+    Raises:
+        ValueError: for a shape, dtype, temperature or number of iterations that is not the above.
+    """
+    _check("sinkhorn_centre", scores, iterations, temperature=temperature)
+    implementation = chosen("sinkhorn", scores.device)
+    return -float(temperature) * _balance(scores.detach(), float(temperature), iterations, group, implementation)
 
 
 def sinkhorn_cross_entropy(
@@ -110,33 +123,28 @@ def sinkhorn_cross_entropy(
     if (
         student_logits.shape != teacher_scores.shape
         or student_logits.device != teacher_scores.device
-        or not student_logits.is_floating_point()
+        or student_logits.dtype not in DTYPES
     ):
         raise ValueError(
-            f"sinkhorn_cross_entropy needs floating student_logits of shape {list(teacher_scores.shape)} on "
-            f"{teacher_scores.device}, got {student_logits.dtype} {list(student_logits.shape)} "
-            f"on {student_logits.device}"
+            f"sinkhorn_cross_entropy needs student_logits of shape {list(teacher_scores.shape)} in float16, bfloat16, "
+            f"float32 or float64 on {teacher_scores.device}, got {student_logits.dtype} "
+            f"{list(student_logits.shape)} on {student_logits.device}"
         )
-    implementation = chosen("sinkhorn", teacher_scores.device)
-    scores, temperature = teacher_scores.detach(), float(teacher_temperature)
-    log_u = _balance(scores, temperature, iterations, group, implementation)
-    return torch.ops.tessera.sinkhorn_cross_entropy_forward(
-        scores, log_u, student_logits, temperature, float(student_temperature), implementation
-    )[0]
+    centre = sinkhorn_centre(teacher_scores, teacher_temperature, iterations, group)
+    return soft_cross_entropy(teacher_scores, student_logits, teacher_temperature, student_temperature, centre)
 
 
 def cost(rows: int, prototypes: int, element_size: int, iterations: int = 3) -> tuple[Cost, Cost, Cost]:
     """Floor of sinkhorn, and of sinkhorn_cross_entropy forward and backward, with scores and logits of one element
     size.
 
-    Flops count an exponential as one: three per element and pass.
+    Flops count an exponential as one: three per element and sweep, and what `soft_cross_entropy` counts.
     """
     elements = rows * prototypes
-    passes = iterations + 1
-    assign = Cost((passes * element_size + 4) * elements, 3 * passes * elements)
-    forward = Cost((passes + 1) * element_size * elements, (3 * passes + 5) * elements)
-    backward = Cost(3 * element_size * elements, 8 * elements)
-    return assign, forward, backward
+    sweeps = Cost(iterations * element_size * elements, 3 * iterations * elements)
+    assign = Cost(sweeps.bytes + (element_size + 4) * elements, sweeps.flops + 3 * elements)
+    forward, backward = cross_entropy_cost(rows, rows, prototypes, element_size)
+    return assign, Cost(sweeps.bytes + forward.bytes, sweeps.flops + forward.flops), backward
 
 
 def _balance(scores: Tensor, temperature: float, iterations: int, group, implementation: str) -> Tensor:
@@ -161,9 +169,10 @@ def _equalised(column_lse: Tensor) -> Tensor:
 
 
 def _check(op: str, scores: Tensor, iterations: int, **temperatures: float) -> None:
-    if scores.ndim != 2 or scores.shape[1] < 1 or not scores.is_floating_point():
+    if scores.ndim != 2 or scores.shape[1] < 1 or scores.dtype not in DTYPES:
         raise ValueError(
-            f"{op} needs floating scores of shape [rows, prototypes], got {scores.dtype} {list(scores.shape)}"
+            f"{op} needs scores [rows, prototypes] in float16, bfloat16, float32 or float64, "
+            f"got {scores.dtype} {list(scores.shape)}"
         )
     if iterations < 1:
         raise ValueError(f"{op} needs at least 1 iteration, got {iterations}")
@@ -181,7 +190,7 @@ def _sweep(scores, log_u, temperature, implementation):
 def _balance_alone(scores, temperature, iterations, implementation):
     module = load("sinkhorn", implementation)
     if hasattr(module, "balance"):
-        return module.balance(scores, temperature, iterations)
+        return _equalised(module.balance(scores, temperature, iterations))
     log_u = None
     for _ in range(iterations):
         log_u = _equalised(module.sweep(scores, log_u, temperature))
@@ -191,19 +200,6 @@ def _balance_alone(scores, temperature, iterations, implementation):
 @torch.library.impl("tessera::sinkhorn_assign", "CompositeExplicitAutograd")
 def _assign(scores, log_u, temperature, implementation):
     return load("sinkhorn", implementation).assign(scores, log_u, temperature)
-
-
-@torch.library.impl("tessera::sinkhorn_cross_entropy_forward", "CompositeExplicitAutograd")
-def _cross_entropy_forward(scores, log_u, student_logits, temperature, student_temperature, implementation):
-    forward = load("sinkhorn", implementation).cross_entropy_forward
-    return forward(scores, log_u, student_logits, temperature, student_temperature)
-
-
-@torch.library.impl("tessera::sinkhorn_cross_entropy_backward", "CompositeExplicitAutograd")
-def _cross_entropy_backward(grad_loss, scores, log_u, student_logits, target_rows, student_rows, *plain):
-    *temperatures, implementation = plain
-    backward = load("sinkhorn", implementation).cross_entropy_backward
-    return backward(grad_loss, scores, log_u, student_logits, target_rows, student_rows, *temperatures)
 
 
 @torch.library.register_fake("tessera::sinkhorn_sweep")
@@ -221,33 +217,5 @@ def _assign_fake(scores, log_u, temperature, implementation):
     return scores.new_empty(scores.shape, dtype=_wide(scores))
 
 
-@torch.library.register_fake("tessera::sinkhorn_cross_entropy_forward")
-def _cross_entropy_forward_fake(scores, log_u, student_logits, temperature, student_temperature, implementation):
-    rows = scores.shape[0]
-    loss = scores.new_empty((), dtype=torch.promote_types(_wide(scores), _wide(student_logits)))
-    return loss, scores.new_empty(2, rows, dtype=_wide(scores)), scores.new_empty(2, rows, dtype=_wide(student_logits))
-
-
-@torch.library.register_fake("tessera::sinkhorn_cross_entropy_backward")
-def _cross_entropy_backward_fake(grad_loss, scores, log_u, student_logits, target_rows, student_rows, *plain):
-    return student_logits.new_empty(student_logits.shape)
-
-
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
-def _save(ctx, inputs, output):
-    scores, log_u, student_logits, temperature, student_temperature, implementation = inputs
-    _, target_rows, student_rows = output
-    ctx.save_for_backward(scores, log_u, student_logits, target_rows, student_rows)
-    ctx.plain = (temperature, student_temperature, implementation)
-    ctx.mark_non_differentiable(target_rows, student_rows)
-
-
-def _differentiate(ctx, grad_loss, _grad_target_rows, _grad_student_rows):
-    grad = torch.ops.tessera.sinkhorn_cross_entropy_backward(grad_loss, *ctx.saved_tensors, *ctx.plain)
-    return None, None, grad, None, None, None
-
-
-torch.library.register_autograd("tessera::sinkhorn_cross_entropy_forward", _differentiate, setup_context=_save)

@@ -19,73 +19,29 @@ _ops = torch.ops.tessera_cuda
 
 
 def balance(scores_BK: Tensor, temperature: float, iterations: int) -> Tensor:
-    """log_u after some iterations, in one launch; see `kernels.sinkhorn`."""
-    _check("sinkhorn", scores_BK)
-    return _ops.sinkhorn_balance(_in_chunks(scores_BK), None, temperature, iterations)
+    """In one launch; see `kernels.sinkhorn`."""
+    _check(scores_BK)
+    return -_ops.sinkhorn_balance(_in_chunks(scores_BK), None, temperature, iterations)
 
 
 def sweep(scores_BK: Tensor, log_u_K: Tensor | None, temperature: float) -> Tensor:
     """See `kernels.sinkhorn`."""
-    _check("sinkhorn", scores_BK)
+    _check(scores_BK)
     return -_ops.sinkhorn_balance(_in_chunks(scores_BK), _contiguous(log_u_K), temperature, 1)
 
 
 def assign(scores_BK: Tensor, log_u_K: Tensor, temperature: float) -> Tensor:
     """See `kernels.sinkhorn`."""
-    _check("sinkhorn", scores_BK)
+    _check(scores_BK)
     return _ops.sinkhorn_assign(_in_chunks(scores_BK), log_u_K.contiguous(), temperature)
 
 
-def cross_entropy_forward(
-    scores_BK: Tensor, log_u_K: Tensor, student_BK: Tensor, temperature: float, student_temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.sinkhorn`."""
-    _check("sinkhorn_cross_entropy", scores_BK, student_BK)
-    scores_BK, student_BK = _alike(scores_BK, student_BK)
-    return _ops.sinkhorn_cross_entropy_forward(
-        scores_BK, log_u_K.contiguous(), student_BK, temperature, student_temperature
-    )
-
-
-def cross_entropy_backward(
-    grad_loss: Tensor,
-    scores_BK: Tensor,
-    log_u_K: Tensor,
-    student_BK: Tensor,
-    target_rows_2B: Tensor,
-    student_rows_2B: Tensor,
-    temperature: float,
-    student_temperature: float,
-) -> Tensor:
-    """See `kernels.sinkhorn`."""
-    _check("sinkhorn_cross_entropy", scores_BK, student_BK)
-    scores_BK, wide_student_BK = _alike(scores_BK, student_BK)
-    grad_BK = _ops.sinkhorn_cross_entropy_backward(
-        grad_loss.float(),
-        scores_BK,
-        log_u_K.contiguous(),
-        wide_student_BK,
-        target_rows_2B.contiguous(),
-        student_rows_2B.contiguous(),
-        temperature,
-        student_temperature,
-    )
-    return grad_BK.to(student_BK.dtype)
-
-
-def _check(op: str, *tensors: Tensor) -> None:
-    for x in tensors:
-        if x.dtype not in DTYPES or x.shape[1] > MAX_PROTOTYPES:
-            raise ValueError(
-                f"{op} in CUDA C++ takes float16, bfloat16 and float32 and up to {MAX_PROTOTYPES} prototypes, got "
-                f"{x.dtype} and {x.shape[1]}; the reference takes the others"
-            )
-
-
-def _alike(scores: Tensor, student: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in one dtype, which holds either exactly, and in chunks."""
-    dtype = torch.promote_types(scores.dtype, student.dtype)
-    return _in_chunks(scores.to(dtype)), _in_chunks(student.to(dtype))
+def _check(x: Tensor) -> None:
+    if x.dtype not in DTYPES or x.shape[1] > MAX_PROTOTYPES:
+        raise ValueError(
+            f"sinkhorn in CUDA C++ takes float16, bfloat16 and float32 and up to {MAX_PROTOTYPES} prototypes, got "
+            f"{x.dtype} and {x.shape[1]}; the reference takes the others"
+        )
 
 
 def _in_chunks(x_BK: Tensor) -> Tensor:

@@ -30,49 +30,6 @@ def assign(scores_BK: Tensor, log_u_K: Tensor, temperature: float) -> Tensor:
     return q_BK
 
 
-def cross_entropy_forward(
-    scores_BK: Tensor, log_u_K: Tensor, student_BK: Tensor, temperature: float, student_temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean cross-entropy, and per row the largest logit and the sum of exponentials, of the targets and of the student."""
-    batch, student_wide = len(scores_BK), torch.promote_types(student_BK.dtype, torch.float32)
-    target_rows_2B = scores_BK.new_empty(2, batch, dtype=log_u_K.dtype)
-    student_rows_2B = student_BK.new_empty(2, batch, dtype=student_wide)
-    loss = scores_BK.new_zeros((), dtype=torch.promote_types(log_u_K.dtype, student_wide))
-    for rows in _chunks(scores_BK):
-        logits_RK = _logits(scores_BK[rows], log_u_K, temperature)
-        student_RK = student_BK[rows].to(student_wide) / student_temperature
-        top_R, student_top_R = logits_RK.amax(1), student_RK.amax(1)
-        weight_RK = logits_RK.sub_(top_R[:, None]).exp_()
-        student_RK.sub_(student_top_R[:, None])
-        total_R, student_total_R = weight_RK.sum(1), student_RK.exp().sum(1)
-        target_rows_2B[:, rows] = torch.stack((top_R, total_R))
-        student_rows_2B[:, rows] = torch.stack((student_top_R, student_total_R))
-        loss += (student_total_R.log() - weight_RK.mul(student_RK).sum(1) / total_R).sum()
-    return loss / max(batch, 1), target_rows_2B, student_rows_2B
-
-
-def cross_entropy_backward(
-    grad_loss: Tensor,
-    scores_BK: Tensor,
-    log_u_K: Tensor,
-    student_BK: Tensor,
-    target_rows_2B: Tensor,
-    student_rows_2B: Tensor,
-    temperature: float,
-    student_temperature: float,
-) -> Tensor:
-    """Gradient of the student's logits: softmax minus target, the target formed again from its vectors."""
-    grad_BK = torch.empty_like(student_BK, memory_format=torch.contiguous_format)
-    scale = grad_loss / (max(len(scores_BK), 1) * student_temperature)
-    for rows in _chunks(scores_BK):
-        top_R1, total_R1 = target_rows_2B[:, rows, None]
-        student_top_R1, student_total_R1 = student_rows_2B[:, rows, None]
-        q_RK = _logits(scores_BK[rows], log_u_K, temperature).sub_(top_R1).exp_().mul_(scale / total_R1)
-        p_RK = (student_BK[rows].to(student_rows_2B.dtype) / student_temperature).sub_(student_top_R1).exp_()
-        grad_BK[rows] = p_RK.mul_(scale / student_total_R1).sub_(q_RK)
-    return grad_BK
-
-
 def _logits(scores_RK: Tensor, log_u_K: Tensor, temperature: float) -> Tensor:
     return torch.add(log_u_K, scores_RK.to(log_u_K.dtype), alpha=1 / temperature)
 

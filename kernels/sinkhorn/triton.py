@@ -296,114 +296,9 @@ def _two_passes(
         )  # fmt: skip
 
 
-@triton.jit
-def _cross_entropy(
-    scores, log_u, student, parts, B, K, scale, student_scale, columns_per_part,
-    stride_b, stride_k, stride_sb, stride_sk, UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Over a part of the columns, [5, S, B]: largest exponent and sum of the target; sum of exp(target - its largest)
-    times (student - its largest); largest exponent and sum of the student."""
-    K *= UNIT
-    stride_b *= UNIT
-    stride_sb *= UNIT
-    row_R = tl.program_id(0) * R + tl.arange(0, R)
-    start = tl.program_id(1) * columns_per_part
-    largest_RC = tl.full([R, C], _LEAST, tl.float32)
-    total_RC = tl.zeros([R, C], tl.float32)
-    product_RC = tl.zeros([R, C], tl.float32)
-    student_largest_RC = tl.full([R, C], _LEAST, tl.float32)
-    student_total_RC = tl.zeros([R, C], tl.float32)
-    for first in tl.range(start, tl.minimum(start + columns_per_part, K), C, num_stages=STAGES):
-        column_C = first + tl.arange(0, C)
-        x_RC = _logits(
-            scores, _load_log_u(log_u, column_C, K), row_R, column_C, B, K, scale, stride_b, stride_k
-        )  # fmt: skip
-        y_RC = _load(student, row_R, column_C, B, K, stride_sb, stride_sk) * student_scale
-        y_RC = tl.where((column_C < K)[None, :], y_RC, -float("inf"))
-        larger_RC = tl.maximum(student_largest_RC, y_RC)
-        product_RC += (student_largest_RC - larger_RC) * total_RC
-        above_RC = x_RC - largest_RC
-        less_RC = tl.exp(-tl.abs(above_RC))
-        kept_RC = tl.where(above_RC > 0, less_RC, 1.0)
-        weight_RC = tl.where(above_RC > 0, 1.0, less_RC)
-        total_RC = total_RC * kept_RC + weight_RC
-        below_RC = tl.where((column_C < K)[None, :], y_RC - larger_RC, 0.0)
-        product_RC = product_RC * kept_RC + weight_RC * below_RC
-        largest_RC = tl.maximum(largest_RC, x_RC)
-        student_largest_RC, student_total_RC = _add(student_largest_RC, student_total_RC, y_RC)
-    largest_R = tl.max(largest_RC, 1)
-    student_largest_R = tl.max(student_largest_RC, 1)
-    factor_RC = tl.exp(largest_RC - largest_R[:, None])
-    product_RC += (student_largest_RC - student_largest_R[:, None]) * total_RC
-    student_factor_RC = tl.exp(student_largest_RC - student_largest_R[:, None])
-    out = parts + tl.program_id(1).to(tl.int64) * B + row_R
-    apart = tl.num_programs(1).to(tl.int64) * B
-    tl.store(out, largest_R, mask=row_R < B)
-    tl.store(out + apart, tl.sum(total_RC * factor_RC, 1), mask=row_R < B)
-    tl.store(out + 2 * apart, tl.sum(product_RC * factor_RC, 1), mask=row_R < B)
-    tl.store(out + 3 * apart, student_largest_R, mask=row_R < B)
-    tl.store(out + 4 * apart, tl.sum(student_total_RC * student_factor_RC, 1), mask=row_R < B)
-
-
-@triton.jit
-def _merge_cross_entropy(parts, target_rows, student_rows, losses, B, S, R: tl.constexpr):
-    """Of each row, over the parts [5, S, B]: largest exponents and sums, [2, B] each, and its loss [B]."""
-    row_R = tl.program_id(0) * R + tl.arange(0, R)
-    apart = tl.cast(S, tl.int64) * B
-    largest_R = tl.full([R], _LEAST, tl.float32)
-    total_R = tl.zeros([R], tl.float32)
-    product_R = tl.zeros([R], tl.float32)
-    student_largest_R = tl.full([R], _LEAST, tl.float32)
-    student_total_R = tl.zeros([R], tl.float32)
-    for part in range(0, S):
-        place_R = parts + tl.cast(part, tl.int64) * B + row_R
-        part_largest_R = tl.load(place_R, mask=row_R < B, other=0.0)
-        part_total_R = tl.load(place_R + apart, mask=row_R < B, other=1.0)
-        part_product_R = tl.load(place_R + 2 * apart, mask=row_R < B, other=0.0)
-        part_student_largest_R = tl.load(place_R + 3 * apart, mask=row_R < B, other=0.0)
-        part_student_total_R = tl.load(place_R + 4 * apart, mask=row_R < B, other=1.0)
-        larger_R = tl.maximum(student_largest_R, part_student_largest_R)
-        product_R += (student_largest_R - larger_R) * total_R
-        part_product_R += (part_student_largest_R - larger_R) * part_total_R
-        _, product_R = _join(largest_R, product_R, part_largest_R, part_product_R)
-        largest_R, total_R = _join(largest_R, total_R, part_largest_R, part_total_R)
-        student_largest_R, student_total_R = _join(
-            student_largest_R, student_total_R, part_student_largest_R, part_student_total_R
-        )  # fmt: skip
-    tl.store(target_rows + row_R, largest_R, mask=row_R < B)
-    tl.store(target_rows + B + row_R, total_R, mask=row_R < B)
-    tl.store(student_rows + row_R, student_largest_R, mask=row_R < B)
-    tl.store(student_rows + B + row_R, student_total_R, mask=row_R < B)
-    tl.store(losses + row_R, tl.log(student_total_R) - product_R / total_R, mask=row_R < B)
-
-
-@triton.jit
-def _cross_entropy_gradient(
-    grad_loss, scores, log_u, student, target_rows, student_rows, out, B, K, scale, student_scale, share,
-    stride_b, stride_k, stride_sb, stride_sk, UNIT: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
-    """Softmax of the student minus the target, [B, K], times grad_loss * share."""
-    K *= UNIT
-    stride_b *= UNIT
-    stride_sb *= UNIT
-    row_R = tl.program_id(0) * R + tl.arange(0, R)
-    column_C = tl.program_id(1) * C + tl.arange(0, C)
-    share *= tl.load(grad_loss).to(tl.float32)
-    largest_R = tl.load(target_rows + row_R, mask=row_R < B, other=0.0)
-    share_R = share / tl.load(target_rows + B + row_R, mask=row_R < B, other=1.0)
-    student_largest_R = tl.load(student_rows + row_R, mask=row_R < B, other=0.0)
-    student_share_R = share / tl.load(student_rows + B + row_R, mask=row_R < B, other=1.0)
-    x_RC = _logits(scores, _load_log_u(log_u, column_C, K), row_R, column_C, B, K, scale, stride_b, stride_k)
-    y_RC = _load(student, row_R, column_C, B, K, stride_sb, stride_sk) * student_scale
-    target_RC = tl.exp(x_RC - largest_R[:, None]) * share_R[:, None]
-    grad_RC = tl.exp(y_RC - student_largest_R[:, None]) * student_share_R[:, None] - target_RC
-    place_RC = row_R.to(tl.int64)[:, None] * K + column_C[None, :]
-    tl.store(out + place_RC, grad_RC, mask=(row_R < B)[:, None] & (column_C < K)[None, :])
-
-
 def sweep(scores_BK: Tensor, log_u_K: Tensor | None, temperature: float) -> Tensor:
     """See `kernels.sinkhorn`; any strides."""
-    _refuse_fp64("sinkhorn", scores_BK)
+    _refuse_fp64(scores_BK)
     prototypes = scores_BK.shape[1]
     column_lse_K = scores_BK.new_empty(prototypes, dtype=torch.float32)
     grid, sizes = (triton.cdiv(prototypes, _MERGE.columns),), {"R": _MERGE.rows, "C": _MERGE.columns}
@@ -421,57 +316,9 @@ def sweep(scores_BK: Tensor, log_u_K: Tensor | None, temperature: float) -> Tens
 
 def assign(scores_BK: Tensor, log_u_K: Tensor, temperature: float) -> Tensor:
     """See `kernels.sinkhorn`; any strides."""
-    _refuse_fp64("sinkhorn", scores_BK)
+    _refuse_fp64(scores_BK)
     with torch.cuda.device_of(scores_BK):
         return _normalise_rows(scores_BK, log_u_K, temperature, write=True)
-
-
-def cross_entropy_forward(
-    scores_BK: Tensor, log_u_K: Tensor, student_BK: Tensor, temperature: float, student_temperature: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See `kernels.sinkhorn`; any strides."""
-    _refuse_fp64("sinkhorn_cross_entropy", scores_BK, student_BK)
-    (rows, prototypes), tile = scores_BK.shape, _forward_tile(scores_BK.shape[1])
-    row_tiles = triton.cdiv(rows, tile.rows)
-    # parts of a row are merged one by one
-    wanted = min(16, _programs(scores_BK.device) // max(1, row_tiles))
-    parts, columns_per_part = _parts(prototypes, tile.columns, wanted)
-    unit, strides = _units(scores_BK, student_BK)
-    new = scores_BK.new_empty
-    found_5SB, losses_B = new(5, parts, rows, dtype=torch.float32), new(rows, dtype=torch.float32)
-    target_rows_2B, student_rows_2B = (new(2, rows, dtype=torch.float32) for _ in range(2))
-    with torch.cuda.device_of(scores_BK):
-        _cross_entropy[row_tiles, parts](
-            scores_BK, log_u_K, student_BK, found_5SB, rows, prototypes // unit, 1 / temperature,
-            1 / student_temperature, columns_per_part, *strides, UNIT=unit, **tile.constants(), num_warps=tile.warps,
-        )  # fmt: skip
-        _merge_cross_entropy[(triton.cdiv(rows, 128),)](
-            found_5SB, target_rows_2B, student_rows_2B, losses_B, rows, parts, R=128, num_warps=4
-        )
-        return losses_B.sum() / max(rows, 1), target_rows_2B, student_rows_2B
-
-
-def cross_entropy_backward(
-    grad_loss: Tensor,
-    scores_BK: Tensor,
-    log_u_K: Tensor,
-    student_BK: Tensor,
-    target_rows_2B: Tensor,
-    student_rows_2B: Tensor,
-    temperature: float,
-    student_temperature: float,
-) -> Tensor:
-    """See `kernels.sinkhorn`; any strides of scores and logits."""
-    (rows, prototypes), tile = scores_BK.shape, _tile(scores_BK.shape[1])
-    unit, strides = _units(scores_BK, student_BK)
-    grad_BK = student_BK.new_empty(student_BK.shape)
-    with torch.cuda.device_of(scores_BK):
-        _cross_entropy_gradient[triton.cdiv(rows, tile.rows), triton.cdiv(prototypes, tile.columns)](
-            grad_loss, scores_BK, log_u_K, student_BK, target_rows_2B, student_rows_2B, grad_BK, rows,
-            prototypes // unit, 1 / temperature, 1 / student_temperature, 1 / (max(rows, 1) * student_temperature),
-            *strides, UNIT=unit, R=tile.rows, C=tile.columns, num_warps=tile.warps,
-        )  # fmt: skip
-    return grad_BK
 
 
 def _sum_columns(scores_BK: Tensor, temperature: float) -> Tensor:
@@ -580,41 +427,18 @@ def variants(capability: int) -> list[Variant]:
                     _WIDE,
                     wide,
                 )
-        strides, ones = ("stride_b", "stride_sb"), {"stride_k": 1, "stride_sk": 1, "UNIT": unit}
-        both = scores | {"student": f"*{name}"}
-        floats = ("scale", "student_scale")
-        wide = (*wide, *(["stride_sb"] if wide else []))
-        tile = _forward_tile(prototypes)
-        add(
-            f"cross-entropy {title}", _cross_entropy, both | {"parts": "*fp32"}, floats,
-            ("B", "K", "columns_per_part", *strides), ones | tile.constants(), tile, (*wide, "columns_per_part"),
-        )  # fmt: skip
-        tile = _tile(prototypes)
-        add(
-            f"gradient {title}", _cross_entropy_gradient,
-            both | {"grad_loss": "*fp32", "target_rows": "*fp32", "student_rows": "*fp32", "out": f"*{name}"},
-            (*floats, "share"), ("B", "K", *strides), ones | {"R": tile.rows, "C": tile.columns}, tile, wide,
-        )  # fmt: skip
     sizes = {"R": _MERGE.rows, "C": _MERGE.columns}
     lse = {name: "*fp32" for name in ("largest", "total", "column_lse")}
     add("merge of column sums", _merge_lse, lse, (), ("S", "K"), sizes, _MERGE)
     sums = {name: "*fp32" for name in ("parts", "log_u", "column_lse")}
     add("merge of rows summed", _merge_sums, sums, (), ("S", "K"), sizes, _MERGE)
-    losses = {name: "*fp32" for name in ("parts", "target_rows", "student_rows", "losses")}
-    add("merge of cross-entropies", _merge_cross_entropy, losses, (), ("B", "S"), {"R": 128}, _Tile(128, 1, 4))
     return found
 
 
 def _tile(prototypes: int) -> _Tile:
-    """Of what sums columns, and of the gradient."""
+    """Of what sums columns."""
     columns = min(256, max(16, triton.next_power_of_2(prototypes)))
     return _Tile(4096 // columns, columns)
-
-
-def _forward_tile(prototypes: int) -> _Tile:
-    """Half as large: five sums are kept for each place."""
-    tile = _tile(prototypes)
-    return _Tile(tile.rows // 2, tile.columns)
 
 
 def _whole_tile(prototypes: int) -> _Tile:
@@ -628,11 +452,11 @@ def _block(rows: int, prototypes: int, element_size: int) -> int:
     return 64 if fit >= 64 else 32 if fit >= 32 else 16
 
 
-def _units(*matrices_BK: Tensor) -> tuple[int, list[int]]:
-    """(unit, strides, those of rows in units): 8 lets Triton know of lengths that 8 divides and 16 does not."""
-    lengths = [length for x in matrices_BK for length in (x.shape[1], x.stride(0))]
-    unit = 1 if any(length % 8 for length in lengths) else 8
-    return unit, [stride for x in matrices_BK for stride in (x.stride(0) // unit, x.stride(1))]
+def _units(x_BK: Tensor) -> tuple[int, tuple[int, int]]:
+    """(unit, strides, that of rows in units): 8 lets Triton know of lengths that 8 divides and 16 does not."""
+    row_stride, stride = x_BK.stride()
+    unit = 1 if x_BK.shape[1] % 8 or row_stride % 8 else 8
+    return unit, (row_stride // unit, stride)
 
 
 def _parts(count: int, step: int, wanted: int) -> tuple[int, int]:
@@ -649,6 +473,6 @@ def _programs(device: torch.device) -> int:
     return 8 * processors
 
 
-def _refuse_fp64(op: str, *tensors: Tensor) -> None:
-    if any(x.dtype == torch.float64 for x in tensors):
-        raise ValueError(f"{op} in Triton takes fp16, bf16 and fp32, got fp64; the reference takes it")
+def _refuse_fp64(scores: Tensor) -> None:
+    if scores.dtype == torch.float64:
+        raise ValueError("sinkhorn in Triton takes fp16, bf16 and fp32, got fp64; the reference takes it")

@@ -57,7 +57,7 @@ def soft_cross_entropy(
         student_logits: [B, K], in any of these dtypes, on the device of teacher_logits.
         teacher_temperature: a positive number.
         student_temperature: a positive number.
-        centre: fp32 [K], taken from every teacher row; None takes nothing.
+        centre: fp32 [K], or fp64 with fp64 teacher_logits, taken from every teacher row; None takes nothing.
         weights: fp32 [B]; with them the result is sum(weights * row loss) instead of the mean.
         teacher_rows: int64 [B], the teacher row of each student row, or [B, V], of which the loss of a row is the sum
             of V cross-entropies; -1 stands for none. None pairs row with row, G = B. The values are checked on the CPU,
@@ -141,9 +141,18 @@ def _check(
         )
     elif students and not teachers:
         raise ValueError("soft_cross_entropy needs a teacher row where there are student rows, got none")
-    for name, x, length in (("centre", centre, prototypes), ("weights", weights, students)):
-        if x is not None and (x.dtype != torch.float32 or x.shape != (length,)):
-            raise ValueError(f"soft_cross_entropy needs {name} as fp32 [{length}], got {x.dtype} {list(x.shape)}")
+    wide = teacher_logits.dtype == torch.float64
+    if centre is not None and (
+        centre.shape != (prototypes,) or centre.dtype not in (torch.float32, *[torch.float64] * wide)
+    ):
+        raise ValueError(
+            f"soft_cross_entropy needs centre as fp32{' or fp64' * wide} [{prototypes}], "
+            f"got {centre.dtype} {list(centre.shape)}"
+        )
+    if weights is not None and (weights.dtype != torch.float32 or weights.shape != (students,)):
+        raise ValueError(
+            f"soft_cross_entropy needs weights as fp32 [{students}], got {weights.dtype} {list(weights.shape)}"
+        )
     devices = {x.device for x in (teacher_logits, student_logits, centre, weights, teacher_rows) if x is not None}
     if len(devices) > 1:
         raise ValueError(

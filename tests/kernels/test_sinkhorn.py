@@ -1,4 +1,4 @@
-"""sinkhorn and sinkhorn_cross_entropy against the loop as it was published."""
+"""sinkhorn, sinkhorn_centre and sinkhorn_cross_entropy against the loop as it was published."""
 
 import os
 from pathlib import Path
@@ -43,6 +43,20 @@ def test_assignment(device, dtype, iterations):
     plain = published_sinkhorn(scores.to(wide), 0.5, iterations)
     assert_close_as_plain(ours, plain, published_sinkhorn(scores.double(), 0.5, iterations))
     torch.testing.assert_close(ours.sum(1), torch.ones_like(ours[:, 0]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=str)
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_softmax_of_centred_scores_is_the_assignment(device, dtype, iterations):
+    scores = torch.randn(37, 101, device=device).to(dtype)
+    centre = kernels.sinkhorn_centre(scores.requires_grad_(), 0.5, iterations)
+    wide = torch.promote_types(dtype, torch.float32)
+    assert centre.dtype == wide and not centre.requires_grad
+    torch.testing.assert_close(centre.mean(), torch.zeros_like(centre[0]))
+    found = F.softmax((scores.detach().to(wide) - centre) / 0.5, 1)
+    plain = published_sinkhorn(scores.detach().to(wide), 0.5, iterations)
+    assert_close_as_plain(found, plain, published_sinkhorn(scores.detach().double(), 0.5, iterations))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -112,6 +126,46 @@ def test_dtypes_may_differ():
     assert student.grad.dtype == torch.float32
 
 
+def test_dtypes_of_two_widths_meet_in_the_wider():
+    scores, student = torch.randn(2, 9, 30, dtype=torch.float64)
+    wanted = published_cross_entropy(scores, student, 0.1, 0.1)
+    for pair in ((scores, student.float()), (scores.float(), student)):
+        loss = kernels.sinkhorn_cross_entropy(*pair, 0.1, 0.1)
+        assert loss.dtype == torch.float64
+        torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_cross_entropy_of_large_scores_and_logits(device):
+    """fp64 holds both exponents; what plain torch can do without overflowing stores the assignment."""
+    scores, student = (torch.rand(2, 33, 300, device=device) * 2 - 1) * 20
+    results = []
+    for dtype in (torch.float64, torch.float32, torch.float32):
+        leaf, ours = student.to(dtype).requires_grad_(), len(results) == 2
+        if ours:
+            loss = kernels.sinkhorn_cross_entropy(scores, leaf, 0.05, 0.1)
+        else:
+            q = kernels.sinkhorn(scores.to(dtype), 0.05)
+            loss = -(q * F.log_softmax(leaf / 0.1, 1)).sum(1).mean()
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    for truth, plain, found in zip(*results, strict=True):
+        assert_close_as_plain(found, plain, truth)
+
+
+def test_a_prototype_that_one_sample_cannot_have():
+    scores, student = torch.randn(2, 9, 30)
+    scores[4, 7:20] = -torch.inf
+    loss = kernels.sinkhorn_cross_entropy(scores, student, 0.1, 0.1)
+    torch.testing.assert_close(loss, published_cross_entropy(scores, student, 0.1, 0.1))
+
+
+def test_what_is_not_a_number_is_not_hidden():
+    scores, student = torch.randn(2, 9, 30)
+    scores[4, 7] = torch.nan
+    assert kernels.sinkhorn_centre(scores, 0.1).isnan().all()
+    assert kernels.sinkhorn_cross_entropy(scores, student, 0.1, 0.1).isnan()
+
+
 def test_gradient_goes_to_the_student_only():
     scores, student = torch.randn(2, 9, 30).requires_grad_().unbind(0)
     assert not kernels.sinkhorn(scores, 0.1).requires_grad
@@ -164,15 +218,12 @@ def test_same_bits_every_time(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):
     ops = torch.ops.tessera
-    scores, student = torch.randn(2, 5, 7, dtype=torch.float64, device=device)
+    scores = torch.randn(5, 7, dtype=torch.float64, device=device)
     log_u = torch.randn(7, dtype=torch.float64, device=device)
+    torch.library.opcheck(ops.sinkhorn_balance.default, (scores, 0.1, 3, "reference"))
     torch.library.opcheck(ops.sinkhorn_sweep.default, (scores, None, 0.1, "reference"))
     torch.library.opcheck(ops.sinkhorn_sweep.default, (scores, log_u, 0.1, "reference"))
     torch.library.opcheck(ops.sinkhorn_assign.default, (scores, log_u, 0.1, "reference"))
-    torch.library.opcheck(
-        ops.sinkhorn_cross_entropy_forward.default,
-        (scores, log_u, student.requires_grad_(), 0.1, 0.2, "reference"),
-    )
 
 
 def both(scores, student, group=None):
@@ -199,7 +250,8 @@ def one_rank(rank: int, folder: str, implementation: str, device: str) -> None:
     if device == "cpu":
         # a new process: Triton's kernels are not defined yet
         os.environ["TRITON_INTERPRET"] = "1"
-    kernels.use(implementation, "sinkhorn")
+    for op in ("sinkhorn", "soft_cross_entropy"):
+        kernels.use(implementation, op)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=len(ROWS))
     whole = torch.load(f"{folder}/input.pt", map_location=device)
     scores, student = (x.split(ROWS)[rank] for x in whole)
@@ -269,26 +321,35 @@ SCORES = torch.zeros(2, 3)
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((SCORES[0], 0.1), r"needs floating scores of shape \[rows, prototypes\], got torch.float32 \[3\]"),
-        ((SCORES.int(), 0.1), "needs floating scores"),
-        ((SCORES[:, :0], 0.1), r"needs floating scores of shape \[rows, prototypes\], got torch.float32 \[2, 0\]"),
+        ((SCORES[0], 0.1), r"needs scores \[rows, prototypes\] in float16, .*, got torch.float32 \[3\]"),
+        ((SCORES.int(), 0.1), r"needs scores .* in .* float64, got torch.int32"),
+        ((SCORES.to(torch.float8_e4m3fn), 0.1), "needs scores .* got torch.float8_e4m3fn"),
+        ((SCORES[:, :0], 0.1), r"needs scores .* got torch.float32 \[2, 0\]"),
         ((SCORES, 0), "needs a positive temperature, got 0"),
         ((SCORES, 0.1, 0), "needs at least 1 iteration, got 0"),
     ],
 )
-def test_bad_input_is_told_in_one_sentence(arguments, sentence):
-    with pytest.raises(ValueError, match=f"sinkhorn {sentence}"):
-        kernels.sinkhorn(*arguments)
+@pytest.mark.parametrize("op", ["sinkhorn", "sinkhorn_centre"])
+def test_bad_input_is_told_in_one_sentence(op, arguments, sentence):
+    with pytest.raises(ValueError, match=f"^{op} {sentence}"):
+        getattr(kernels, op)(*arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((SCORES, SCORES[:1], 0.1, 0.1), r"needs floating student_logits of shape \[2, 3\] on cpu"),
-        ((SCORES, SCORES.int(), 0.1, 0.1), "needs floating student_logits"),
+        ((SCORES[0], SCORES, 0.1, 0.1), r"needs scores \[rows, prototypes\]"),
+        (
+            (SCORES, SCORES[:1], 0.1, 0.1),
+            r"needs student_logits of shape \[2, 3\] in float16, .* on cpu, got torch.float32 \[1, 3\] on cpu",
+        ),
+        ((SCORES, SCORES.int(), 0.1, 0.1), "needs student_logits .* got torch.int32"),
+        ((SCORES, SCORES.to("meta"), 0.1, 0.1), "needs student_logits .* on cpu, got .* on meta"),
+        ((SCORES, SCORES, 0, 0.1), "needs a positive teacher_temperature, got 0"),
         ((SCORES, SCORES, 0.1, -1), "needs a positive student_temperature, got -1"),
+        ((SCORES, SCORES, 0.1, 0.1, 0), "needs at least 1 iteration, got 0"),
     ],
 )
 def test_bad_cross_entropy_input_is_told_in_one_sentence(arguments, sentence):
-    with pytest.raises(ValueError, match=f"sinkhorn_cross_entropy {sentence}"):
+    with pytest.raises(ValueError, match=f"^sinkhorn_cross_entropy {sentence}"):
         kernels.sinkhorn_cross_entropy(*arguments)

@@ -133,6 +133,17 @@ def test_dtypes_may_differ():
     assert kernels.soft_cross_entropy(teacher.double(), student.half(), 0.1, 0.1).dtype == torch.float64
 
 
+def test_a_centre_in_fp64_is_taken_as_exactly_as_teacher_logits_in_fp64():
+    teacher, student, centre = random_input(9, 9, 30, torch.float64)
+    centre, rows = centre.double() / 3, random_rows(9, 9, 2)
+    assert (centre != centre.float()).any()
+    for options in ({}, {"teacher_rows": rows}):
+        agrees(teacher, student, 0.04, 0.1, centre=centre, **options)
+    in_fp32 = kernels.soft_cross_entropy(teacher, student, 0.04, 0.1, centre.float())
+    assert in_fp32 != kernels.soft_cross_entropy(teacher, student, 0.04, 0.1, centre)
+    assert kernels.soft_cross_entropy(teacher, student.half(), 0.04, 0.1, centre).isfinite()
+
+
 def test_gradient_goes_to_the_student_only():
     teacher, student, centre = random_input(4, 9, 30)
     leaves = [x.requires_grad_() for x in (teacher, centre, torch.rand(9), student)]
@@ -294,6 +305,9 @@ LOGITS, ROWS = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
         ((LOGITS[:0], LOGITS), {"teacher_rows": ROWS - 1}, "a teacher row where there are student rows, got none"),
         ((LOGITS, LOGITS), {"centre": LOGITS}, r"centre as fp32 \[3\], got torch.float32 \[2, 3\]"),
         ((LOGITS, LOGITS), {"centre": LOGITS[0].double()}, r"centre as fp32 \[3\], got torch.float64"),
+        ((LOGITS, LOGITS.double()), {"centre": LOGITS[0].double()}, r"centre as fp32 \[3\], got torch.float64"),
+        ((LOGITS.double(), LOGITS), {"centre": LOGITS[0].half()}, r"centre as fp32 or fp64 \[3\], got torch.float16"),
+        ((LOGITS.double(), LOGITS), {"centre": LOGITS.double()}, r"centre as fp32 or fp64 \[3\], .* \[2, 3\]"),
         ((LOGITS, LOGITS), {"weights": LOGITS[0]}, r"weights as fp32 \[2\], got torch.float32 \[3\]"),
         ((LOGITS, LOGITS.to("meta")), {}, "one device for all inputs, got cpu and meta"),
         ((LOGITS, LOGITS), {"teacher_temperature": 0}, "a positive teacher_temperature, got 0"),

@@ -51,6 +51,14 @@ def test_large_logits(dtype, met):
     agrees_poisoned(teacher, student + 1000, 0.04, 0.1, teacher_rows=rows)
 
 
+@pytest.mark.parametrize("rising", [True, False], ids=["rising", "falling"])
+def test_rows_whose_largest_comes_last_or_first(rising):
+    """Each new largest of teacher or student alone, and of both, rescales what was summed before."""
+    steps = torch.linspace(-2, 2, 9301, device=DEVICE).expand(5, -1)
+    teacher, student = (steps + torch.randn(5, 9301, device=DEVICE) / 10 for _ in range(2))
+    agrees_poisoned(teacher, student if rising else student.flip(1), 0.1, 0.1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("teachers", "students", "met"), [(1, 1, 1), (5, 31, 1), (9, 20, 2), (40, 7, 3)])
 def test_named_teacher_rows(dtype, teachers, students, met):

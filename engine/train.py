@@ -200,10 +200,11 @@ def compile_regions(method: Method) -> None:
     # On CPUs inductor proves every vector extension by a program built and run in a new process, 25 s on two cores. What the
     # system lists for the processor is enough.
     torch._inductor.config.cpp.vec_isa_ok = True
-    for owner, name in method.regions():
-        region = getattr(owner, name)
-        if not hasattr(region, "get_compiler_config"):
-            setattr(owner, name, torch.compile(region, fullgraph=True, dynamic=False))
+    for dynamic, regions in ((False, method.regions()), (True, method.ragged_regions())):
+        for owner, name in regions:
+            region = getattr(owner, name)
+            if not hasattr(region, "get_compiler_config"):
+                setattr(owner, name, torch.compile(region, fullgraph=True, dynamic=dynamic))
 
 
 @contextmanager

@@ -178,6 +178,10 @@ class Method(nn.Module, ABC):
         for block in self.encoder.blocks:
             yield block, "forward"
 
+    def ragged_regions(self) -> Iterator[tuple[object, str]]:
+        """Likewise, but meeting another number of rows at nearly every call: compiled once for any number."""
+        yield from ()
+
     def features(self, images: Tensor) -> Tensor:
         """What evaluation sees: fp32 [B, C], the encoder's pooled output for whole images [B, 3, H, W]."""
         return self.evaluated.pool(self.evaluated(images)).float()

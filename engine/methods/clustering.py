@@ -151,6 +151,13 @@ class Clustering(Method):
         yield from with_decay(others, peak_lr, settings.weight_decay)
         yield from with_decay(last.items(), peak_lr, settings.weight_decay, frozen_epochs=settings.freeze_last_layer)
 
+    def ragged_regions(self) -> Iterator[tuple[object, str]]:
+        """Under stochastic depth every block keeps another number of sequences."""
+        for block, rate in zip(self.encoder.blocks, self.encoder.drop_path_rates, strict=True):
+            if rate:
+                yield block, "attend"
+                yield block, "feed"
+
     def patches(self, view: Augmentation) -> int:
         return (view.size[0] // self.encoder.patch_size) * (view.size[1] // self.encoder.patch_size)
 

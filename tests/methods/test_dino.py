@@ -19,6 +19,7 @@ from engine.methods.dino import Dino, Settings
 from engine.optim import Moment
 from engine.recipes import recipe
 from engine.step import Update
+from engine.train import compile_regions
 from tests.methods.small import small
 from tests.methods.test_mae import plain_block
 
@@ -278,6 +279,30 @@ def test_stochastic_depth_is_a_function_of_seed_stage_and_step():
     assert not torch.equal(loss(0, 1), loss(0, 2))
     assert not torch.equal(loss(0, 1, batch=8, rows=slice(0, 4)), loss(0, 1, batch=8, rows=slice(4, 8)))
     assert drawn(make()) == {}
+
+
+def test_under_stochastic_depth_both_branches_are_compiled_once_for_all_blocks(monkeypatch: pytest.MonkeyPatch):
+    traced = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list) -> object:
+        traced.append(graph)
+        return graph
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda region, **how: compiler(region, backend=backend, **how))
+    plain, compiled = (make({"drop_path": 0.5, "depth": 5}) for _ in range(2))
+    compile_regions(compiled)
+    rated = [{"attend", "feed"} <= vars(block).keys() for block in compiled.encoder.blocks]
+    assert rated == [False, True, True, True, True], "the first block never drops anything"
+    images, ids = crops(plain, batch=8), torch.arange(8)
+    losses = [method(images, ids, drawn(method, batch=8))["loss"] for method in (plain, compiled)]
+    torch.testing.assert_close(*losses)
+    inputs = [node for graph in traced for node in graph.graph.nodes if node.name == "l_x_tc_"]
+    rows = [node.meta["example_value"].shape[0] for node in inputs]
+    assert sum(not isinstance(count, int) for count in rows) == 2, "attend and feed, each for any number of rows"
+    before = len(traced)
+    compiled(images, ids, drawn(compiled, 1, batch=8))
+    assert len(traced) == before
 
 
 def test_the_teacher_of_a_compiled_encoder_is_not_its_student():

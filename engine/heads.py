@@ -84,6 +84,32 @@ class Decoder(nn.Module):
         return 2.0 * ends + sum(block.flops(tokens) for block in self.decoder_blocks)
 
 
+class PixelDecoder(nn.Module):
+    """Linear layers of the encoder's width with GELU after each, then one to pixels: a patch from its own token alone (SiT and
+    MC-SSL, whose last layer, a transposed convolution with kernel and stride P, is this one with other names).
+
+    Args:
+        width: encoder width C.
+        layers: linear layers before the last one.
+    """
+
+    def __init__(self, width: int, patch_size: int, layers: int = 2):
+        super().__init__()
+        self.patch_size = patch_size
+        parts = [part for _ in range(layers) for part in (nn.Linear(width, width), nn.GELU())]
+        self.mlp = nn.Sequential(*parts, nn.Linear(width, patch_size**2 * 3))
+        initialise(self)
+
+    def forward(self, tokens_BNC: Tensor) -> Tensor:
+        """Patch tokens [B, N, C] -> pixels [B, N, P*P*3], in the order (row, column, channel)."""
+        return self.mlp(tokens_BNC)
+
+    def images(self, pixels_BNp: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches [B, N, P*P*3] of a grid (rows, columns) -> the images [B, 3, H, W] that they make up."""
+        patch = (self.patch_size, self.patch_size, 3)
+        return pixels_BNp.unflatten(2, patch).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
 def head_flops(head: nn.Module) -> float:
     """Operations of one forward pass of a head for one row: matrix products only."""
     layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear | WeightNormed)]
@@ -93,14 +119,15 @@ def head_flops(head: nn.Module) -> float:
 class BatchNorm(nn.Module):
     """Batch normalisation over the rows of all ranks, in fp32; state-dict keys of nn.BatchNorm1d.
 
-    Running statistics wait in `pending` until `commit`, so that a skipped update leaves them as they were.
+    Running statistics wait in `pending` until `commit`, so that a skipped update leaves them as they were. Not `affine`, it
+    has neither weight nor bias.
     """
 
-    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1):
+    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True):
         super().__init__()
         self.eps, self.momentum = eps, momentum
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features))
+        self.weight = nn.Parameter(torch.ones(features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(features)) if affine else None
         self.register_buffer("running_mean", torch.zeros(features))
         self.register_buffer("running_var", torch.ones(features))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
@@ -116,7 +143,8 @@ class BatchNorm(nn.Module):
             centred_BC = x_BC - mean_C
             var_C = dist.all_reduce(centred_BC.square().sum(0)) / count
             self.pending.append((mean_C.detach(), var_C.detach() * count / max(1, count - 1)))
-            return centred_BC * (var_C + self.eps).rsqrt() * self.weight + self.bias
+            normal_BC = centred_BC * (var_C + self.eps).rsqrt()
+            return normal_BC if self.weight is None else normal_BC * self.weight + self.bias
 
     @torch.no_grad()
     def commit(self, applied: Tensor) -> None:
@@ -146,6 +174,22 @@ def predictor(features: int = 256, hidden: int = 4096) -> nn.Sequential:
     """Two bias-free linear layers with batch norm and ReLU between them (MAE-CT's NNCLR head)."""
     return nn.Sequential(
         nn.Linear(features, hidden, bias=False), BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, features, bias=False)
+    )
+
+
+def contrast_projector(features: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
+    """Three linear layers with batch norm after each, the last one not affine; ReLU after the first, GELU after the second (SiT's
+    contrastive head). Biases are left out: the norm after them takes them away.
+    """
+    return nn.Sequential(
+        nn.Linear(features, hidden, bias=False),
+        BatchNorm(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden, bias=False),
+        BatchNorm(hidden),
+        nn.GELU(),
+        nn.Linear(hidden, out, bias=False),
+        BatchNorm(out, affine=False),
     )
 
 

@@ -1,7 +1,8 @@
-"""Which patches of an image a method hides: how many, and whether at random or in blocks. Random numbers in, masks out; all on
-the CPU, so that how many patches are hidden is known without waiting for a device.
+"""Which patches or pixels of an image a method hides: how many, and whether at random or in blocks. Random numbers in, masks
+out; all on the CPU, so that how many patches are hidden is known without waiting for a device.
 
-Shapes: R masks, N patches of an image, H and W the rows and columns of its grid, A masks that are still growing, T tries.
+Shapes: R masks, N patches of an image, H and W the rows and columns of its grid (of its pixels for `gmml_blocks`), A masks that
+are still growing, T tries.
 """
 
 from collections.abc import Callable
@@ -81,3 +82,45 @@ def block_patches(
             growing_A = growing_A[(wanted_R[growing_A] > 0) & (misses_R[growing_A] < TRIES)]
         round_ += 1
     return masks_RHW.reshape(len(counts_R), -1)
+
+
+def gmml_blocks(
+    uniforms: Callable[[int], np.ndarray],
+    targets_R: np.ndarray,
+    size: tuple[int, int],
+    align: int = 1,
+    largest: float = 0.3,
+) -> np.ndarray:
+    """Masks of pixels, bool [R, H, W], that grow block by block until each covers its target share (the corruption of GMML and
+    SiT: Atito et al., "GMML is All you Need", 2022, and "SiT: Self-supervised vIsion Transformer", 2021).
+
+    A block's top-left corner is uniform on a grid of `align` pixels, its sides are uniform over the multiples of `align` up to
+    `largest` of the image's side, rounded, but at least `align`. What reaches past the edge is cut off there. Blocks overlap, and
+    the last one may overshoot: a mask covers at least its target.
+
+    Args:
+        uniforms: round -> [R, T, 4] in [0, 1), the same T for every round. Rounds are asked for in order from 0, until every mask
+            is complete, so a mask depends on its own rows of them only.
+        targets_R: float [R], shares from 0 to below 1; the nearer to 1, the more blocks it takes.
+        size: (H, W) in pixels.
+    """
+    masks_RHW = np.zeros((len(targets_R), *size), dtype=bool)
+    missing_R = targets_R.astype(np.float64) * size[0] * size[1]
+    places = [-(-side // align) for side in size]
+    sides = [max(1, round(largest * side / align)) for side in size]
+    choices_4 = np.array([*places, *sides])
+    growing_A = np.flatnonzero(missing_R > 0)
+    round_ = 0
+    while len(growing_A):
+        numbers_RT4 = uniforms(round_).astype(np.float64)
+        blocks_RT4 = align * (np.floor(numbers_RT4 * choices_4).astype(np.int64) + np.array([0, 0, 1, 1]))
+        for row in growing_A:
+            for top, left, tall, wide in blocks_RT4[row].tolist():
+                block = masks_RHW[row, top : top + tall, left : left + wide]
+                missing_R[row] -= block.size - np.count_nonzero(block)
+                block[...] = True
+                if missing_R[row] <= 0:
+                    break
+        growing_A = growing_A[missing_R[growing_A] > 0]
+        round_ += 1
+    return masks_RHW

@@ -6,14 +6,16 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the entry points down to the kernels; parts on one line are equals and may use each other.
 FLOORS = [
+    {"study"},
     {"train", "eval", "plan", "dry_run"},
+    {"studies"},
     {"config"},
     {"recipes"},
     {"loop"},
     {"state"},
     {"step", "probe", "evals"},
     {"methods"},
-    {"heads", "collapse"},
+    {"heads", "collapse", "corruption"},
     {"vit"},
     {"tokens"},
     {"data"},

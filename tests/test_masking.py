@@ -6,6 +6,8 @@ import random
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from engine import masking
 from engine.draws import Draws
@@ -108,6 +110,80 @@ def test_strata_are_met_once_each(count: int):
     assert (shares > 0).sum() == count
     strata = np.sort(np.floor((shares[shares > 0] - 0.1) / 0.4 * count)).astype(int)
     assert strata.tolist() == list(range(count))
+
+
+def plain_gmml(share: float, size: tuple[int, int], align: int, largest: float, numbers: random.Random) -> np.ndarray:
+    """GMML's blocks, one mask at a time."""
+    (height, width), mask = size, np.zeros(size, dtype=bool)
+    tall, wide = (max(align, align * round(largest * side / align)) for side in size)
+    while mask.sum() < share * height * width:
+        top, left = numbers.randrange(0, height, align), numbers.randrange(0, width, align)
+        bottom = top + numbers.randrange(align, tall + 1, align)
+        mask[top:bottom, left : left + numbers.randrange(align, wide + 1, align)] = True
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("size", "align", "share", "largest"),
+    [((32, 32), 1, 0.5, 0.3), ((32, 32), 8, 0.5, 0.3), ((24, 40), 4, 0.3, 0.5), ((20, 20), 6, 0.4, 0.3)],
+)
+def test_gmml_hides_as_much_and_the_same_places_as_the_plain_algorithm(
+    size: tuple[int, int], align: int, share: float, largest: float
+):
+    masks = 1000
+    ours = masking.gmml_blocks(uniforms(masks), np.full(masks, share), size, align, largest)
+    numbers = random.Random(0)
+    plain = np.stack([plain_gmml(share, size, align, largest, numbers) for _ in range(masks)])
+    hidden, expected = ours.mean((1, 2)), plain.mean((1, 2))
+    assert abs(hidden.mean() - expected.mean()) < 5 * math.hypot(hidden.std(), expected.std()) / math.sqrt(masks) + 1e-9
+    assert np.abs(ours.mean(0) - plain.mean(0)).max() < 5 * math.sqrt(2 * 0.25 / masks)
+    for axis in (1, 2):
+        together = [np.mean(m & np.roll(m, 1, axis)) for m in (ours, plain)]
+        assert together[0] == pytest.approx(together[1], rel=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cells=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    align=st.sampled_from([1, 2, 4, 5]),
+    largest=st.floats(0.01, 1.0),
+    share=st.floats(0.0, 0.9),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_gmml_reaches_its_share_with_whole_cells(
+    cells: tuple[int, int], align: int, largest: float, share: float, seed: int
+):
+    size = (cells[0] * align, cells[1] * align)
+    masks = masking.gmml_blocks(uniforms(3, seed), np.array([share, 0.0, share / 2]), size, align, largest)
+    targets = np.array([share, 0.0, share / 2]) * size[0] * size[1]
+    # the last block began below the target
+    most = np.prod([max(align, align * round(largest * side / align)) for side in size])
+    covered = masks.sum((1, 2))
+    assert (covered >= targets).all() and (covered <= targets + most).all() and covered[1] == 0
+    by_cell = masks.reshape(3, cells[0], align, cells[1], align).any((2, 4))
+    assert np.array_equal(by_cell.repeat(align, 1).repeat(align, 2), masks)
+
+
+def test_a_gmml_block_is_a_rectangle_of_any_allowed_sides():
+    masks = masking.gmml_blocks(uniforms(3000), np.full(3000, 1e-9), (32, 48), 4, 0.3)
+    sides = set()
+    for mask in masks:
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        assert mask.sum() == len(rows) * len(columns) == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+        assert rows[0] % 4 == columns[0] % 4 == 0
+        sides.add((len(rows), len(columns)))
+    assert sides == {
+        (tall, wide) for tall in (4, 8) for wide in (4, 8, 12, 16)
+    }  # 0.3 * 32 and 0.3 * 48, to whole fours
+    assert masks[:, -1, -1].any() and masks[:, 0, 0].any()
+
+
+def test_gmml_masks_depend_on_their_own_rows_only():
+    shares = np.array([0.3, 0.9, 0.5])
+    masks = masking.gmml_blocks(uniforms(3), shares, (32, 32))
+    for row in range(3):
+        alone = masking.gmml_blocks(lambda r, row=row: uniforms(3)(r)[row : row + 1], shares[row : row + 1], (32, 32))
+        assert np.array_equal(alone[0], masks[row])
 
 
 def test_ranks_hold_their_rows_of_what_one_process_draws():

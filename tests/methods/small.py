@@ -25,5 +25,6 @@ SIZES: dict[str, Any] = {
 
 def small(kind: type[StageSettings], **others: Any) -> dict[str, Any]:
     """The sizes for settings of this kind, and `others` of which it has a field."""
-    names = {field.name for field in fields(kind)}
-    return {name: value for name, value in (SIZES | others).items() if name in names}
+    defaults = {field.name: field.default for field in fields(kind)}
+    sizes = SIZES | ({"local_crops": 0} if defaults.get("local_crops") == 0 else {}) | others  # it may take none
+    return {name: value for name, value in sizes.items() if name in defaults}

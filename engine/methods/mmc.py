@@ -1,0 +1,240 @@
+"""MMC-style training, after Wu et al., "Masked Momentum Contrastive Learning for Zero-shot Semantic Understanding" (arXiv
+2308.11448): masked images are completed, global features contrasted, and their semantics distilled into local ones.
+
+Its equations and numbers were not found. Contrast and pixels follow SiT of the same group (Atito et al., "SiT: Self-supervised
+vIsion Transformer", arXiv 2104.03602), distillation iBOT (Zhou et al., ICLR 2022); how they are put together is ours.
+
+Shapes: b images of this rank, B of all ranks, H and W of a crop, N patches of a crop, P patch size, L tokens of a crop, C encoder
+width, R rows (both crops, b each), M masked patches of all crops, E embedding width, K prototypes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from engine import dist
+from engine.collapse import across_views, cross_entropy
+from engine.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
+from engine.draws import Draws
+from engine.heads import DinoHead, PixelDecoder, Teacher, contrast_projector, head_flops
+from engine.methods.clustering import Distillation, DistillationSettings
+from engine.methods.ibot import Masked
+from engine.tokens import View
+from engine.vit import VisionTransformer
+
+READINGS = ("patch_same", "cls_to_patch")
+
+
+@dataclass(frozen=True)
+class Settings(CorruptionSettings, DistillationSettings):
+    """MMC-style; the defaults are SiT's, and iBOT's for distillation (see engine/recipes/mmc.py for sources)."""
+
+    contrast_weight: float = 1.0
+    """Of the contrast of pooled features; 0 leaves it out."""
+    pixel_weight: float = 1.0
+    """Of the error of corrupted pixels; 0 leaves it out."""
+    distil_weight: float = 1.0
+    """Of what patches learn from the teacher; 0 leaves it out."""
+    distil: str = "patch_same"
+    """What patches learn: patch_same (masked patches what the teacher says of them, and crops what it says of the other crop, by
+    one head for both, as in iBOT) or cls_to_patch (the mean of a crop's patches what it says of the whole crop)."""
+    projector_hidden: int = 4096
+    embedding: int = 256
+    contrast_temperature: float = 0.2
+    decoder_layers: int = 3
+    """Linear layers of the decoder before pixels."""
+    local_crops: int = 0
+    """0: there are two large crops and no others."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    weight_decay_end: float | None = 0.1
+    prototypes: int = 8192
+    target_temperature: float = 0.07
+    target_temperature_epochs: int = 30
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        nothing = self.contrast_weight == self.pixel_weight == self.distil_weight == 0
+        own = {
+            "contrast-weight": (
+                self.contrast_weight >= 0 and not nothing,
+                "a number from 0, above 0 where the other two weights are 0",
+            ),
+            "pixel-weight": (self.pixel_weight >= 0, "a number from 0"),
+            "distil-weight": (self.distil_weight >= 0, "a number from 0"),
+            "distil": (self.distil in READINGS, f"one of {', '.join(READINGS)}"),
+            "projector-hidden": (self.projector_hidden >= 1, "a whole number from 1"),
+            "embedding": (self.embedding >= 1, "a whole number from 1"),
+            "contrast-temperature": (self.contrast_temperature > 0, "a number above 0"),
+            "decoder-layers": (self.decoder_layers >= 1, "a whole number from 1"),
+            "global-crops": (self.global_crops == 2, "2, since each crop is compared with the other"),
+            "local-crops": (self.local_crops == 0, "0, since MMC sees large crops only"),
+        }
+        return super().rules() | self.corruption_rules() | own
+
+    def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
+        super().check_encoder(stage, encoder)
+        self.check_corruption(stage, encoder.img_size)
+
+    @property
+    def splits(self) -> bool:
+        return False
+
+
+class Mmc(Distillation):
+    """The student sees two corrupted crops and the teacher the same two clean: pooled features must pick the teacher's of the
+    other crop out of the batch's, a decoder must restore the corrupted pixels, and patches learn which prototypes the teacher
+    gives patches or crops.
+
+    A patch counts as masked where more than half of its pixels are corrupted. Batch norm runs over both crops together, and the
+    centre of patches follows the masked ones. A term of weight 0 has neither heads nor prototypes. Under patch_same heads of
+    prototypes are not compiled: how many patches are masked changes from step to step.
+    """
+
+    name = "mmc"
+    Settings = Settings
+
+    def __init__(self, encoder: VisionTransformer, settings: Settings):
+        super().__init__(encoder, settings)
+        s, followed = settings, {"encoder": encoder}
+        if s.contrast_weight:
+            followed["projector"] = self.projector = contrast_projector(
+                encoder.embed_dim, s.projector_hidden, s.embedding
+            )
+        if s.pixel_weight:
+            self.decoder = PixelDecoder(encoder.embed_dim, encoder.patch_size, s.decoder_layers)
+        if s.distil_weight:
+            followed["head"] = self.head = DinoHead(
+                encoder.embed_dim, s.head_hidden, s.head_layers, s.bottleneck, s.prototypes, s.free_norm
+            )
+            if s.distil == "patch_same":
+                self.patch_collapse = self.guard(s.prototypes)
+        else:
+            self.prototype_count = 0
+            del self.collapse
+        self.teacher = Teacher(**followed)
+
+    def draw(self, draws: Draws) -> dict[str, Tensor]:
+        s = self.settings
+        return super().draw(draws) | draw_corruption(s, draws, s.global_crops, self.encoder.img_size)
+
+    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        s, device = self.settings, images[0].device
+        there = drawn | {"corrupted": drawn["corrupted"].to(device, non_blocking=True)}
+        seen = self.encode([View(view) for view in corrupt(s, images, there)], drawn)
+        patches_RNC = torch.cat([tokens_bLC[:, self.encoder.num_prefix_tokens :] for tokens_bLC in seen])
+        terms, health = {}, {}
+        if s.contrast_weight or s.distil_weight:
+            taught = self.teach(images)
+            student_RC = torch.cat([self.encoder.pool(tokens_bLC) for tokens_bLC in seen])
+            taught_RC = torch.cat([self.evaluated.pool(tokens_bLC) for tokens_bLC in taught])
+        if s.contrast_weight:
+            terms["contrast"] = self.contrast_both(student_RC, taught_RC)
+        if s.pixel_weight:
+            corrupted_RHW = there["corrupted"].transpose(0, 1).flatten(0, 1)
+            terms["pixel"] = self.pixel_loss(patches_RNC, torch.cat(images), corrupted_RHW)
+        if s.distil_weight and s.distil == "cls_to_patch":
+            terms["distil"], health = self.cls_to_patch(patches_RNC, taught_RC)
+        elif s.distil_weight:
+            masks_bVN = masked_patches(drawn["corrupted"], self.encoder.patch_size)
+            masked = Masked.of(masks_bVN, self.encoder.num_prefix_tokens, device)
+            student = torch.cat([student_RC, masked.rows_of(seen)])
+            terms["distil"], health = self.patch_same(student, torch.cat([taught_RC, masked.rows_of(taught)]), masked)
+        loss = sum(getattr(s, f"{name}_weight") * term for name, term in terms.items())
+        return {"loss": loss} | {f"{name}_loss": term.detach() for name, term in terms.items()} | health
+
+    def contrast_both(self, student_RC: Tensor, taught_RC: Tensor) -> Tensor:
+        """Each crop of the student against the teacher's other one; the two are added, as in SiT."""
+        student_first, student_second = F.normalize(self.projector(student_RC).float(), dim=1).chunk(2)
+        with torch.no_grad():
+            taught_RE = F.normalize(self.teacher.projector(taught_RC).float(), dim=1)
+            taught_first, taught_second = (dist.all_gather(taught_bE) for taught_bE in taught_RE.chunk(2))
+        return self.contrast(student_first, taught_second) + self.contrast(student_second, taught_first)
+
+    def contrast(self, student_bE: Tensor, taught_BE: Tensor) -> Tensor:
+        """Cross-entropy of picking the own image's unit vector of the teacher out of those of all ranks, times 2 temperatures (as
+        MoCo v3 and SiT scale it)."""
+        temperature = self.settings.contrast_temperature
+        targets_b = torch.arange(len(student_bE), device=student_bE.device) + dist.rank() * len(student_bE)
+        return 2 * temperature * kernels.info_nce(student_bE, taught_BE, targets_b, temperature)
+
+    def pixel_loss(self, patches_RNC: Tensor, clean: Tensor, corrupted_RHW: Tensor) -> Tensor:
+        """Mean absolute error of what is decoded from patch tokens against the clean normalised crops [R, 3, H, W], over the
+        corrupted pixels of a crop, then over crops (SiT takes all pixels of the batch at once)."""
+        restored = self.decoder.images(self.decoder(patches_RNC).float(), self.encoder.grid)
+        return masked_mean((restored - clean).abs().mean(1), corrupted_RHW)
+
+    def patch_same(self, student: Tensor, taught: Tensor, masked: Masked) -> tuple[Tensor, dict[str, Tensor]]:
+        """iBOT's two losses, weighted alike, of one head: that of crops carries what they mean to the prototypes of patches.
+
+        Args:
+            student: [R + M, C], the pooled features of both crops and then their masked patches.
+            taught: the teacher's, likewise.
+        """
+        s, crops = self.settings, len(student) - len(masked.patches)
+        student = self.head(student)
+        with torch.no_grad():
+            scores = self.scores(taught)
+        student_RK, student_MK, scores_RK, scores_MK = student[:crops], student[crops:], scores[:crops], scores[crops:]
+        targets = self.collapse.targets(scores_RK, self.target_temperature)
+        patch_targets = self.patch_collapse.targets(scores_MK, self.target_temperature)
+        self.collapse.observe(scores_RK)
+        self.patch_collapse.observe(scores_MK)
+        class_loss = across_views(targets, student_RK, s.student_temperature, (s.global_crops,) * 2)
+        patch_loss = cross_entropy(patch_targets, student_MK, s.student_temperature, weights_R=masked.weights)
+        spread = self.collapse.regulariser(student_RK, s.student_temperature)
+        spread = spread + self.patch_collapse.regulariser(student_MK, s.student_temperature)
+        report = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
+        return class_loss + patch_loss + spread, report | self.collapse.health(targets)
+
+    def cls_to_patch(self, patches_RNC: Tensor, taught_RC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the teacher says of a crop, learned by the mean of the student's patches of the same crop."""
+        s = self.settings
+        student_RK = self.head(self.encoder.fc_norm(patches_RNC.mean(1)))
+        with torch.no_grad():
+            scores_RK = self.scores(taught_RC)
+        targets = self.collapse.targets(scores_RK, self.target_temperature)
+        self.collapse.observe(scores_RK)
+        loss = cross_entropy(targets, student_RK, s.student_temperature)
+        return loss + self.collapse.regulariser(student_RK, s.student_temperature), self.collapse.health(targets)
+
+    def scores(self, features: Tensor) -> Tensor:
+        return self.teacher.head(features)
+
+    def flops_per_image(self) -> float:
+        s, (rows, columns) = self.settings, self.encoder.grid
+        patches = rows * columns
+        crop = 3 * self.encoder.flops(patches, thinned=True)
+        if s.contrast_weight or s.distil_weight:
+            crop += self.encoder.flops(patches)
+        if s.contrast_weight:
+            crop += 4 * head_flops(self.projector)
+        if s.pixel_weight:
+            crop += 3 * patches * head_flops(self.decoder)
+        if s.distil_weight:
+            masked = patches * self.masked_share() if s.distil == "patch_same" else 0
+            crop += 4 * (1 + masked) * head_flops(self.head)
+        return s.global_crops * crop
+
+    def masked_share(self) -> float:
+        """Of a crop's patches, on average; what blocks overshoot is not counted."""
+        s = self.settings
+        return s.alien_probability * s.alien + (1 - s.alien_probability) * sum(s.drop) / 2
+
+    def regions(self) -> Iterator[tuple[object, str]]:
+        yield from super().regions()
+        if self.settings.contrast_weight:
+            yield self, "contrast"
+        if self.settings.pixel_weight:
+            yield self, "pixel_loss"
+        if self.settings.distil_weight and self.settings.distil == "cls_to_patch":
+            yield self.head, "forward"
+            yield self.teacher.head, "forward"
+
+
+def masked_patches(corrupted_bVHW: Tensor, patch_size: int) -> Tensor:
+    """Bool [b, V, N]: the patches of which more than half of the pixels are corrupted."""
+    pixels = corrupted_bVHW.unflatten(3, (-1, patch_size)).unflatten(2, (-1, patch_size))
+    return (2 * pixels.sum((3, 5)) > patch_size**2).flatten(2)

@@ -3,9 +3,9 @@
     python -m benchmarks.gpu --out benchmarks/records/DATE-device
 
 In this order, each part within its share of --minutes: the tests marked `gpu`; the ceilings of the card (a large copy, a large
-matrix product); every kernel in every implementation beside every peer that is installed; whole steps, eager and
-compiled, on the reference and on our kernels. What did not fit into the time is listed as not run. `record.json` holds
-everything, `record.md` the tables, `roofline.png` the picture.
+matrix product); every kernel in every implementation beside every peer that is installed; whole steps, eager and compiled, on the
+reference and on our kernels, those of DINO beside the usual forms of multi-crop. What did not fit into the time is listed as
+not run. `record.json` holds everything, `record.md` the tables, `roofline.png` the picture.
 """
 
 import importlib
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from rich.console import Console
 
 import kernels
-from benchmarks import roofline, throughput
+from benchmarks import multicrop, roofline, throughput
 from benchmarks.kernels.case import CPU, Case, Machine, machine
 from engine.durable import write_folder
 from engine.errors import BadInput
@@ -164,34 +165,62 @@ def run_tests(budget: Budget) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def whole_steps(at: Machine, budget: Budget, say: Callable[[str], None]) -> tuple[list[dict], list[str]]:
-    """MAE and two-view tuning steps, eager and compiled, on the reference and on each of our implementations."""
-    model, batch = ("vit_large_patch16_224", 256) if at.device == "cuda" else ("vit_tiny_patch16_224", 2)
-    own = sorted({one for exist in AVAILABLE.values() for one in exist} - {"reference"})
-    own = own if at.device == "cuda" else []
-    found, left_out = [], []
-    for method in ("mae", "maect"):
+@dataclass(frozen=True)
+class Planned:
+    """A measurement of whole steps with one choice of kernels, and the seconds that must be left to begin it."""
+
+    name: str
+    implementation: str
+    seconds: float
+    measure: Callable[[], dict]
+
+
+def planned_steps(at: Machine) -> Iterator[Planned]:
+    """MAE, multi-crop DINO in its forms, and two-view tuning, on the reference and on each of our implementations."""
+    on_gpu = at.device == "cuda"
+    model, batch = ("vit_large_patch16_224", 256) if on_gpu else ("vit_tiny_patch16_224", 2)
+    own = sorted({one for exist in AVAILABLE.values() for one in exist} - {"reference"}) if on_gpu else []
+    for method in ("mae", "dino", "maect"):
         for compiles in (False, True):
             for implementation in ("reference", *own):
                 name = f"{method} {model}, {'compiled' if compiles else 'eager'}, kernels: {implementation}"
-                if budget.left < (90 if at.device == "cuda" else 20):
-                    left_out.append(name)
-                    continue
-                options = throughput.Options(
-                    method=method, model=model, batch_size=batch, compile=compiles, device=at.device, rounds=3, steps=2,
-                    peer=method == "mae" and implementation == "reference",
-                )  # fmt: skip
-                try:
-                    for op, exist in AVAILABLE.items():
-                        kernels.use(implementation if implementation in exist else "reference", op)
-                    record = throughput.measure(options)
-                except Exception as error:
-                    record = {"failed": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
-                finally:
-                    kernels.use("auto")
-                    torch.compiler.reset()
-                found.append({"name": name} | record)
-                say(f"{name}: {_speed(record)}")
+                common = {
+                    "model": model,
+                    "compile": compiles,
+                    "device": at.device,
+                    "rounds": 3,
+                    "steps": 2 if on_gpu else 1,
+                }
+                if method != "dino":
+                    peer = method == "mae" and implementation == "reference"
+                    options = throughput.Options(method=method, batch_size=batch, peer=peer, **common)
+                    yield Planned(name, implementation, 90 if on_gpu else 20, partial(throughput.measure, options))
+                elif compiles == on_gpu:
+                    # lightly's form takes minutes to compile: `benchmarks.multicrop` has it
+                    forms = (multicrop.OURS, multicrop.USUAL, *(("padded",) if implementation == "reference" else ()))
+                    sizes = {"batch_size": 32} if on_gpu else {"batch_size": 2, "prototypes": 1024, "memory": False}
+                    options = multicrop.Options(forms=forms, **sizes, **common)
+                    yield Planned(name, implementation, 150 if on_gpu else 40, partial(multicrop.measure, options))
+
+
+def whole_steps(at: Machine, budget: Budget, say: Callable[[str], None]) -> tuple[list[dict], list[str]]:
+    """The planned steps that fit into the time, and the names of those that do not."""
+    found, left_out = [], []
+    for planned in planned_steps(at):
+        if budget.left < planned.seconds:
+            left_out.append(planned.name)
+            continue
+        try:
+            for op, exist in AVAILABLE.items():
+                kernels.use(planned.implementation if planned.implementation in exist else "reference", op)
+            record = planned.measure()
+        except Exception as error:
+            record = {"failed": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
+        finally:
+            kernels.use("auto")
+            torch.compiler.reset()
+        found.append({"name": planned.name} | record)
+        say(f"{planned.name}: {_speed(record)}")
     return found, left_out
 
 
@@ -218,10 +247,15 @@ def profile(at: Machine) -> list[dict[str, Any]]:
 def _speed(record: dict) -> str:
     if "failed" in record:
         return f"failed: {record['failed']}"
-    return "; ".join(
-        f"{name} {found['images_per_second']:,.1f} images/s, {found['share_of_peak']:.1%} of the matrix product"
-        for name, found in record["median"].items()
-    )
+    parts = []
+    for name, found in record["median"].items():
+        part = f"{name} {found['images_per_second']:,.1f} images/s, {found['share_of_peak']:.1%} of the matrix product"
+        if "ratio" in found and name != record["base"]:
+            part += f", {found['ratio']:.2f}x {record['base']}"
+        if name in record.get("peak_memory", {}):
+            part += f", {record['peak_memory'][name] / 2**30:.1f} GiB"
+        parts.append(part)
+    return "; ".join(parts + [f"{name} left out: {why}" for name, why in record.get("left_out", {}).items()])
 
 
 def tables(record: dict[str, Any]) -> str:

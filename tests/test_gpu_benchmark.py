@@ -1,13 +1,18 @@
 """`python -m benchmarks.gpu`: its record and its tables, on small cases on the CPU; refusals."""
 
 import json
+import re
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import gpu
-from benchmarks.kernels.case import Case
+import kernels
+from benchmarks import gpu, multicrop
+from benchmarks.kernels import bench_sinkhorn
+from benchmarks.kernels.case import CPU, GPU, Case
 from kernels.cost import Cost
 
 
@@ -53,6 +58,55 @@ def test_what_does_not_fit_into_the_time_is_listed(tmp_path):
     assert record["kernels"] == record["steps"] == []
     assert "info_nce: 128 queries, 128 keys, forward" in record["not_run"]
     assert any(name.startswith("maect vit_tiny_patch16_224, compiled") for name in record["not_run"])
+    assert any(name.startswith("dino vit_tiny_patch16_224, eager") for name in record["not_run"])
+
+
+def test_a_gpu_s_steps_time_dino_in_its_forms_on_every_implementation():
+    planned = [one for one in gpu.planned_steps(GPU) if one.name.startswith("dino")]
+    forms = {one.implementation: one.measure.args[0].forms for one in planned}
+    assert forms == {
+        "reference": ("packed", "per-size", "padded"),
+        "cuda": ("packed", "per-size"),
+        "triton": ("packed", "per-size"),
+    }
+    for one in planned:
+        options = one.measure.args[0]
+        assert (options.model, options.prototypes, options.compile) == ("vit_large_patch16_224", 65536, True)
+
+
+@pytest.mark.long
+def test_steps_of_dino_are_shown_beside_the_usual_form(tmp_path, monkeypatch):
+    dino = [replace(one, seconds=0) for one in gpu.planned_steps(CPU) if one.name.startswith("dino")]
+    options = replace(dino[0].measure.args[0], model="vit_micro_patch8_32", prototypes=16, rounds=1)
+    planned = [replace(dino[0], measure=partial(multicrop.measure, options))]
+    monkeypatch.setattr(gpu, "planned_steps", lambda at: iter(planned))
+    monkeypatch.setattr(gpu, "cases", lambda at, ops: iter([]))
+    monkeypatch.setattr(gpu, "profile", lambda at: [])
+    assert gpu.main(["--cpu", "--out", str(tmp_path / "r")]) == 0
+    line = (tmp_path / "r" / "record.md").read_text().splitlines()[-1]
+    assert re.search(r"packed [\d.]+ images/s, [\d.]+% of the matrix product, [\d.]+x per-size; per-size", line)
+
+
+def test_sinkhorn_on_a_gpu_is_timed_in_all_forms_and_both_precisions(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = list(bench_sinkhorn.cases(GPU))
+    assert len({case.name for case in found}) == len(found) == 9
+    assert {tuple(case.forms) for case in found} == {("reference", "triton", "cuda", "published", "compiled published")}
+    per_element = {case.name: case.cost.bytes / (2048 * 65536) for case in found}
+    # four reads and Q in fp32; three sweeps, then scores and logits; both again, and the gradient
+    assert per_element["assignment 2048 x 65536, bfloat16"] == 4 * 2 + 4
+    assert per_element["assignment 2048 x 65536, float32"] == 4 * 4 + 4
+    assert per_element["cross-entropy 2048 x 65536, bfloat16, forward"] == 3 * 2 + 2 * 2
+    assert per_element["cross-entropy 2048 x 65536, bfloat16, backward"] == 3 * 2
+
+
+def test_sinkhorn_s_cross_entropy_is_timed_with_that_of_its_own_kind(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench_sinkhorn, "chosen", lambda op, device: "cuda")
+    monkeypatch.setattr(kernels, "use", lambda *choice: seen.append(choice))
+    scores = torch.randn(2, 8, 5)
+    assert torch.isfinite(bench_sinkhorn.cross_entropy(*scores))
+    assert seen == [("triton", "soft_cross_entropy")]
 
 
 @pytest.mark.parametrize(

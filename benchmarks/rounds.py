@@ -1,0 +1,174 @@
+"""Candidates timed in turn, round by round, beside a large matrix product: what the benchmarks of whole steps share.
+
+A machine whose speed drifts slows all candidates of a round alike, so ratios are taken within a round, and the median is shown.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+import kernels
+from engine import dist
+from engine.errors import BadInput
+from engine.flags import read
+from engine.step import AUTOCAST
+
+Step = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark of whole steps is asked."""
+
+    model: str = "vit_small_patch16_224"
+    """A timm ViT name."""
+    batch_size: int = 32
+    """Images of a step."""
+    compile: bool = True
+    """Compile, ours and the peers."""
+    precision: str = "auto"
+    """fp32 or bf16; auto is bf16 on GPUs and fp32 on CPUs."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    rounds: int = 5
+    """Rounds; each times every candidate once."""
+    steps: int = 3
+    """Steps of a candidate in a round."""
+    out: str = ""
+    """A JSON file for the record; empty writes none."""
+
+
+AnyOptions = TypeVar("AnyOptions", bound=Options)
+
+
+def machine(options: Options) -> tuple[torch.device, str]:
+    """The device, and the precision on it.
+
+    Raises:
+        BadInput: a value that cannot be meant.
+    """
+    for name in ("batch_size", "rounds", "steps"):
+        if getattr(options, name) < 1:
+            raise BadInput(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be a whole number from 1.")
+    if options.out and not Path(options.out).absolute().parent.is_dir():
+        raise BadInput(f"--out is {options.out!r}, but there is no folder {str(Path(options.out).parent)!r}.")
+    if options.precision not in ("auto", *AUTOCAST):
+        raise BadInput(f"--precision is {options.precision!r}; choose auto, {', '.join(AUTOCAST)}.")
+    device = dist.start(options.device).device
+    automatic = "bf16" if device.type == "cuda" else "fp32"
+    return device, automatic if options.precision == "auto" else options.precision
+
+
+def seconds(run: Step, times: int, device: torch.device) -> float:
+    """Of one call, on average over `times` calls."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / times
+
+
+def matrix_product(device: torch.device, precision: str) -> tuple[Step, float]:
+    """A large square product, and its operations: what the peak is taken from."""
+    side = 8192 if device.type == "cuda" else 2048
+    dtype = AUTOCAST[precision] or torch.float32
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    return lambda: torch.mm(a, b), 2.0 * side**3
+
+
+def in_turn(
+    candidates: dict[str, Step], options: Options, device: torch.device, precision: str, flops: float, base: str
+) -> dict[str, Any]:
+    """Time candidates that have made their first step.
+
+    Args:
+        flops: operations per image that a step must make; one number for all, so what a candidate makes beyond counts as lost.
+        base: the candidate that ratios are taken to; where it is none of them, there are no ratios.
+
+    Returns:
+        The record: the machine, every round, and medians over rounds. A round of a candidate has images_per_second,
+        share_of_peak, peak (operations per second of the matrix product in this round) and ratio (to `base`).
+    """
+    product, product_flops = matrix_product(device, precision)
+    for run in (*candidates.values(), product):
+        seconds(run, 1, device)
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in candidates}
+    for _ in range(options.rounds):
+        before = product_flops / seconds(product, 3, device)
+        rates = {name: options.batch_size / seconds(run, options.steps, device) for name, run in candidates.items()}
+        peak = max(before, product_flops / seconds(product, 3, device))
+        for name, rate in rates.items():
+            one = {"images_per_second": rate, "share_of_peak": rate * flops / peak, "peak": peak}
+            rounds[name].append(one | ({"ratio": rate / rates[base]} if base in rates else {}))
+    return {
+        "options": asdict(options),
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "precision": precision,
+        "torch": torch.__version__,
+        "kernels": kernels.describe(device).splitlines(),
+        "flops_per_image": flops,
+        "base": base,
+        "rounds": rounds,
+        "median": {
+            name: {key: statistics.median(one[key] for one in found) for key in found[0]}
+            for name, found in rounds.items()
+        },
+    }
+
+
+def show(record: dict[str, Any], title: str) -> None:
+    """The medians as a table. Shows "first_step_seconds" and "peak_memory" (bytes), by candidate, where the record has them."""
+    options = record["options"]
+    table = Table(title=f"{title} {options['model']}, batch {options['batch_size']}, {record['precision']}, "
+                        f"{record['threads']} threads, medians of {options['rounds']} rounds")  # fmt: skip
+    further = {
+        "first step (s)": {name: f"{x:.1f}" for name, x in record.get("first_step_seconds", {}).items()},
+        "peak memory (GiB)": {name: f"{x / 2**30:.2f}" for name, x in record.get("peak_memory", {}).items()},
+    }
+    further = {heading: cells for heading, cells in further.items() if cells}
+    base = record["base"] if len(record["median"]) > 1 and record["base"] in record["median"] else ""
+    headings = ("step", "images/s", "TFLOP/s", "share of the matrix product's", *([f"against {base}"] if base else []))
+    for heading in (*headings, *further):
+        table.add_column(heading, justify="left" if heading == "step" else "right")
+    for name, found in record["median"].items():
+        tflops = found["images_per_second"] * record["flops_per_image"] / 1e12
+        cells = [f"{found['images_per_second']:,.1f}", f"{tflops:.3f}", f"{found['share_of_peak']:.1%}"]
+        cells += [f"{found['ratio']:.2f}x"] if base else []
+        table.add_row(name, *cells, *(column.get(name, "") for column in further.values()))
+    Console().print(table)
+
+
+def command(
+    kind: type[AnyOptions],
+    measure: Callable[[AnyOptions], dict[str, Any]],
+    show_record: Callable[[dict[str, Any]], None],
+    arguments: Sequence[str] | None,
+    prog: str,
+) -> int:
+    """A benchmark as a command: flags, measurement, table, JSON. Returns the exit status."""
+    try:
+        options = read(kind, sys.argv[1:] if arguments is None else arguments, prog=prog)
+        record = measure(options)
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    show_record(record)
+    if options.out:
+        Path(options.out).write_text(json.dumps(record, indent=1))
+    return 0

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from engine.methods.dino import Settings
-from engine.recipes.base import DIGITS, Recipe
+from engine.recipes.base import DIGITS, DIGITS_CLUSTERING, DIGITS_ENCODER, Recipe
 
 # D gives 64 images per GPU; 16 GPUs are our choice.
 _DEFAULTS = Settings(
@@ -28,13 +28,8 @@ def published(model: str) -> Recipe:
 
 
 def digits() -> Recipe:
-    """Ours, for the embedded digits and the small ViT; not tuned."""
-    settings = Settings(
-        epochs=60, batch_size=64, base_lr=4e-3, warmup=0.1, weight_decay_end=0.1, augmentation="minimal", flip=0.0,
-        crop_scale=(0.5, 1.0), local_crops=2, local_size=16, local_scale=(0.2, 0.5), prototypes=512, head_hidden=256,
-        bottleneck=64, teacher_momentum=0.99,
-    )  # fmt: skip
-    return Recipe(DIGITS, (("dino", settings),), {"global_pool": "avg"})
+    """Ours, for the embedded digits and the small ViT."""
+    return Recipe(DIGITS, (("dino", Settings(**DIGITS_CLUSTERING, local_crops=2)),), DIGITS_ENCODER)
 
 
 PUBLISHED = {"plain": published}

@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 from engine.methods.dinov2 import Settings
-from engine.recipes.base import DIGITS, Recipe
+from engine.recipes.base import DIGITS, DIGITS_CLUSTERING, DIGITS_ENCODER, Recipe
 
 # D's epochs are 1,250 steps whatever the data, with 64 images per GPU; 16 GPUs are our choice, and make that ImageNet once.
 _DEFAULTS = Settings(
@@ -34,14 +34,11 @@ def published(model: str) -> Recipe:
 
 
 def digits() -> Recipe:
-    """Ours, after DINO's for the embedded digits and the small ViT; not tuned."""
+    """Ours, for the embedded digits and the small ViT."""
     settings = Settings(
-        epochs=30, batch_size=64, base_lr=4e-3, warmup=0.1, weight_decay_end=0.1, augmentation="minimal", flip=0.0,
-        crop_scale=(0.5, 1.0), local_crops=2, local_size=16, local_scale=(0.2, 0.5), prototypes=512, head_hidden=256,
-        bottleneck=64, teacher_momentum=0.99, target_temperature=0.04, target_temperature_epochs=0, smallest_block=1,
-        layer_decay=1.0, patch_embed_lr=1.0,
-    )  # fmt: skip
-    return Recipe(DIGITS, (("dinov2", settings),), {"global_pool": "avg"})
+        **DIGITS_CLUSTERING, local_crops=2, smallest_block=1, layer_decay=1.0, patch_embed_lr=1.0, koleo_weight=0.1
+    )
+    return Recipe(DIGITS, (("dinov2", settings),), DIGITS_ENCODER)
 
 
 PUBLISHED = {"plain": published}

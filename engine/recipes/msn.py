@@ -7,7 +7,7 @@ M trains in fp32 on all devices. For ViT-B/4 a maintainer gave other numbers (M'
 from dataclasses import replace
 
 from engine.methods.msn import Settings
-from engine.recipes.base import DIGITS, Recipe
+from engine.recipes.base import DIGITS, DIGITS_CLUSTERING, DIGITS_ENCODER, Recipe
 
 # M's learning rate 1e-3 is for 16 x 64 images, whatever the batch; here it is scaled from 256.
 _SMALL = Settings(
@@ -36,13 +36,9 @@ def published(model: str) -> Recipe:
 
 
 def digits() -> Recipe:
-    """Ours, for the embedded digits and the small ViT; not tuned."""
-    settings = Settings(
-        epochs=60, batch_size=64, base_lr=4e-3, start_lr=0.0, warmup=0.1, weight_decay_end=0.1, augmentation="minimal", flip=0.0,
-        crop_scale=(0.5, 1.0), local_crops=2, local_size=16, local_scale=(0.2, 0.5), prototypes=128, head_hidden=256,
-        bottleneck=64, teacher_momentum=0.99,
-    )  # fmt: skip
-    return Recipe(DIGITS, (("msn", settings),), {"global_pool": "avg"})
+    """Ours, for the embedded digits and the small ViT."""
+    settings = Settings(**(DIGITS_CLUSTERING | {"collapse": "me-max+sinkhorn", "start_lr": 0.0, "local_crops": 2}))
+    return Recipe(DIGITS, (("msn", settings),), DIGITS_ENCODER)
 
 
 PUBLISHED = {"plain": published}

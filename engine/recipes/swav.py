@@ -24,7 +24,7 @@ def digits() -> Recipe:
         augmentation="minimal", flip=0.0, crop_scale=(0.4, 1.0), local_crops=2, local_size=16, local_scale=(0.2, 0.5),
         prototypes=64, projector_hidden=256, embedding=64,
     )  # fmt: skip
-    return Recipe(DIGITS, (("swav", settings),), {"global_pool": "avg"})
+    return Recipe(DIGITS, (("swav", settings),), {"positions": "sincos", "global_pool": "avg"})
 
 
 PUBLISHED = {"plain": published}

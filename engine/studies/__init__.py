@@ -1,0 +1,87 @@
+"""Comparisons of pretext tasks under equal conditions. A study is a file in this folder, found by its name, with a `STUDY`."""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from engine.errors import BadInput
+
+_NOT_STUDIES = {"grid", "judge", "report"}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One pretext task of a study.
+
+    Attributes:
+        name: short, for tables and folder names.
+        method: what `engine.train --method` is given.
+        flags: further flags of `engine.train` that make the task.
+        clusters: whether it has prototypes, so that what keeps them from collapsing makes a difference.
+        about: what it minimises, in words.
+    """
+
+    name: str
+    method: str
+    flags: tuple[str, ...] = ()
+    clusters: bool = True
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A grid of runs, as data.
+
+    Attributes:
+        name: on the command line.
+        title: over tables and pictures.
+        arms: the pretext tasks.
+        collapse: what each arm that clusters is trained with in turn.
+        fixed: settings, by field of the methods' dataclasses, that all arms are given.
+        shared: further fields that all arms are given the reference's value of, because crops or masks follow from them.
+        reference: the arm whose recipe gives epochs, batch and `shared` to all.
+        epochs: of every run on the embedded digits, where the command line says nothing.
+        shots, percents: the low-shot subsets; those that the data are too small for are left out.
+        cadence: flags of `engine.train` on how often a run logs and saves.
+    """
+
+    name: str
+    title: str
+    arms: tuple[Arm, ...]
+    collapse: tuple[str, ...]
+    fixed: Mapping[str, Any]
+    shared: tuple[str, ...]
+    reference: str
+    epochs: int
+    shots: tuple[int, ...] = (1, 2, 5)
+    percents: tuple[float, ...] = (1.0,)
+    cadence: tuple[str, ...] = ()
+
+    def arm(self, name: str) -> Arm:
+        """The arm of a name.
+
+        Raises:
+            BadInput: there is none.
+        """
+        found = next((arm for arm in self.arms if arm.name == name), None)
+        if found is None:
+            raise BadInput(f"--arms has {name!r}; choose from {', '.join(arm.name for arm in self.arms)}.")
+        return found
+
+
+def names() -> tuple[str, ...]:
+    """Every study there is."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_STUDIES))
+
+
+def get(name: str) -> Study:
+    """The study of a name.
+
+    Raises:
+        BadInput: no such study.
+    """
+    if name not in names():
+        raise BadInput(f"study {name!r} is unknown; choose one of {', '.join(names())}.")
+    return importlib.import_module(f"{__name__}.{name}").STUDY

@@ -1,0 +1,181 @@
+"""The runs of a study, as command lines of `engine.train`, and what there is of each."""
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine import checkpoint, config
+from engine.errors import BadInput
+from engine.studies import Arm, Study
+
+TAIL = 1 << 16  # bytes at the end of metrics.jsonl: many lines
+NEW, HALF, DONE = "new", "half-trained", "done"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of the grid.
+
+    Attributes:
+        collapse: what it is kept from collapsing with; "" where the arm has no prototypes.
+        arguments: what `engine.train` is given, but for where and how it runs.
+        plan: what these resolve to.
+    """
+
+    arm: Arm
+    collapse: str
+    seed: int
+    arguments: tuple[str, ...]
+    plan: config.Plan
+
+    @property
+    def name(self) -> str:
+        return "-".join(filter(None, (self.arm.name, self.collapse, f"s{self.seed}")))
+
+
+def grid(
+    study: Study,
+    *,
+    data: str = "",
+    model: str = "",
+    epochs: int = 0,
+    batch_size: int = 0,
+    seeds: Sequence[int] = (0,),
+    arms: Sequence[str] = (),
+    collapse: Sequence[str] = (),
+) -> list[Run]:
+    """All runs, seed by seed. An arm without prototypes runs once per seed, whatever keeps the others' from collapsing.
+
+    Args:
+        data, model, epochs, batch_size: as the command line has them; "" and 0 are the study's or the recipe's.
+        arms, collapse: only these; none are all.
+
+    Raises:
+        BadInput: `engine.train` would refuse a run's flags.
+        ValueError: arms differ in what the study promises to be equal.
+    """
+    embedded = data in ("", "digits")
+
+    def general(model: str, epochs: int, batch_size: int, pool: str) -> list[str]:
+        values = {"data": "" if embedded else data, "preset": "digits" if embedded else "plain", "model": model}
+        values |= {"epochs": epochs, "batch-size": batch_size, "pool": pool}
+        given = [word for name, value in values.items() if value for word in _words(name, value)]
+        return [*given, *study.cadence, "--no-evaluate"]
+
+    reference = study.arm(study.reference)
+    asked = general(model, epochs or (study.epochs if embedded else 0), batch_size, "")
+    plan = config.parse([*asked, "--method", reference.method, *reference.flags])
+    ((_, settings),) = plan.stages
+    asked = general(plan.model, settings.epochs, settings.batch_size, plan.encoder["global_pool"])
+    equal = {name: getattr(settings, name) for name in study.shared} | dict(study.fixed)
+    runs = []
+    for seed in seeds:
+        for arm in study.arms:
+            if arms and arm.name not in arms:
+                continue
+            shared = [word for name, value in equal.items() for word in _words(f"{arm.method}.{name}", value)]
+            for guard in (collapse or study.collapse) if arm.clusters else ("",):
+                switch = ("--collapse", guard) if guard else ()
+                words = ("--method", arm.method, *arm.flags, *switch, *asked, *shared, "--seed", str(seed))
+                runs.append(Run(arm, guard, seed, words, config.parse(words)))
+    _check_equal(runs, ("epochs", "batch_size", *equal))
+    return runs
+
+
+def _words(name: str, value: Any) -> list[str]:
+    """A setting as words of the command line."""
+    stage, dot, setting = name.rpartition(".")
+    setting = setting.replace("_", "-")
+    if isinstance(value, bool):
+        return [f"--{stage}{dot}{'' if value else 'no-'}{setting}"]
+    return [f"--{stage}{dot}{setting}", *map(str, value if isinstance(value, tuple) else (value,))]
+
+
+def encoders_differ(runs: Sequence[Run]) -> str:
+    """A sentence on what the arms' encoders are made with differently, as their recipes want it; empty where all are alike."""
+    encoders = {run.arm.name: run.plan.encoder for run in runs}
+    names = dict.fromkeys(name for encoder in encoders.values() for name in encoder)
+    differing = [
+        f"{name} is " + ", ".join(f"{encoder.get(name, 'the default')} in {arm}" for arm, encoder in encoders.items())
+        for name in names
+        if len({str(encoder.get(name)) for encoder in encoders.values()}) > 1
+    ]
+    return f"The encoders are not all alike: {'; '.join(differing)}." if differing else ""
+
+
+def _check_equal(runs: list[Run], names: Sequence[str]) -> None:
+    """An arm's own flags may not undo what makes order, crops and masks equal."""
+    for run in runs:
+        ((_, first),), ((_, settings),) = runs[0].plan.stages, run.plan.stages
+        for name in names:
+            if getattr(first, name) != getattr(settings, name):
+                raise ValueError(f"{runs[0].arm.name} and {run.arm.name} differ in {name}, which is to be equal")
+        if run.plan.model != runs[0].plan.model:
+            raise ValueError(f"{runs[0].arm.name} and {run.arm.name} differ in the model")
+
+
+def standing(run: Run, folder: Path) -> str:
+    """What there is of a run: NEW (nothing that could be used), HALF (a sound checkpoint) or DONE (a summary).
+
+    Raises:
+        BadInput: the folder holds something else, or a run with other settings.
+    """
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return NEW
+    advice = "choose another --out, or move that folder away"
+    try:
+        saved = json.loads((folder / "config.json").read_text())
+        differing = _differences(saved, json.loads(run.plan.as_json()))
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise BadInput(f"{folder} is in the way and holds no run that can be read; {advice}.") from error
+    if differing:
+        more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
+        raise BadInput(f"{folder} holds a run with other settings: {differing[0]}{more}; {advice}.")
+    if (folder / "summary.json").is_file():
+        return DONE
+    return NEW if saved_step(folder) is None else HALF
+
+
+def saved_step(folder: Path) -> int | None:
+    """The step of a run's newest sound checkpoint."""
+    sound = (path for path in checkpoint.found(folder / "checkpoints") if not checkpoint.damage(path))
+    return next((int(path.name.removeprefix(checkpoint.PREFIX)) for path in sound), None)
+
+
+def _differences(there: dict, now: dict) -> list[str]:
+    """What two config.json compute differently, in words; how a run is carried out does not count, nor its recipe's name."""
+
+    def computed(saved: dict) -> dict[str, Any]:
+        flat = {"model": saved["model"], "methods": [stage["method"] for stage in saved["stages"]]}
+        flat |= {f"encoder {name}": value for name, value in saved["encoder"].items()}
+        flat |= {name: value for name, value in saved["train"].items() if name not in config.RESUME_MAY_CHANGE}
+        for stage in saved["stages"]:
+            flat |= {f"{stage['method']}.{name}": value for name, value in stage.items()}
+        return {name.replace("_", "-"): value for name, value in flat.items()}
+
+    old, new = computed(there), computed(now)
+    return [
+        f"{name} is {json.dumps(old.get(name))} there and {json.dumps(new.get(name))} now"
+        for name in dict.fromkeys((*old, *new))
+        if old.get(name) != new.get(name)
+    ]
+
+
+def logged_step(folder: Path) -> int:
+    """The last step in a run's metrics.jsonl, 0 where there is none yet."""
+    try:
+        with (folder / "metrics.jsonl").open("rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - TAIL))
+            lines = file.read().splitlines()
+    except OSError:
+        return 0
+    for line in reversed(lines):
+        try:
+            return int(json.loads(line)["step"])
+        except (ValueError, TypeError, KeyError):  # torn, or still being written
+            continue
+    return 0

@@ -26,6 +26,7 @@ from engine.data.sources import ImageSet
 LOW_STD = 0.05  # 1 is isotropic; SimSiam's collapsed runs are at 0 (Chen & He 2021, figure 2)
 LOW_RANK = 2.0  # all features on one line have rank 1
 LOW_USAGE = 0.01  # one prototype in a hundred does all the work
+FEWEST_USED = 1.5  # of few prototypes one is more than that share
 HALVED = 0.5  # a rank below this share of its best is a sharp drop
 LOST = 0.1  # of the k-NN accuracy above chance, and 2 points at least: less is noise of a small probe
 CACHE_BYTES = 256 * 2**20
@@ -97,6 +98,7 @@ class Health:
     knn_top1: float | None = None
     knn_chance: float | None = None
     usage: float | None = None
+    prototypes_used: float | None = None
     loss: float | None = None
 
     @classmethod
@@ -116,7 +118,8 @@ class Health:
 
     @property
     def low_usage(self) -> bool:
-        return self.usage is not None and self.usage < LOW_USAGE
+        one = self.prototypes_used is not None and self.prototypes_used < FEWEST_USED
+        return one or (self.usage is not None and self.usage < LOW_USAGE)
 
     @property
     def chance(self) -> float:
@@ -155,7 +158,7 @@ def verdict(course: Sequence[Health]) -> str:
     - broken: the loss or a feature isn't finite.
     - collapsing: feature_std < 0.05 or RankMe < 2, and no wider than at the probe before; or RankMe below half its best
       while k-NN lost a tenth of its best (above chance) at two probes in a row, without labels while feature_std halved
-      too; or usage < 1 % at two probes in a row. Features are not called narrow where k-NN keeps over half its best and
+      too; or usage < 1 %, or one prototype alone in use, at two probes in a row. Features are not called narrow where k-NN keeps over half its best and
       10 points above chance.
     - watch: any of these for the first time; k-NN alone falling; k-NN no better than chance.
 
@@ -272,7 +275,8 @@ class OnlineProbe:
             prototypes: how many there are to choose from.
 
         Returns:
-            rank_me, feature_std and feature_dim of the train samples; with prototypes their `usage`; where labels exist
+            rank_me, feature_std and feature_dim of the train samples; with prototypes their `usage`, and the number that are
+            in use (the perplexity of the choices) as prototypes_used; where labels exist
             also knn_top1 and knn_chance (the share of the commonest class), both in percent.
         """
         train, train_labels = self._features(self.train, encode)
@@ -280,6 +284,7 @@ class OnlineProbe:
         if choose is not None:
             chosen = torch.cat([choose(rows) for rows in train.split(CHOOSING)])
             values["usage"] = usage(chosen, prototypes).item()
+            values["prototypes_used"] = values["usage"] * min(prototypes, len(chosen))
         if train_labels is None:
             return values
         alone = self.val is None

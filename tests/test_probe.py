@@ -172,6 +172,12 @@ def test_few_used_prototypes():
     assert word(health(1, usage=0.001)) == "watch"
     assert word(health(1, usage=0.001), health(2, usage=0.002)) == "collapsing"
     assert word(health(1, usage=0.001), health(2, usage=0.2)) == "healthy"
+    # of 64 prototypes, one alone is above that share
+    assert (
+        word(health(1, usage=1 / 64, prototypes_used=1.0), health(2, usage=1.2 / 64, prototypes_used=1.2))
+        == "collapsing"
+    )
+    assert word(health(1, usage=2 / 64, prototypes_used=2.0), health(2, usage=2 / 64, prototypes_used=2.0)) == "healthy"
 
 
 @pytest.mark.parametrize(

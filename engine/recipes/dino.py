@@ -29,7 +29,8 @@ def published(model: str) -> Recipe:
 
 def digits() -> Recipe:
     """Ours, for the embedded digits and the small ViT."""
-    return Recipe(DIGITS, (("dino", Settings(**DIGITS_CLUSTERING, local_crops=2)),), DIGITS_ENCODER)
+    settings = Settings(**(DIGITS_CLUSTERING | {"epochs": 25}), local_crops=0)
+    return Recipe(DIGITS, (("dino", settings),), DIGITS_ENCODER)
 
 
 PUBLISHED = {"plain": published}

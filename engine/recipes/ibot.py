@@ -26,7 +26,7 @@ def published(model: str) -> Recipe:
 
 def digits() -> Recipe:
     """Ours, for the embedded digits and the small ViT."""
-    return Recipe(DIGITS, (("ibot", Settings(**DIGITS_CLUSTERING, local_crops=2)),), DIGITS_ENCODER)
+    return Recipe(DIGITS, (("ibot", Settings(**DIGITS_CLUSTERING, local_crops=0)),), DIGITS_ENCODER)
 
 
 PUBLISHED = {"plain": published}

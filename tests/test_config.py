@@ -32,7 +32,7 @@ def folder_of_images(root: Path, per_class: int = 4) -> Path:
         (["--method", "dino", "--preset", "aug"], ["--preset aug", "dino", "auto, plain, digits"]),
         (["--method", "dino", "--collapse", "center"], ["center", "centring", "me-max", "sinkhorn", "none"]),
         (["--method", "mae", "--collapse", "none"], ["--collapse none", "mae"]),
-        (["--method", "dino", "--dino.local-size", "20"], ["--dino.local-size is 20", "8"]),
+        (["--method", "dinov2", "--dinov2.local-size", "20"], ["--dinov2.local-size is 20", "8"]),
         (["--method", "dino", "--collapse", "sinkhorn", "--accumulate", "2"], ["dino", "--accumulate 1"]),
         (["--precision", "fp17"], ["fp17", "fp32", "bf16"]),
         (["--kernels", "metal"], ["metal", "auto", "reference"]),

@@ -17,7 +17,8 @@ COMPILED = ("mae", "dino")
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resumed")
-    depth = ("--drop-path", 0.5)  # of two blocks the second loses half of its rows
+    # of two blocks the second loses half of its rows; of what keeps prototypes apart only centring has something to save
+    depth = ("--drop-path", 0.5, "--set", 'collapse="centring"')
     whole = drive(folder / "whole", "--last", 20, "--poison", *depth)
     finish(drive(folder / "half", "--last", 10, "--poison", *depth))
     finish(whole, drive(folder / "rest", "--load", folder / "half", "--first", 10, "--last", 20, "--controls", *depth))
@@ -94,4 +95,4 @@ def test_two_ranks_equal_one_process(tmp_path: Path):
             # Adam's first steps turn rounding into signs: weights are compared, and one whose gradient is nothing but rounding
             # (a bias before a norm) may have gone another way by six small steps
             if not name.startswith("optimizer/"):
-                torch.testing.assert_close(two_state[name], value, atol=1e-3, rtol=1e-3, msg=name)
+                torch.testing.assert_close(two_state[name], value, atol=2e-3, rtol=1e-3, msg=name)

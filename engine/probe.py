@@ -26,7 +26,10 @@ from engine.data.sources import ImageSet
 LOW_STD = 0.05  # 1 is isotropic; SimSiam's collapsed runs are at 0 (Chen & He 2021, figure 2)
 LOW_RANK = 2.0  # all features on one line have rank 1
 LOW_USAGE = 0.01  # one prototype in a hundred does all the work
-FEWEST_USED = 1.5  # of few prototypes one is more than that share
+FEW_USED, OF_MANY = (
+    3,
+    0.1,
+)  # of 64 prototypes even one is more than that share: fewer than three in use of thirty or more
 HALVED = 0.5  # a rank below this share of its best is a sharp drop
 LOST = 0.1  # of the k-NN accuracy above chance, and 2 points at least: less is noise of a small probe
 CACHE_BYTES = 256 * 2**20
@@ -118,8 +121,8 @@ class Health:
 
     @property
     def low_usage(self) -> bool:
-        one = self.prototypes_used is not None and self.prototypes_used < FEWEST_USED
-        return one or (self.usage is not None and self.usage < LOW_USAGE)
+        few = self.prototypes_used is not None and self.prototypes_used < FEW_USED and self.usage < OF_MANY
+        return few or (self.usage is not None and self.usage < LOW_USAGE)
 
     @property
     def chance(self) -> float:
@@ -158,8 +161,8 @@ def verdict(course: Sequence[Health]) -> str:
     - broken: the loss or a feature isn't finite.
     - collapsing: feature_std < 0.05 or RankMe < 2, and no wider than at the probe before; or RankMe below half its best
       while k-NN lost a tenth of its best (above chance) at two probes in a row, without labels while feature_std halved
-      too; or usage < 1 %, or one prototype alone in use, at two probes in a row. Features are not called narrow where k-NN keeps over half its best and
-      10 points above chance.
+      too; or usage < 1 %, or fewer than 3 of many prototypes in use, at two probes in a row. Features are not called
+      narrow where k-NN keeps over half its best and 10 points above chance.
     - watch: any of these for the first time; k-NN alone falling; k-NN no better than chance.
 
     The untrained network (step 0) is no yardstick: on small images its k-NN and rank may be the run's highest.

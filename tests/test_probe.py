@@ -172,12 +172,13 @@ def test_few_used_prototypes():
     assert word(health(1, usage=0.001)) == "watch"
     assert word(health(1, usage=0.001), health(2, usage=0.002)) == "collapsing"
     assert word(health(1, usage=0.001), health(2, usage=0.2)) == "healthy"
-    # of 64 prototypes, one alone is above that share
+    # of 64 prototypes one alone is above that share
     assert (
-        word(health(1, usage=1 / 64, prototypes_used=1.0), health(2, usage=1.2 / 64, prototypes_used=1.2))
+        word(health(1, usage=1 / 64, prototypes_used=1.0), health(2, usage=1.8 / 64, prototypes_used=1.8))
         == "collapsing"
     )
-    assert word(health(1, usage=2 / 64, prototypes_used=2.0), health(2, usage=2 / 64, prototypes_used=2.0)) == "healthy"
+    assert word(health(1, usage=4 / 64, prototypes_used=4.0), health(2, usage=4 / 64, prototypes_used=4.0)) == "healthy"
+    assert word(health(1, usage=1.0, prototypes_used=2.0), health(2, usage=0.9, prototypes_used=1.8)) == "healthy"
 
 
 @pytest.mark.parametrize(

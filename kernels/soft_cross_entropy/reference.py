@@ -3,10 +3,10 @@
 G teacher rows, B student rows, K prototypes, V teacher rows of a student row, R rows at a time.
 """
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
+
+from kernels.chunks import row_chunks
 
 
 def forward(
@@ -25,9 +25,9 @@ def forward(
     losses_B = student_BK.new_empty(len(student_BK), dtype=torch.promote_types(wide, student_wide))
     pairs_B = _pairs(student_sums_2B, teacher_rows_BV)
     if teacher_rows_BV is not None:
-        for rows in _chunks(teacher_GK):
+        for rows in row_chunks(teacher_GK):
             teacher_sums_2G[:, rows] = _exponentials(teacher_GK[rows], centre_K, teacher_temperature)[1]
-    for rows in _chunks(student_BK):
+    for rows in row_chunks(student_BK):
         if teacher_rows_BV is None:
             target_RK, teacher_sums_2G[:, rows] = _exponentials(teacher_GK[rows], centre_K, teacher_temperature)
             target_RK /= teacher_sums_2G[1, rows, None]
@@ -60,7 +60,7 @@ def backward(
     pairs_B = _pairs(student_sums_2B, teacher_rows_BV)
     weights_B = torch.full_like(pairs_B, 1 / max(len(pairs_B), 1)) if weights_B is None else weights_B.to(pairs_B)
     share_B = weights_B * (grad_loss / student_temperature)
-    for rows in _chunks(student_BK):
+    for rows in row_chunks(student_BK):
         if teacher_rows_BV is None:
             target_RK = _softmax(teacher_GK[rows], centre_K, teacher_sums_2G[:, rows], teacher_temperature)
         else:
@@ -107,14 +107,3 @@ def _pairs(student_sums_2B: Tensor, teacher_rows_BV: Tensor | None) -> Tensor:
     if teacher_rows_BV is None:
         return torch.ones_like(student_sums_2B[0])
     return (teacher_rows_BV >= 0).sum(1).to(student_sums_2B.dtype)
-
-
-def _chunks(x_BK: Tensor) -> Iterator[slice]:
-    step = _step(x_BK)
-    return (slice(start, min(start + step, len(x_BK))) for start in range(0, len(x_BK), step))
-
-
-def _step(x_BK: Tensor) -> int:
-    # a CPU keeps 1 MB of fp32 in its cache; a GPU wants few, large launches
-    elements = 2**18 if x_BK.device.type == "cpu" else 2**26
-    return max(1, elements // x_BK.shape[1])

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kernels
-from kernels.sinkhorn import cost, reference
+from kernels import chunks
+from kernels.sinkhorn import cost
 from tests.kernels.agreement import DEVICES, HALF_AND_FULL, assert_agrees, assert_close_as_plain
 
 
@@ -95,7 +96,7 @@ def test_a_shift_per_sample_would_be_wrong():
 def test_any_number_of_rows_at_a_time(rows, prototypes, iterations, step):
     scores, student = torch.randn(2, rows, prototypes, dtype=torch.float64)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_step", lambda x: step)
+        patch.setattr(chunks, "rows_at_once", lambda x: step)
         torch.testing.assert_close(
             kernels.sinkhorn(scores, 0.1, iterations), published_sinkhorn(scores, 0.1, iterations)
         )

@@ -11,8 +11,8 @@ from engine.methods.mae import Mae
 from engine.methods.mae import Settings as MaeSettings
 from engine.methods.nnclr import Nnclr
 from engine.methods.nnclr import Settings as NnclrSettings
-from engine.state import TrainState, to_host
 from engine.step import Update
+from tests.saved import content
 
 
 def mae(**settings: object) -> Mae:
@@ -30,12 +30,6 @@ def nnclr() -> Nnclr:
 
 def drawn(method, step: int = 0):
     return method.draw(Draws(0, step, batch=8, rows=slice(None), device=torch.device("cpu")))
-
-
-def content(method, update: Update) -> dict[str, torch.Tensor]:
-    state = to_host(TrainState(method, update, 0, 0, []))
-    del state["guard"]
-    return {f"{part}/{name}": value for part, named in state.items() for name, value in named.items()}
 
 
 @pytest.mark.parametrize("make", [mae, nnclr])

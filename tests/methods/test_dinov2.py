@@ -20,8 +20,9 @@ from engine.methods.dinov2 import Dinov2, Settings, koleo
 from engine.optim import Moment
 from engine.recipes import recipe
 from engine.step import Update
-from tests.methods.test_ibot import assert_same_gradients, content, crops, drawn, plain_losses, plain_tokens
+from tests.methods.test_ibot import assert_same_gradients, crops, drawn, plain_losses, plain_tokens
 from tests.methods.test_ibot import make as make_ibot
+from tests.saved import content
 
 WORLD = 2
 

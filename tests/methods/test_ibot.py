@@ -16,11 +16,11 @@ from engine.heads import DinoHead
 from engine.methods.ibot import Ibot, Masked, Settings
 from engine.optim import Moment
 from engine.recipes import recipe
-from engine.state import TrainState, to_host
 from engine.step import Update
 from tests.methods.small import small
 from tests.methods.test_dino import plain_head
 from tests.methods.test_mae import plain_block
+from tests.saved import content
 from tests.test_collapse import published_sinkhorn
 
 SMALL = small(Settings, epochs=4, augmentation="minimal", target_temperature_epochs=0)
@@ -254,12 +254,6 @@ def test_a_skipped_update_changes_nothing(poisoned: int):
     moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, last[name])}
     assert {"model/encoder", "model/head", "model/patch_head", "model/mask_token", "model/teacher"} <= moved
     assert {"model/collapse", "model/patch_collapse"} <= moved
-
-
-def content(method: Ibot, update: Update) -> dict[str, Tensor]:
-    state = to_host(TrainState(method, update, 0, 0, []))
-    del state["guard"]
-    return {f"{part}/{name}": value for part, named in state.items() for name, value in named.items()}
 
 
 def test_the_teacher_follows_encoder_and_both_heads():

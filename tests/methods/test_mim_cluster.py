@@ -19,11 +19,11 @@ from engine.heads import DinoHead, PixelDecoder
 from engine.methods.mim_cluster import MimCluster, Settings
 from engine.optim import Moment
 from engine.recipes import recipe
-from engine.state import TrainState, to_host
 from engine.step import Update
 from tests.methods.small import small
 from tests.methods.test_dino import plain_cls
 from tests.methods.test_ibot import plain_distribution, plain_spread, plain_tokens
+from tests.saved import content
 
 SMALL = small(Settings, epochs=4, augmentation="minimal", target_temperature_epochs=0, patch_prototypes=40)
 TERMS = ("class_weight", "patch_weight", "pixel_weight")
@@ -233,12 +233,6 @@ def test_a_skipped_update_changes_nothing(poisoned: int):
     moved = {name.split(".")[0] for name, value in before.items() if not torch.equal(value, last[name])}
     assert {"model/encoder", "model/head", "model/patch_last_layer", "model/decoder", "model/teacher"} <= moved
     assert {"model/collapse", "model/patch_collapse"} <= moved
-
-
-def content(method: MimCluster, update: Update) -> dict[str, Tensor]:
-    state = to_host(TrainState(method, update, 0, 0, []))
-    del state["guard"]
-    return {f"{part}/{name}": value for part, named in state.items() for name, value in named.items()}
 
 
 def test_the_teacher_follows_encoder_head_and_both_last_layers():

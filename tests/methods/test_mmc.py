@@ -23,8 +23,8 @@ from engine.recipes import recipe
 from engine.step import Update
 from tests.methods.small import small
 from tests.methods.test_dino import plain_head
-from tests.methods.test_ibot import content
 from tests.methods.test_nnclr import plain_head as plain_projector
+from tests.saved import content
 from tests.test_collapse import published_sinkhorn
 
 SMALL = small(Settings, epochs=4, augmentation="minimal", target_temperature_epochs=0, largest_block=0.5)

@@ -1,0 +1,14 @@
+"""What a checkpoint would hold after an update."""
+
+from torch import Tensor
+
+from engine.methods.base import Method
+from engine.state import TrainState, to_host
+from engine.step import Update
+
+
+def content(method: Method, update: Update) -> dict[str, Tensor]:
+    """By part and name, but for the guard's counts."""
+    state = to_host(TrainState(method, update, 0, 0, []))
+    del state["guard"]
+    return {f"{part}/{name}": value for part, named in state.items() for name, value in named.items()}

@@ -31,7 +31,8 @@ CHOICES = ("centring", "me-max", "sinkhorn", "me-max+sinkhorn", "none")
 
 @dataclass(frozen=True)
 class Targets:
-    """Target distributions of G rows: softmax((scores - centre) / temperature), formed where they are met and never stored.
+    """Target distributions of G rows: softmax((scores - centre) / temperature), formed where they are met. No loss stores them;
+    `probabilities`, which health is measured on, does.
 
     Attributes:
         scores: [G, K], without gradient.

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 CLIP_OVER = ("all", "part", "tensor")
 OPTIMIZERS = ("adamw", "larc")
+SCHEDULES = ("cosine", "quarter-cosine", "steps")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,29 @@ def warmup_cosine(step: int, total_steps: int, warmup_steps: int, start: float =
     if step < warmup_steps:
         return start + (1 - start) * (step / warmup_steps)
     return cosine(step - warmup_steps, total_steps - warmup_steps, 1.0, end)
+
+
+def share_of_peak(
+    schedule: str,
+    step: int,
+    total_steps: int,
+    warmup_steps: int,
+    start: float = 0.0,
+    end: float = 0.0,
+    drops: Sequence[float] = (),
+) -> float:
+    """Share of the peak lr at a step: linear from the share `start` over the warm-up, then
+
+    cosine: half a cosine to the share `end` (MAE);
+    quarter-cosine: the falling quarter of a cosine, but not below `end` (RelViT);
+    steps: the peak, a tenth of it from each of `drops`, shares of `total_steps`, on; but not below `end` (SimMIM).
+    """
+    if schedule == "cosine" or step < warmup_steps:
+        return warmup_cosine(step, total_steps, warmup_steps, start, end)
+    if schedule == "quarter-cosine":
+        done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return max(end, math.cos(0.5 * math.pi * done))
+    return max(end, 0.1 ** sum(step >= round(drop * total_steps) for drop in drops))
 
 
 def cosine(step: int, total_steps: int, start: float, end: float) -> float:

@@ -22,6 +22,7 @@ import kernels
 from engine.collapse import usage
 from engine.data.pipeline import eval_batches
 from engine.data.sources import ImageSet
+from engine.data.subsets import subset
 
 LOW_STD = 0.05  # 1 is isotropic; SimSiam's collapsed runs are at 0 (Chen & He 2021, figure 2)
 LOW_RANK = 2.0  # all features on one line have rank 1
@@ -347,19 +348,6 @@ class _Samples:
             if self.small:
                 decoded.append((batch.ids, batch.images[0]))
         self.kept = decoded
-
-
-def subset(images: ImageSet, ids: np.ndarray | Tensor) -> ImageSet:
-    """The images of some ids (int64 [n]) as a set of their own; what is read for a bad one stands in its place."""
-    ids = images.substitute[np.asarray(ids)]
-    return dataclasses.replace(
-        images,
-        paths=[images.paths[i] for i in ids],
-        labels=None if images.labels is None else images.labels[ids],
-        sizes=images.sizes[ids],
-        substitute=np.arange(len(ids)),
-        bad=(),
-    )
 
 
 def _check(features: Tensor) -> None:

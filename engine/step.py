@@ -18,7 +18,7 @@ from engine.optim import (
     move_average,
     set_decay,
     set_lr,
-    warmup_cosine,
+    share_of_peak,
 )
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
@@ -114,7 +114,8 @@ class Update:
         """Learning rate and weight decay of a step, as functions of it alone."""
         settings = self.settings
         start, end = settings.start_lr / self.peak_lr, settings.end_lr / self.peak_lr
-        rates = {"lr": set_lr(self.optimizer, warmup_cosine(step, self.total_steps, self.warmup_steps, start, end))}
+        share = share_of_peak(settings.schedule, step, self.total_steps, self.warmup_steps, start, end, settings.drops)
+        rates = {"lr": set_lr(self.optimizer, share)}
         if settings.weight_decay_end is not None:
             decay = cosine(step, self.total_steps, settings.weight_decay, settings.weight_decay_end)
             set_decay(self.optimizer, decay / settings.weight_decay)

@@ -24,13 +24,14 @@ from engine import checkpoint, config, dist, methods, probe, vit, weights
 from engine.config import Plan
 from engine.data.pipeline import TrainLoader
 from engine.data.sources import ImageSet, check_bad, has_split, open_images
+from engine.data.subsets import few_per_class, subset
 from engine.draws import Draws, seed_of
 from engine.dry_run import dry_run
 from engine.durable import write_file
 from engine.errors import BadInput
 from engine.log import RunLog, peak_flops, read_metrics
 from engine.loop import Cadence, Stage, Stopped, StopRequest, run_stage
-from engine.methods.base import Method, StageSettings
+from engine.methods.base import Labels, Method, StageSettings
 from engine.state import TrainState, position, restore, to_host
 from engine.step import AUTOCAST, Update
 
@@ -60,11 +61,15 @@ class Parts:
     def seed(self, *purpose: int | str) -> int:
         return seed_of(self.plan.train.seed, *purpose)
 
+    def images(self, index: int) -> ImageSet:
+        """What stage `index` trains on: all training images, or a fixed few of each class."""
+        return _stage_images(self.train_images, self.settings(index), self.plan.train.seed)
+
     def loader(self, state: TrainState) -> TrainLoader:
         """This rank's batches of the stage, from the state's step on."""
         stage = self.stages[state.stage]
         return TrainLoader(
-            self.train_images, state.method.views(), stage.images_per_step, seed=self.seed(stage.index, "data"),
+            self.images(state.stage), state.method.views(), stage.images_per_step, seed=self.seed(stage.index, "data"),
             rank=self.ranks.rank, world=self.ranks.world, device=self.ranks.device,
             threads=self.plan.train.threads or None, start_step=state.step, ledger=state.bad_files,
         )  # fmt: skip
@@ -126,13 +131,15 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
     encoder = vit.create(plan.model, **plan.encoder)
     for name, settings in plan.stages:
         settings.check_encoder(name, encoder)
-        _check_batch(name, settings, plan, ranks, len(train_images))
+        if settings.labelled and train_images.labels is None:
+            raise BadInput(f"stage {name} learns from classes, but {train_images.root} has none: give train/CLASS/*.")
+        _check_batch(name, settings, plan, ranks, len(_stage_images(train_images, settings, train.seed)))
     loaded = ""
     if train.weights and not train.resume:
         loaded = str(weights.load(encoder, train.weights))
     stages, first_step = [], 0
     for index, (name, settings) in enumerate(plan.stages):
-        per_epoch = len(train_images) // settings.batch_size
+        per_epoch = len(_stage_images(train_images, settings, train.seed)) // settings.batch_size
         total = settings.epochs * per_epoch
         stages.append(Stage(name, index, len(plan.stages), first_step, total, per_epoch, settings.batch_size))
         first_step += total
@@ -148,6 +155,10 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
         _compiles(train, ranks),
         loaded,
     )
+
+
+def _stage_images(images: ImageSet, settings: StageSettings, seed: int) -> ImageSet:
+    return few_per_class(images, settings.shots, seed) if settings.shots else images
 
 
 def _check_batch(stage: str, settings: StageSettings, plan: Plan, ranks: dist.Ranks, images: int) -> None:
@@ -179,14 +190,18 @@ def _compiles(train: config.Train, ranks: dist.Ranks) -> bool:
     return False
 
 
-def build(parts: Parts, index: int, earlier: Method | None) -> TrainState:
-    """A stage at its first step, from the trained parts of the stage before."""
+def build(parts: Parts, index: int, earlier: Method | None, *, anew: bool = True) -> TrainState:
+    """A stage at its first step, from the trained parts of the stage before; not `anew`, it waits for a checkpoint's content."""
     name, settings = parts.plan.stages[index]
+    images = parts.images(index)
+    known = (Labels(torch.from_numpy(images.labels), images.classes),) if settings.labelled else ()
     torch.manual_seed(parts.seed(index, "heads"))
-    method = methods.get(name)(parts.encoder, settings)
+    method = methods.get(name)(parts.encoder, settings, *known)
     if earlier is not None:
         method.inherit(earlier)
     method.to(parts.ranks.device).train()
+    if anew:
+        method.prepare(images, parts.ranks.device)
     if parts.compiles:
         compile_regions(method)
     update = Update(method, parts.stages[index].total_steps, parts.precision, parts.plan.train.accumulate)
@@ -232,7 +247,7 @@ def run(parts: Parts) -> int:
     state, start = None, 0
     if train.resume:
         tensors, where = checkpoint.newest(folder / "checkpoints", log.message)
-        state = build(parts, where["stage"], None)
+        state = build(parts, where["stage"], None, anew=False)
         restore(state, tensors, where)
         start = state.stage
         log.resume(parts.stages[start].first_step + state.step)
@@ -317,7 +332,7 @@ def _train_stage(parts: Parts, state: TrainState, folder: Path, log: RunLog, sto
         run_stage(
             state, stage, loader, partial(parts.draws, stage.index), log,
             Cadence(train.log_every, train.probe_every, train.save_every, train.abort_after), stop,
-            probe=_probe(parts, state, folder), save=save, labels=parts.train_images.labels,
+            probe=_probe(parts, state, folder), save=save, labels=parts.images(stage.index).labels,
         )  # fmt: skip
     finally:
         loader.close()
@@ -396,7 +411,7 @@ def _shown_images(parts: Parts) -> Tensor:
     """Eight images spread over the val split (train where there is none), as evaluation sees them."""
     shown = parts.val_images or parts.train_images
     ids = torch.linspace(0, len(shown) - 1, min(8, len(shown))).long()
-    chosen = probe.subset(shown, ids)
+    chosen = subset(shown, ids)
     return next(iter(probe.eval_batches(chosen, parts.encoder.img_size, len(ids), device=parts.ranks.device))).images[0]
 
 

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 from engine import methods, vit
 from engine.draws import Draws
+from engine.methods.base import Labels
 from tests.methods.small import small
 
 
@@ -15,7 +16,8 @@ def test_flops_equal_torch_s_count(name: str, monkeypatch: pytest.MonkeyPatch):
     torch.manual_seed(0)
     kind = methods.get(name)
     settings = kind.Settings(**small(kind.Settings, epochs=1, decoder_depth=2, head_hidden=64))
-    method = kind(vit.create("vit_micro_patch8_32", depth=4), settings)
+    known = (Labels(torch.arange(8) % 3, ("a", "b", "c")),) if settings.labelled else ()
+    method = kind(vit.create("vit_micro_patch8_32", depth=4), settings, *known)
     drawn = method.draw(Draws(0, batch=8, rows=slice(None), device=torch.device("cpu")))
     images = tuple(torch.randn(8, 3, *view.size) for view in method.views())
     attention, packed_attention = [], kernels.packed_attention

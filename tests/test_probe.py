@@ -12,7 +12,7 @@ from PIL import Image
 from engine.data.pipeline import eval_batches
 from engine.data.sources import open_images
 from engine.log import RunLog, read_metrics
-from engine.probe import Health, OnlineProbe, feature_std, history, neighbour_agreement, rank_me, subset, usage, verdict
+from engine.probe import Health, OnlineProbe, feature_std, history, neighbour_agreement, rank_me, usage, verdict
 
 
 def normal(*shape, seed=0):
@@ -328,13 +328,3 @@ def test_files_that_turn_out_bad_are_left_out_with_their_labels(tmp_path):
 
     assert probe.measure(encode)["knn_top1"] == 100
     assert sum(seen) == 19 + 19
-
-
-def test_a_subset_reads_the_substitute_of_a_bad_file(digits):
-    train = digits[0]
-    substitute = train.substitute.copy()
-    substitute[5] = 900
-    chosen = subset(replace(train, substitute=substitute), torch.tensor([4, 5]))
-    assert chosen.paths == [train.paths[4], train.paths[900]]
-    assert chosen.labels.tolist() == train.labels[[4, 900]].tolist()
-    assert chosen.good.all()

@@ -7,6 +7,7 @@ import torch
 
 from engine import optim, vit
 from engine.draws import Draws
+from engine.errors import BadInput
 from engine.methods.mae import Mae
 from engine.methods.mae import Settings as MaeSettings
 from engine.methods.nnclr import Nnclr
@@ -115,6 +116,29 @@ def test_schedule_is_linear_then_cosine():
     assert shares[100] == pytest.approx(0)
     assert optim.warmup_cosine(0, 10, 0) == 1
     assert optim.scaled_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)
+
+
+def test_a_quarter_cosine_falls_from_the_peak_and_stops_at_the_end():
+    shares = [optim.share_of_peak("quarter-cosine", step, 110, 10, end=0.01) for step in range(111)]
+    assert shares[5] == pytest.approx(0.5)
+    assert shares[10] == 1
+    assert shares[60] == pytest.approx(math.cos(math.pi / 4))
+    assert shares[110] == 0.01
+    assert shares == sorted(shares[:10]) + sorted(shares[10:], reverse=True)
+
+
+def test_steps_divide_by_ten_at_their_shares():
+    shares = [optim.share_of_peak("steps", step, 100, 10, drops=(0.5, 0.9)) for step in range(100)]
+    assert shares[5] == pytest.approx(0.5)
+    assert [shares[step] for step in (10, 49, 50, 89, 90, 99)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert optim.share_of_peak("steps", 95, 100, 10, end=0.05, drops=(0.5, 0.9)) == 0.05
+    assert optim.share_of_peak("cosine", 60, 100, 20) == optim.warmup_cosine(60, 100, 20)
+
+
+@pytest.mark.parametrize("flags", [{"schedule": "linear"}, {"schedule": "steps"}, {"drops": (0.5,)}])
+def test_a_schedule_that_cannot_be_is_refused(flags: dict):
+    with pytest.raises(BadInput, match=r"--mae\.(schedule|drops) is"):
+        MaeSettings(**flags).check("mae")
 
 
 def test_optimiser_state_round_trip_and_frozen_steps():

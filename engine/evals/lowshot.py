@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from torchmetrics.functional.classification import multiclass_accuracy
 from tyro.conf import Suppress
 
+from engine.data.subsets import class_orders
 from engine.errors import BadInput
 from engine.evals.features import (
     Features,
@@ -89,8 +90,7 @@ def subsets(train: Labelled, settings: Settings) -> dict[str, list[np.ndarray]]:
         return _published(train, settings.files)
     labels_n, counts_K = as_numpy(train.labels), class_counts(train)
     present = np.flatnonzero(counts_K)
-    # RandomState, whose stream numpy has frozen: the splits stay the same for good
-    orders = {c: np.random.RandomState([settings.seed, c]).permutation(np.flatnonzero(labels_n == c)) for c in present}
+    orders = class_orders(labels_n, settings.seed)
     wanted = {f"{shots}-shot": np.where(counts_K > 0, shots, 0) for shots in settings.shots}
     wanted |= {f"{percent:g}%": _stratified(counts_K, percent / 100) for percent in settings.percents}
     drawn = {}

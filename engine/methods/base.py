@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from engine.collapse import Collapse
 from engine.data.pipeline import Augmentation
+from engine.data.sources import ImageSet
 from engine.draws import Draws
 from engine.errors import BadInput
 from engine.heads import BatchNorm, UnitPrototypes
-from engine.optim import CLIP_OVER, OPTIMIZERS, Group, Moment
+from engine.optim import CLIP_OVER, OPTIMIZERS, SCHEDULES, Group, Moment
 from engine.vit import VisionTransformer
 
 
@@ -32,7 +33,7 @@ class StageSettings:
     start_lr: float = 0.0
     """Learning rate at the first step of the warm-up, as it is: for no number of images."""
     end_lr: float = 0.0
-    """Learning rate at the end of the cosine, as it is. Parameters with a lower rate start and end in proportion."""
+    """Learning rate at the end of the schedule, as it is. Parameters with a lower rate start and end in proportion."""
     weight_decay: float = 0.05
     weight_decay_end: float | None = None
     """Weight decay at the end of a cosine that starts at weight-decay; None keeps it constant."""
@@ -41,7 +42,11 @@ class StageSettings:
     betas: tuple[float, float] = (0.9, 0.95)
     """Of AdamW; the first one is also larc's momentum."""
     warmup: float = 0.05
-    """Share of the stage's steps with a linearly rising learning rate; half a cosine to end-lr follows."""
+    """Share of the stage's steps with a linearly rising learning rate; the schedule follows."""
+    schedule: str = "cosine"
+    """Of the learning rate after the warm-up: cosine (half a one, to end-lr), quarter-cosine, or steps (at each of drops)."""
+    drops: tuple[float, ...] = ()
+    """Shares of the stage's steps at which the schedule steps divides the learning rate by ten."""
     horizon: float = 1.0
     """All schedules end at this multiple of the stage's steps; above 1 training stops on the way."""
     clip_norm: float = 0.0
@@ -72,6 +77,13 @@ class StageSettings:
             "optimizer": (self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
             "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1"),
             "warmup": (0 <= self.warmup <= 1, "a share from 0 to 1"),
+            "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
+            "drops": (
+                bool(self.drops) == (self.schedule == "steps")
+                and list(self.drops) == sorted(self.drops)
+                and all(self.warmup <= share < 1 for share in self.drops),
+                "ascending shares between warmup and 1 where the schedule is steps, else nothing",
+            ),
             "horizon": (self.horizon >= 1, "a number from 1"),
             "clip-norm": (self.clip_norm >= 0, "a number from 0"),
             "clip-over": (self.clip_over in CLIP_OVER, f"one of {', '.join(CLIP_OVER)}"),
@@ -96,9 +108,57 @@ class StageSettings:
         """Whether splitting a batch into micro-batches leaves the loss as it is: not where images of a batch are compared."""
         return True
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the stage needs to know the images' classes."""
+        return False
+
+    @property
+    def shots(self) -> int:
+        """How many images of each class the stage trains on; 0 is all."""
+        return 0
+
+
+@dataclass(frozen=True)
+class LabelledSettings(StageSettings):
+    """Of a stage that may learn from classes."""
+
+    labels_per_class: int = 0
+    """Train on so many images of each class only, the same ones for every method of one seed; 0 trains on all."""
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        return super().rules() | {
+            "labels-per-class": (
+                self.labels_per_class >= 0 and (self.labelled or not self.labels_per_class),
+                "a whole number from 0, and 0 where no class is learned",
+            )
+        }
+
+    @property
+    def labelled(self) -> bool:
+        return True
+
+    @property
+    def shots(self) -> int:
+        return self.labels_per_class
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a stage's images.
+
+    Attributes:
+        of_id: int64 [n], by dataset id.
+        names: of all classes, also of those that the stage has no image of.
+    """
+
+    of_id: Tensor
+    names: tuple[str, ...]
+
 
 class Method(nn.Module, ABC):
-    """A pretext task over one encoder.
+    """A pretext task over one encoder. Made as Kind(encoder, settings), or Kind(encoder, settings, labels) where the settings are
+    labelled.
 
     Attributes:
         name: the file's name, and the name on the command line.
@@ -129,6 +189,11 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def views(self) -> tuple[Augmentation, ...]:
         """The crops of one image that a step sees."""
+
+    def prepare(self, images: ImageSet, device: torch.device) -> None:
+        """Look at the data once, before the first step of a stage; not called when a run is resumed, so what it finds goes into
+        buffers, which checkpoints hold.
+        """
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         """Random choices of one step: tensors whose first dimension is this rank's images."""

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint, config, dist, methods, probe, train
+from engine import checkpoint, config, dist, methods, train
+from engine.data.subsets import subset
 from engine.errors import BadInput
 from engine.methods.base import StageSettings
 from engine.state import TrainState, position, restore, to_host
@@ -53,7 +54,7 @@ def parts_of(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> trai
     encoder = plan.encoder | {"depth": 2, "drop_path": chosen.drop_path}
     parts = train.prepare(replace(plan, stages=stages, encoder=encoder), ranks)
     spaced = torch.linspace(0, len(parts.train_images) - 1, IMAGES).long()
-    parts.train_images = probe.subset(parts.train_images, spaced)
+    parts.train_images = subset(parts.train_images, spaced)
     per_epoch = {stage.index: IMAGES // stage.images_per_step for stage in parts.stages}
     parts.stages = [
         replace(stage, steps_per_epoch=per_epoch[stage.index], total_steps=EPOCHS * per_epoch[stage.index])
@@ -128,7 +129,7 @@ def drive(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> None:
         state = fresh(parts, 0)
     else:
         tensors, where = checkpoint.newest(chosen.load / method, print)
-        state = train.build(parts, where["stage"], None)
+        state = train.build(parts, where["stage"], None, anew=False)
         restore(state, tensors, where)
         assert state.step == chosen.first
     assert state.method.name == method

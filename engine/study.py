@@ -1,4 +1,4 @@
-"""`python -m engine.study lowshot`: train a grid of pretext tasks under equal conditions, judge each, leave a table and a figure.
+"""`python -m engine.study NAME`: train a grid of pretext tasks, judge each alike, leave a table and a figure.
 
 Every run is an ordinary run folder, made by `python -m engine.train` in a process of its own. What is done is not done again: a
 run with a summary, an evaluation of the same weights. A stopped study goes on where it was; a half-trained run from its
@@ -14,14 +14,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Annotated
 
 import torch
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tyro.conf import Positional
@@ -34,7 +36,17 @@ from engine.evals.features import encoder_of, raw_pixels
 from engine.flags import read
 from engine.loop import StopRequest
 from engine.studies import Study
-from engine.studies.grid import DONE, HALF, Run, encoders_differ, grid, logged_step, saved_step, standing
+from engine.studies.grid import (
+    DONE,
+    HALF,
+    Run,
+    encoders_differ,
+    grid,
+    logged_step,
+    saved_step,
+    standing,
+    trained_seconds,
+)
 from engine.studies.judge import Judge, protocols
 from engine.studies.report import Judged, Outcome, table, write
 
@@ -43,17 +55,16 @@ POLL, LINE_EVERY = 0.5, 60.0  # seconds
 
 @dataclass(frozen=True)
 class Flags:
-    """Train a grid of pretext tasks with equal data order, epochs, crops and masks, judge each by few labels, write one table and
-    one figure. Run it again to go on: nothing that is done is repeated."""
+    """Train a grid of pretext tasks, judge each alike, write one table and one figure. Run it again to go on: what is done is not
+    repeated."""
 
-    study: Positional[str] = ""
-    """Which study: lowshot."""
+    study: Annotated[Positional[str], tyro.conf.arg(help=f"Which study: {', '.join(studies.names())}.")] = ""
     data: str = ""
     """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg. Default: the embedded digits."""
     model: str = ""
     """A timm ViT name; default vit_micro_patch8_32 on the embedded digits, vit_base_patch16_224 on a folder."""
     epochs: int = 0
-    """Of every run; 0 is the study's own on the embedded digits, and the recipe's on a folder."""
+    """Of every run, in a study of equal conditions; 0 is the study's own on the embedded digits, and the recipe's on a folder."""
     batch_size: int = 0
     """Images of a step, for every run; 0 is the recipe's."""
     seeds: tuple[int, ...] = (0,)
@@ -85,6 +96,8 @@ class Flags:
         for name in self.arms:
             study.arm(name)
         for name in self.collapse:
+            if not study.collapse:
+                raise BadInput(f"--collapse is not for study {study.name}, where every arm has its own recipe's.")
             if name not in study.collapse:
                 raise BadInput(f"--collapse has {name!r}; choose from {', '.join(study.collapse)}.")
         for name in ("seeds", "arms", "collapse"):
@@ -165,10 +178,18 @@ class Course:
         """What repeats a run."""
         return shlex.join(["python", "-m", "engine.train", *run.arguments, "--out", str(self.folder(run))])
 
-    def waiting(self) -> list[Run]:
+    def missing(self) -> list[Run]:
+        """The runs that are neither done, under way nor failed."""
         running = {training.run.name for training in self.active}
         taken = running | self.failed.keys()
         return [run for run in self.runs if self.standing[run.name] != DONE and run.name not in taken]
+
+    def waiting(self) -> list[Run]:
+        """Those of the missing ones that can start; what was to follow a failed run is noted as failed, too."""
+        for run in self.missing():
+            if run.after in self.failed:
+                self.failed[run.name] = f"{run.after}, which it starts from, failed"
+        return [run for run in self.missing() if not run.after or self.standing[run.after] == DONE]
 
     def start(self, run: Run, lock: int) -> None:
         """Train a run in a new process, from where it is. The process holds the study's lock too."""
@@ -254,14 +275,12 @@ class Course:
             figures = judge.figures(run.name, encoder, folder / "evaluation", str(folder))
         except BadInput as error:
             verdict = f"broken: {error}"
+        own = summary["probes"][-1].get("top1") if self.study.classifies else None
+        if own is not None:
+            figures = {"classifier": [own / 100]} | figures
+        seconds = trained_seconds(folder)
         self.judged[run.name] = Judged(
-            run.arm.name,
-            run.collapse,
-            run.seed,
-            figures,
-            verdict,
-            self.command(run),
-            summary["seconds_of_this_process"],
+            run.arm.name, run.collapse, run.seed, figures, verdict, self.command(run), seconds
         )
         if figures:
             self.say(
@@ -281,10 +300,9 @@ class Course:
             for run in self.runs
         ]
         yardsticks = [found for found in self.judged.values() if found.collapse is None]
-        ((_, settings),) = self.runs[0].plan.stages
         about = (
             f"{self.runs[0].plan.model} on {self.flags.data or 'the embedded digits'} ({len(images[0]):,} training and "
-            f"{len(images[1]):,} test images), {_count(settings.epochs, 'epoch')} in batches of {settings.batch_size}, "
+            f"{len(images[1]):,} test images), {_length(self.runs)}, "
             f"seed{'s' * (len(self.flags.seeds) > 1)} {' '.join(map(str, self.flags.seeds))}"
         )
         return Outcome(self.study, about, tuple(judged), tuple(yardsticks), encoders_differ(self.runs))
@@ -384,13 +402,18 @@ def run(flags: Flags, study: Study, console: Console, again: str) -> int:
     chosen = {
         name: getattr(flags, name) for name in ("data", "model", "epochs", "batch_size", "seeds", "arms", "collapse")
     }
-    course = Course(flags, study, grid(study, **chosen), say)
+    folder = Path(flags.out).expanduser() / "runs"
+    course = Course(flags, study, grid(study, folder, **chosen), say)
     ranks = dist.start(flags.device)
     parts = None
     for arm in {run.arm.name: run.arm for run in course.runs}.values():
         of_arm = [run for run in course.runs if run.arm == arm]
-        parts = train.prepare(of_arm[0].plan, ranks)  # what engine.train would refuse is refused before anything runs
-        course.steps |= {run.name: parts.stages[-1].total_steps for run in of_arm}
+        plan = of_arm[0].plan
+        if of_arm[0].after:  # its weights are not there yet
+            plan = replace(plan, train=replace(plan.train, weights=""))
+        parts = train.prepare(plan, ranks)  # what engine.train would refuse is refused before anything runs
+        last = parts.stages[-1]
+        course.steps |= {run.name: last.first_step + last.total_steps for run in of_arm}
     if parts.val_images is None:
         raise BadInput(
             f"--data {flags.data} has no val split to judge on; give a folder with train/CLASS and val/CLASS."
@@ -423,10 +446,7 @@ def run(flags: Flags, study: Study, console: Console, again: str) -> int:
 def _introduce(course: Course, images: tuple[ImageSet, ImageSet], say: Callable[[str], None]) -> None:
     """What will be run, and what is there already."""
     plan = course.runs[0].plan
-    ((_, settings),) = plan.stages
-    what = (
-        f"{_count(len(course.runs), 'run')} of {_count(settings.epochs, 'epoch')} in batches of {settings.batch_size}"
-    )
+    what = f"{_count(len(course.runs), 'run')} of {_length(course.runs)}"
     on = f"{plan.model} on {len(images[0]):,} images, judged on {len(images[1]):,}"
     say(f"study {course.study.name}: {what}, {on}; folder {course.out}")
     width = max(len(run.name) for run in course.runs)
@@ -456,7 +476,7 @@ def _carry_out(course: Course, judge: Judge, lock: int, stop: StopRequest, conso
             measure()
         write(course.out, course.outcome(judge.images))
         next_line = time.monotonic() + LINE_EVERY
-        while (waiting := course.waiting()) or course.active:
+        while (waiting := course.waiting()) or course.missing() or course.active:
             for run in waiting[: course.flags.jobs - len(course.active)]:
                 course.start(run, lock)
             time.sleep(POLL)
@@ -470,6 +490,18 @@ def _carry_out(course: Course, judge: Judge, lock: int, stop: StopRequest, conso
             if not console.is_terminal and time.monotonic() > next_line:
                 course.say(words)
                 next_line = time.monotonic() + LINE_EVERY
+
+
+def _length(runs: Sequence[Run]) -> str:
+    """Epochs and batch of these runs, in words."""
+    epochs = _range(run.epochs for run in runs)
+    batch = _range(settings.batch_size for run in runs for _, settings in run.plan.stages)
+    return f"{epochs} epoch{'s' * (epochs != '1')} in batches of {batch}"
+
+
+def _range(numbers: Iterable[int]) -> str:
+    numbers = sorted(set(numbers))
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def _count(number: int, what: str) -> str:

@@ -41,6 +41,18 @@ TINY = Study(
 )
 
 
+CHAIN = Study(
+    name="chain",
+    title="Chain",
+    arms=(
+        Arm("pixels", "mae", ("--mae.decoder-depth", "1", "--mae.epochs", "1"), clusters=False),
+        Arm("neighbours", "maect", ("--maect.epochs", "1"), clusters=False, after="pixels"),
+    ),
+    protocols=("knn", "cluster"),
+    minutes=True,
+)
+
+
 def tiny(*arguments: object) -> int:
     return study.main(["tiny", *map(str, arguments)], lambda name: TINY)
 
@@ -99,6 +111,35 @@ def test_all_arms_see_the_same_images_crops_and_masks():
             assert all(torch.equal(also[name], drawn[name]) for name in drawn)
     (other, differently), (first, drawn) = seen[1][0][0], seen[0][0][0]
     assert not torch.equal(other.ids, first.ids) and not torch.equal(differently["corrupted"], drawn["corrupted"])
+
+
+def test_an_arm_starts_from_the_run_of_its_seed_and_waits_for_it(tmp_path: Path):
+    runs = grid.grid(CHAIN, tmp_path, seeds=(0, 1), arms=("neighbours",))
+    assert [(run.name, run.after) for run in runs] == [
+        ("pixels-s0", ""), ("neighbours-s0", "pixels-s0"), ("pixels-s1", ""), ("neighbours-s1", "pixels-s1"),
+    ]  # fmt: skip
+    assert runs[1].plan.train.weights == str(tmp_path / "pixels-s0")
+    assert [name for name, _ in runs[1].plan.stages] == ["nnclr", "maect"]
+    course = study.Course(study.Flags(study="chain", out=str(tmp_path)), CHAIN, runs, print)
+    assert [run.name for run in course.waiting()] == ["pixels-s0", "pixels-s1"]
+    course.standing["pixels-s0"], course.failed["pixels-s1"] = grid.DONE, "status 2: no luck."
+    assert [run.name for run in course.waiting()] == ["neighbours-s0"]
+    assert course.failed["neighbours-s1"] == "pixels-s1, which it starts from, failed"
+    with pytest.raises(BadInput, match="--epochs is not for study chain"):
+        grid.grid(CHAIN, epochs=3)
+
+
+def test_time_of_training_is_by_the_logged_pace(tmp_path: Path):
+    stages = [{"method": "mae", "batch_size": 8}, {"method": "maect", "batch_size": 4}]
+    (tmp_path / "config.json").write_text(json.dumps({"stages": stages}))
+    records = [
+        {"kind": "train", "stage": "mae", "step": 10},  # compiling: no pace yet, so the next one's
+        {"kind": "train", "stage": "mae", "step": 20, "images_per_second": 8.0},
+        {"kind": "probe", "stage": "mae", "step": 20},
+        {"kind": "train", "stage": "maect", "step": 25, "images_per_second": 2.0},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert grid.trained_seconds(tmp_path) == 10 + 10 + 5 * 4 / 2
 
 
 @pytest.mark.parametrize("flag", [("--mmc.crop-scale", "0.3", "1"), ("--mmc.drop", "0.4", "0.4")])
@@ -297,8 +338,8 @@ def test_processes_share_threads_and_gpus(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "no study is named; choose one of lowshot."),
-        (["highshot"], "study 'highshot' is unknown; choose one of lowshot."),
+        ([], "no study is named; choose one of lowshot, methods."),
+        (["highshot"], "study 'highshot' is unknown; choose one of lowshot, methods."),
         (["lowshot", "--arms", "masked", "supervised"], "--arms has 'supervised'; choose from contrastive, clustering"),
         (["lowshot", "--collapse", "none"], "--collapse has 'none'; choose from centring, me-max, sinkhorn."),
         (["lowshot", "--seeds", "1", "1"], "--seeds names something twice"),
@@ -361,6 +402,23 @@ def test_table_marks_what_collapsed_and_shows_what_is_missing(tmp_path: Path):
     console.print(report.table(outcome((0,))))
     shown = console.export_text()
     assert "30.0±8.2" in shown and "collapsing" in shown and "…" not in shown
+
+
+def test_a_study_of_own_recipes_has_times_and_no_column_of_operators():
+    judged = [
+        Judged(arm.name, "", seed, {"k-NN": [0.5], "cluster ACC": [0.4]}, "healthy: yes", seconds=60.0 * (1 + seed))
+        for arm in CHAIN.arms
+        for seed in (0, 1)
+    ]
+    whole = Outcome(CHAIN, "on something", tuple(judged), (Judged("raw pixels", None, None, {"k-NN": [0.9]}),))
+    text = report.markdown(whole)
+    assert "| pretext | k-NN | cluster ACC | minutes | verdict |" in text
+    assert "| neighbours | 50.0 ± 0.0 | 40.0 ± 0.0 | 1.5 | healthy |" in text
+    assert "| raw pixels | 90.0 |  |  |  |" in text
+    assert "own recipe's" in text and "no prototypes" not in text and "k-means" in text
+    console = Console(width=80, record=True)
+    console.print(report.table(whole))
+    assert "1.5" in console.export_text()
 
 
 def test_figure_has_a_panel_for_each_operator_and_names_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -1,9 +1,9 @@
-"""Comparisons of pretext tasks under equal conditions. A study is a file in this folder, found by its name, with a `STUDY`."""
+"""Comparisons of pretext tasks. A study is a file in this folder, found by its name, with a `STUDY`."""
 
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import BadInput
@@ -13,7 +13,7 @@ _NOT_STUDIES = {"grid", "judge", "report"}
 
 @dataclass(frozen=True)
 class Arm:
-    """One pretext task of a study.
+    """One training of a study: a pretext task, or what follows one.
 
     Attributes:
         name: short, for tables and folder names.
@@ -21,6 +21,7 @@ class Arm:
         flags: further flags of `engine.train` that make the task.
         clusters: whether it has prototypes, so that what keeps them from collapsing makes a difference.
         about: what it minimises, in words.
+        after: the arm whose run of the same seed it starts from; "" starts from nothing.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Arm:
     flags: tuple[str, ...] = ()
     clusters: bool = True
     about: str = ""
+    after: str = ""
 
 
 @dataclass(frozen=True)
@@ -38,25 +40,31 @@ class Study:
         name: on the command line.
         title: over tables and pictures.
         arms: the pretext tasks.
-        collapse: what each arm that clusters is trained with in turn.
+        reference: the arm whose recipe gives epochs, batch and `shared` to all; "" leaves every arm its own recipe.
+        collapse: what each arm that clusters is trained with in turn; none is the recipe's own.
         fixed: settings, by field of the methods' dataclasses, that all arms are given.
         shared: further fields that all arms are given the reference's value of, because crops or masks follow from them.
-        reference: the arm whose recipe gives epochs, batch and `shared` to all.
-        epochs: of every run on the embedded digits, where the command line says nothing.
+        epochs: of every run on the embedded digits, where the command line says nothing; 0 is the recipe's.
         shots, percents: the low-shot subsets; those that the data are too small for are left out.
+        protocols: what else encoders are judged by: knn, linear, cluster.
+        classifies: whether arms have a classifier of their own, whose held-out accuracy is shown.
+        minutes: whether the time of training is shown.
         cadence: flags of `engine.train` on how often a run logs and saves.
     """
 
     name: str
     title: str
     arms: tuple[Arm, ...]
-    collapse: tuple[str, ...]
-    fixed: Mapping[str, Any]
-    shared: tuple[str, ...]
-    reference: str
-    epochs: int
+    reference: str = ""
+    collapse: tuple[str, ...] = ()
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    shared: tuple[str, ...] = ()
+    epochs: int = 0
     shots: tuple[int, ...] = (1, 2, 5)
     percents: tuple[float, ...] = (1.0,)
+    protocols: tuple[str, ...] = ("knn",)
+    classifies: bool = False
+    minutes: bool = False
     cadence: tuple[str, ...] = ()
 
     def arm(self, name: str) -> Arm:

@@ -9,6 +9,7 @@ from typing import Any
 
 from engine import checkpoint, config
 from engine.errors import BadInput
+from engine.log import read_metrics
 from engine.studies import Arm, Study
 
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl: many lines
@@ -23,6 +24,7 @@ class Run:
         collapse: what it is kept from collapsing with; "" where the arm has no prototypes.
         arguments: what `engine.train` is given, but for where and how it runs.
         plan: what these resolve to.
+        after: name of the run that it starts from; "" where it starts from nothing.
     """
 
     arm: Arm
@@ -30,14 +32,21 @@ class Run:
     seed: int
     arguments: tuple[str, ...]
     plan: config.Plan
+    after: str = ""
 
     @property
     def name(self) -> str:
         return "-".join(filter(None, (self.arm.name, self.collapse, f"s{self.seed}")))
 
+    @property
+    def epochs(self) -> int:
+        """Of all stages."""
+        return sum(settings.epochs for _, settings in self.plan.stages)
+
 
 def grid(
     study: Study,
+    folder: Path = Path(),
     *,
     data: str = "",
     model: str = "",
@@ -50,39 +59,55 @@ def grid(
     """All runs, seed by seed. An arm without prototypes runs once per seed, whatever keeps the others' from collapsing.
 
     Args:
+        folder: where the runs' folders are.
         data, model, epochs, batch_size: as the command line has them; "" and 0 are the study's or the recipe's.
-        arms, collapse: only these; none are all.
+        arms, collapse: only these (of arms, and those they start from); none are all.
 
     Raises:
-        BadInput: `engine.train` would refuse a run's flags.
+        BadInput: `engine.train` would refuse a run's flags, or epochs are asked for where each arm has its own.
         ValueError: arms differ in what the study promises to be equal.
     """
     embedded = data in ("", "digits")
+    if epochs and not study.reference:
+        raise BadInput(f"--epochs is not for study {study.name}, where every arm has its own recipe's.")
 
     def general(model: str, epochs: int, batch_size: int, pool: str) -> list[str]:
-        values = {"data": "" if embedded else data, "preset": "digits" if embedded else "plain", "model": model}
+        values = {"data": "" if embedded else data, "preset": "digits" if embedded else "", "model": model}
         values |= {"epochs": epochs, "batch-size": batch_size, "pool": pool}
         given = [word for name, value in values.items() if value for word in _words(name, value)]
         return [*given, *study.cadence, "--no-evaluate"]
 
-    reference = study.arm(study.reference)
-    asked = general(model, epochs or (study.epochs if embedded else 0), batch_size, "")
-    plan = config.parse([*asked, "--method", reference.method, *reference.flags])
-    ((_, settings),) = plan.stages
-    asked = general(plan.model, settings.epochs, settings.batch_size, plan.encoder["global_pool"])
-    equal = {name: getattr(settings, name) for name in study.shared} | dict(study.fixed)
-    runs = []
+    asked, equal = general(model, 0, batch_size, ""), {}
+    if study.reference:
+        reference = study.arm(study.reference)
+        asked = general(model, epochs or (study.epochs if embedded else 0), batch_size, "")
+        plan = config.parse([*asked, "--method", reference.method, *reference.flags])
+        ((_, settings),) = plan.stages
+        asked = general(plan.model, settings.epochs, settings.batch_size, plan.encoder["global_pool"])
+        equal = {name: getattr(settings, name) for name in study.shared} | dict(study.fixed)
+    wanted = {arm.name for arm in _with_what_they_follow(study, arms or [arm.name for arm in study.arms])}
+    runs: list[Run] = []
     for seed in seeds:
         for arm in study.arms:
-            if arms and arm.name not in arms:
+            if arm.name not in wanted:
                 continue
             shared = [word for name, value in equal.items() for word in _words(f"{arm.method}.{name}", value)]
-            for guard in (collapse or study.collapse) if arm.clusters else ("",):
+            after = next((run.name for run in runs if (run.arm.name, run.seed) == (arm.after, seed)), "")
+            start = ("--weights", str(folder / after)) if after else ()
+            for guard in (collapse or study.collapse or ("",)) if arm.clusters else ("",):
                 switch = ("--collapse", guard) if guard else ()
-                words = ("--method", arm.method, *arm.flags, *switch, *asked, *shared, "--seed", str(seed))
-                runs.append(Run(arm, guard, seed, words, config.parse(words)))
-    _check_equal(runs, ("epochs", "batch_size", *equal))
+                words = ("--method", arm.method, *arm.flags, *start, *switch, *asked, *shared, "--seed", str(seed))
+                runs.append(Run(arm, guard, seed, words, config.parse(words), after))
+    if study.reference:
+        _check_equal(runs, ("epochs", "batch_size", *equal))
     return runs
+
+
+def _with_what_they_follow(study: Study, names: Sequence[str]) -> list[Arm]:
+    """The arms of these names, and those that they start from."""
+    arms = [study.arm(name) for name in names]
+    earlier = [arm.after for arm in arms if arm.after]
+    return arms + (_with_what_they_follow(study, earlier) if earlier else [])
 
 
 def _words(name: str, value: Any) -> list[str]:
@@ -162,6 +187,26 @@ def _differences(there: dict, now: dict) -> list[str]:
         for name in dict.fromkeys((*old, *new))
         if old.get(name) != new.get(name)
     ]
+
+
+def trained_seconds(folder: Path) -> float:
+    """What a run's steps took, by the pace it logged; probes, checkpoints and the start are not counted."""
+    config_, seconds, before = json.loads((folder / "config.json").read_text()), 0.0, 0
+    batch = {stage["method"]: stage["batch_size"] for stage in config_["stages"]}
+    records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
+    for record in records:
+        pace = record.get("images_per_second") or next(
+            (
+                later["images_per_second"]
+                for later in records
+                if later["stage"] == record["stage"] and "images_per_second" in later
+            ),
+            None,
+        )
+        if pace:
+            seconds += (record["step"] - before) * batch[record["stage"]] / pace
+        before = record["step"]
+    return seconds
 
 
 def logged_step(folder: Path) -> int:

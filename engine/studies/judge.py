@@ -92,11 +92,16 @@ class Judge:
         figures = {"k-NN": [results["knn"]["values"]["top-1"]]} if "knn" in results else {}
         lowshot = results["lowshot"]
         penalty = f"{lowshot['settings']['penalty']:g}"
-        return figures | {name: sweep[penalty] for name, sweep in lowshot["details"]["top-1 by lambda"].items()}
+        figures |= {name: sweep[penalty] for name, sweep in lowshot["details"]["top-1 by lambda"].items()}
+        if "linear" in results:
+            figures["linear"] = [results["linear"]["values"]["last-epoch top-1 (best lr)"]]
+        if "cluster" in results:
+            figures["cluster ACC"] = results["cluster"]["details"]["runs"]["ACC"]
+        return figures
 
 
 def protocols(study: Study, images: tuple[ImageSet, ImageSet], say: Callable[[str], None]) -> dict[str, Any]:
-    """Settings of what the data allow: low-shot with the subsets that fit, k-NN.
+    """Settings of what the data allow: low-shot with the subsets that fit, and the study's other protocols.
 
     Raises:
         BadInput: not one low-shot subset fits, or there are no labels.
@@ -114,9 +119,11 @@ def protocols(study: Study, images: tuple[ImageSet, ImageSet], say: Callable[[st
     for refusal in refusals:
         say(f"left out: {refusal}")
     settings = {"lowshot": lowshot.Settings(**{kind: tuple(sizes) for kind, sizes in fitting.items()})}
-    try:
-        evals.protocol("knn").check(*images, evals.protocol("knn").Settings())
-    except BadInput as error:
-        say(f"left out: {error}")
-        return settings
-    return {"knn": evals.protocol("knn").Settings()} | settings
+    for name in study.protocols:
+        chosen = evals.protocol(name).Settings()
+        try:
+            evals.protocol(name).check(*images, chosen)
+            settings[name] = chosen
+        except BadInput as error:
+            say(f"left out: {error}")
+    return settings

@@ -35,7 +35,7 @@ class Judged:
         figures: accuracies between 0 and 1 by name, one for each split; empty while there are none.
         verdict: the run's last, or why it has none.
         command: what repeats it.
-        seconds: of its (last) training process.
+        seconds: that its steps took.
     """
 
     arm: str
@@ -54,6 +54,7 @@ class Row:
     Attributes:
         figures: every split of every seed, by figure's name.
         verdict: the worst one's first word, and how many have it if not all do.
+        minutes: of training, one for each seed.
     """
 
     arm: str
@@ -61,6 +62,7 @@ class Row:
     seeds: tuple[int, ...]
     figures: Mapping[str, tuple[float, ...]]
     verdict: str
+    minutes: tuple[float, ...] = ()
 
     @property
     def collapsed(self) -> bool:
@@ -69,6 +71,10 @@ class Row:
     @property
     def guard(self) -> str:
         return {None: "", "": "any (no prototypes)"}.get(self.collapse, self.collapse)
+
+    @property
+    def time(self) -> str:
+        return f"{np.mean(self.minutes):.1f}" if self.minutes else ""
 
 
 @dataclass(frozen=True)
@@ -106,11 +112,26 @@ class Outcome:
         notes = [
             "Top-1 in %. n-shot: logistic regression on frozen features of n images per class (MSN's protocol), on disjoint "
             f"splits that are the same for every run. ± is the standard deviation over {spread}.",
-            "Order of images, epochs, crops and masks are equal in all runs of a seed; learning rates are each method's own.",
         ]
+        if self.study.reference:
+            notes += [
+                "Order of images, epochs, crops and masks are equal in all runs of a seed; learning rates are each method's own."
+            ]
+        else:
+            notes += ["Every run has its own recipe's epochs, crops and learning rates."]
+        if "linear" in self.study.protocols:
+            notes += ["linear: a linear probe at its last epoch, the best of its learning rates on the test set."]
+        if "cluster" in self.study.protocols:
+            notes += [
+                "cluster ACC: k-means on test features, clusters matched with classes; its ± is over starts as well."
+            ]
+        if self.study.classifies:
+            notes += ["classifier: held-out accuracy of the classifier that the run itself trained."]
+        if self.study.minutes:
+            notes += ["minutes: what the training steps took by the pace that the run logged, mean over seeds."]
         notes += [self.remark] if self.remark else []
         alone = list(dict.fromkeys(found.arm for found in self.judged if found.collapse == ""))
-        if alone:
+        if alone and self.study.collapse:
             has = "has" if len(alone) == 1 else "have"
             notes.append(
                 f"{' and '.join(alone).capitalize()} {has} no prototypes: what keeps those from collapsing makes no difference, "
@@ -129,7 +150,8 @@ def _row(arm: str, collapse: str | None, found: Sequence[Judged]) -> Row:
     worst = min(words, key=lambda word: WORDS.index(word) if word in WORDS else -1)
     verdict = worst if len(words) == 1 else f"{worst} ({words[worst]} of {len(found)})"
     seeds = tuple(one.seed for one in found if one.seed is not None)
-    return Row(arm, collapse, seeds, figures, verdict)
+    minutes = tuple(one.seconds / 60 for one in found if one.seconds is not None)
+    return Row(arm, collapse, seeds, figures, verdict, minutes)
 
 
 def _word(verdict: str) -> str:
@@ -157,30 +179,38 @@ def table(outcome: Outcome) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
+    guarded = bool(outcome.study.collapse)
     grid.add_column("pretext", no_wrap=True)
-    grid.add_column("against\ncollapse", no_wrap=True)
+    if guarded:
+        grid.add_column("against\ncollapse", no_wrap=True)
     for name in outcome.names:
-        grid.add_column(name, justify="right", no_wrap=True)
+        grid.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
+    if outcome.study.minutes:
+        grid.add_column("min", justify="right", no_wrap=True)
     grid.add_column("verdict")
     previous = None
     for row in outcome.rows:
-        if row.arm != previous and row.collapse is not None:
+        if guarded and row.arm != previous and row.collapse is not None:
             grid.add_section()
         guard = "any" if row.collapse == "" else row.guard
-        cells = [_cell(row.figures.get(name, ()), "±") for name in outcome.names]
-        style = "red" if row.collapsed else None
-        grid.add_row(row.arm if row.arm != previous else "", guard, *cells, row.verdict, style=style)
+        cells = [row.arm if row.arm != previous else ""] + ([guard] if guarded else [])
+        cells += [_cell(row.figures.get(name, ()), "±") for name in outcome.names]
+        cells += [row.time] if outcome.study.minutes else []
+        grid.add_row(*cells, row.verdict, style="red" if row.collapsed else None)
         previous = row.arm
     return grid
 
 
 def markdown(outcome: Outcome) -> str:
     """table.md: the table and what must be known to read it."""
-    lines = [["pretext", "against collapse", *outcome.names, "verdict"]]
-    lines += [["---", "---", *["---:"] * len(outcome.names), "---"]]
+    guarded, timed = bool(outcome.study.collapse), outcome.study.minutes
+    head = ["pretext", *["against collapse"] * guarded, *outcome.names, *["minutes"] * timed, "verdict"]
+    rule = ["---", *["---"] * guarded, *["---:"] * (len(outcome.names) + timed), "---"]
+    lines = [head, rule]
     for row in outcome.rows:
         verdict = f"**{row.verdict}**" if row.collapsed else row.verdict
-        lines.append([row.arm, row.guard, *(_cell(row.figures.get(name, ())) for name in outcome.names), verdict])
+        cells = [_cell(row.figures.get(name, ())) for name in outcome.names]
+        lines.append([row.arm, *[row.guard] * guarded, *cells, *[row.time] * timed, verdict])
     grid = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     arms = "\n".join(f"- {arm.name}: {arm.about}" for arm in outcome.study.arms if arm.about)
     notes = "\n\n".join(outcome.notes)
@@ -208,13 +238,13 @@ def _write_csv(path: Path, outcome: Outcome) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         columns = [column for name in outcome.names for column in (f"{name} (%)", f"{name} std")]
-        writer.writerow(["pretext", "collapse", "seeds", *columns, "verdict"])
+        writer.writerow(["pretext", "collapse", "seeds", *columns, "minutes", "verdict"])
         for row in outcome.rows:
             cells = []
             for name in outcome.names:
                 mean, deviation = spread(row.figures[name]) if row.figures.get(name) else (None, None)
                 cells += ["" if number is None else f"{number:.3f}" for number in (mean, deviation)]
-            writer.writerow([row.arm, row.guard, " ".join(map(str, row.seeds)), *cells, row.verdict])
+            writer.writerow([row.arm, row.guard, " ".join(map(str, row.seeds)), *cells, row.time, row.verdict])
 
 
 def draw(path: Path, outcome: Outcome) -> None:
@@ -232,7 +262,8 @@ def draw(path: Path, outcome: Outcome) -> None:
         lines = [
             row for row in rows if row.collapse in (guard, "", None) and all(row.figures.get(name) for name in shots)
         ]
-        panel.set_title(guard or "no prototypes", loc="left", fontsize=11, color=INK)
+        if outcome.study.collapse:
+            panel.set_title(guard or "no prototypes", loc="left", fontsize=11, color=INK)
         if not lines or not shots:
             panel.text(0.5, 0.5, "nothing is done yet", ha="center", transform=panel.transAxes, color=FAINT)
             panel.set_axis_off()

@@ -13,6 +13,7 @@ from engine.collapse import CHOICES
 from engine.errors import BadInput
 from engine.flags import read
 from engine.methods.base import StageSettings
+from engine.recipes import small_data
 
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
 RESUME_MAY_CHANGE = (
@@ -29,14 +30,16 @@ class Train:
         str, tyro.conf.arg(help=f"The pretext task: {', '.join(methods.names())}. maect runs mae and nnclr first.")
     ] = "maect"
     model: str = ""
-    """A timm ViT name; default vit_micro_patch8_32 on the embedded digits, vit_base_patch16_224 on a folder."""
+    """A timm ViT name; default vit_micro_patch8_32 on the embedded digits, vit_base_patch16_224 on a folder, and ViT-S with the
+    set's image and patch size on a published set."""
     data: str = ""
-    """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg, or a flat unlabelled one. Default: the embedded digits."""
+    """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg, or a flat unlabelled one; or NAME:DIR, a published set as it lies
+    in DIR, with NAME one of cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100. Default: the embedded digits."""
     weights: str = ""
     """Start from these (a published file, a run folder, an exported folder); where stages follow MAE, leave that one out."""
     preset: str = "auto"
-    """Which settings: plain or aug (published, where the method has them), or digits; auto is digits on the embedded data
-    and plain on others."""
+    """Which settings: a published preset of the method (plain, aug or the name of a set, where it has them), or digits; auto is
+    digits on the embedded data, the set's own on a published set, where there is one, and plain on others."""
     epochs: tuple[int, ...] = ()
     """Epochs of each stage, in order."""
     batch_size: int = 0
@@ -87,7 +90,6 @@ class Train:
     def check(self) -> None:
         """Raise BadInput for a value that cannot be meant."""
         choices = {
-            "preset": recipes.PRESETS,
             "pool": ("", "token", "avg"),
             "collapse": ("", *CHOICES),
             "precision": ("auto", "fp32", "bf16"),
@@ -172,10 +174,16 @@ def parse(arguments: Sequence[str]) -> Plan:
 
 
 def _preset(train: Train) -> Plan:
-    embedded = train.data in ("", "digits")
-    model = train.model or (EMBEDDED_MODEL if embedded else FOLDER_MODEL)
-    recipe = recipes.recipe(train.method, model, train.preset, embedded)
-    encoder = dict(recipe.encoder)
+    embedded, named = train.data in ("", "digits"), small_data.of(train.data)
+    known = small_data.SETS.get(train.preset) or small_data.SETS.get(named)
+    model = train.model or (known.model if known else EMBEDDED_MODEL if embedded else FOLDER_MODEL)
+    preset = recipes.preset_for(train.method, train.preset, embedded, named)
+    recipe = recipes.recipe(train.method, model, preset, embedded)
+    encoder, source = dict(recipe.encoder), recipe.source
+    if known and not train.model:  # a model that is named comes with its own sizes
+        encoder |= known.encoder
+        if preset not in (*small_data.SETS, "digits"):
+            source = f"{'' if source.startswith('after ') else 'after '}{source}, at the sizes for {named}"
     if train.image_size:
         encoder["img_size"] = list(train.image_size * 2)[:2]
     if train.patch_size:
@@ -201,7 +209,7 @@ def _preset(train: Train) -> Plan:
             (name, replace(settings, collapse=train.collapse) if hasattr(settings, "collapse") else settings)
             for name, settings in stages
         )
-    return Plan(train, recipe.source, model, encoder, stages)
+    return Plan(train, source, model, encoder, stages)
 
 
 def _saved(run: Path) -> Plan:

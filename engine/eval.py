@@ -33,7 +33,8 @@ class Eval:
     protocol: tuple[str, ...] = ("knn",)
     """One or more of cluster, knn, linear, lowshot."""
     data: str = ""
-    """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg. Default: the embedded digits."""
+    """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg; or NAME:DIR, a published set as it lies in DIR, with NAME one of
+    cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100. Default: the embedded digits."""
     out: str = ""
     """Folder for results.json, results.md and pictures; an earlier evaluation there is replaced. Default: runs/eval-NAME-TIME."""
     model: str = ""

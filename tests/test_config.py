@@ -1,6 +1,8 @@
 """The command line: what is wrong is refused in one sentence with status 2, before anything is written."""
 
+import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from engine import config, train, vit, weights
+from engine.data import archives
 from engine.errors import BadInput
+from engine.recipes import small_data
 
 
 def folder_of_images(root: Path, per_class: int = 4) -> Path:
@@ -143,3 +147,49 @@ def test_the_command_line_is_what_was_agreed():
         "accumulate", "precision", "compile", "kernels", "device", "threads", "seed", "out", "resume", "dry_run",
         "log_every", "probe_every", "save_every", "keep", "evaluate", "bad_limit", "abort_after",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", small_data.SETS)
+def test_a_published_set_brings_its_model_and_sizes(name: str):
+    known = small_data.SETS[name]
+    plan = config.parse(["--method", "mae", "--data", f"{name}:/data"])
+    assert (plan.model, plan.encoder["img_size"], plan.encoder["patch_size"]) == (
+        known.model, [known.image_size] * 2, known.patch_size,
+    )  # fmt: skip
+    assert plan.source == f"after MAE's released recipe (M), which has no such model, at the sizes for {name}"
+    assert config.parse(["--method", "dino", "--data", f"{name}:/data"]).source.startswith("after DINO's")
+    encoder = vit.create(plan.model, **plan.encoder)
+    assert encoder.embed_dim == 384
+    assert encoder.grid == ((8, 8) if known.crop == "pad" else (7, 7))  # N = 64 or 49, as RelViT gives them
+    given = config.parse(["--method", "mae", "--data", f"{name}:/data", "--image-size", "96", "--patch-size", "16"])
+    assert (given.encoder["img_size"], given.encoder["patch_size"]) == ([96, 96], 16)
+    named = config.parse(["--method", "mae", "--data", f"{name}:/data", "--model", "vit_tiny_patch16_224"])
+    assert named.model == "vit_tiny_patch16_224" and "img_size" not in named.encoder
+    assert set(small_data.SETS) == set(archives.NAMES)
+
+
+def test_a_published_set_takes_the_preset_of_its_name_where_there_is_one(monkeypatch: pytest.MonkeyPatch):
+    module = importlib.import_module("engine.recipes.mae")
+    own = replace(module.published("x"), source="of its own")
+    monkeypatch.setitem(module.PUBLISHED, "svhn", lambda model: own if model == "vit_small_patch16_224" else None)
+
+    def source(*arguments: str) -> str:
+        return config.parse(["--method", "mae", *arguments]).source
+
+    assert source("--data", "svhn:/data") == "of its own"
+    assert source("--data", "cifar10:/data").startswith("after MAE's")
+    assert source("--data", "svhn:/data", "--preset", "plain").startswith("after MAE's")
+    assert source("--data", "svhn:/data", "--preset", "digits") == source() == "ours, for the embedded digits"
+    assert source("--preset", "svhn") == source("--preset", "svhn", "--data", "/folder") == "of its own"
+    plan = config.parse(["--method", "mae", "--preset", "svhn", "--data", "/folder"])
+    assert (plan.model, plan.encoder["patch_size"]) == ("vit_small_patch16_224", 4)
+    with pytest.raises(
+        BadInput, match="--preset svnh is unknown for mae; choose one of auto, plain, aug, svhn, digits"
+    ):
+        source("--preset", "svnh")
+    monkeypatch.delitem(module.PUBLISHED, "plain")
+    with pytest.raises(
+        BadInput, match="--preset auto is plain on these data, which is unknown for mae; choose one of auto, aug"
+    ):
+        source("--data", "/folder")
+    assert source("--data", "svhn:/data") == "of its own"

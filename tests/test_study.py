@@ -136,10 +136,11 @@ def test_time_of_training_is_by_the_logged_pace(tmp_path: Path):
         {"kind": "train", "stage": "mae", "step": 10},  # compiling: no pace yet, so the next one's
         {"kind": "train", "stage": "mae", "step": 20, "images_per_second": 8.0},
         {"kind": "probe", "stage": "mae", "step": 20},
+        {"kind": "store", "stage": "mae", "step": 20, "seconds": 7.0},
         {"kind": "train", "stage": "maect", "step": 25, "images_per_second": 2.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    assert grid.trained_seconds(tmp_path) == 10 + 10 + 5 * 4 / 2
+    assert grid.trained_seconds(tmp_path) == 10 + 10 + 7 + 5 * 4 / 2
 
 
 @pytest.mark.parametrize("flag", [("--mmc.crop-scale", "0.3", "1"), ("--mmc.drop", "0.4", "0.4")])
@@ -235,6 +236,14 @@ class Recorded:
 
     def __init__(self, words: list[str], **options: object):
         self.words, self.options = words, options
+
+
+def test_a_published_set_gives_every_run_its_model_and_sizes():
+    runs = grid.grid(LOWSHOT, data="tiny-imagenet:/data")
+    assert len(runs) == 8
+    for run in runs:
+        encoder = run.plan.encoder
+        assert (run.plan.model, encoder["img_size"], encoder["patch_size"]) == ("vit_small_patch16_224", [64, 64], 8)
 
 
 def test_a_killed_run_goes_on_from_its_newest_sound_checkpoint(course: study.Course, monkeypatch: pytest.MonkeyPatch):
@@ -338,8 +347,8 @@ def test_processes_share_threads_and_gpus(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "no study is named; choose one of lowshot, methods."),
-        (["highshot"], "study 'highshot' is unknown; choose one of lowshot, methods."),
+        ([], "no study is named; choose one of lowshot, methods, tuning."),
+        (["highshot"], "study 'highshot' is unknown; choose one of lowshot, methods, tuning."),
         (["lowshot", "--arms", "masked", "supervised"], "--arms has 'supervised'; choose from contrastive, clustering"),
         (["lowshot", "--collapse", "none"], "--collapse has 'none'; choose from centring, me-max, sinkhorn."),
         (["lowshot", "--seeds", "1", "1"], "--seeds names something twice"),

@@ -1,12 +1,17 @@
-"""The user's cache folder, and a lock for the processes that fill it at the same time."""
+"""The user's cache folder, a lock for processes that fill it at the same time, and sets of files that are written there once."""
 
 import fcntl
+import json
 import os
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from engine.errors import BadInput
+
+MANIFEST = "manifest.json"
 
 
 def folder() -> Path:
@@ -33,3 +38,44 @@ def locked(path: Path) -> Iterator[None]:
     with handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+
+
+def kept(home: Path, fill: Callable[[Path], object]) -> Path:
+    """`home`, a folder below the cache that `fill` writes the first time; later only the sizes of its files are looked at.
+
+    It appears at once, complete, also when several processes ask for it together. A damaged one is written again.
+
+    Raises:
+        BadInput: the cache folder cannot be written, or what `fill` raises.
+    """
+    if _complete(home):
+        return home
+    with locked(home):
+        if not _complete(home):
+            for left in home.parent.glob(f".{home.name}-*"):  # by a process that was killed
+                shutil.rmtree(left)
+            aside = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
+            try:
+                new = aside / "new"
+                new.mkdir()
+                fill(new)
+                sizes = {str(path.relative_to(new)): path.stat().st_size for path in new.rglob("*") if path.is_file()}
+                (new / MANIFEST).write_text(json.dumps(sizes))
+                if home.exists():
+                    home.rename(aside / "damaged")
+                new.rename(home)
+            except OSError as error:
+                raise BadInput(
+                    f"the cache folder {home.parent} cannot be written ({error.strerror}): set TESSERA_CACHE to one that can"
+                ) from error
+            finally:
+                shutil.rmtree(aside)
+    return home
+
+
+def _complete(folder: Path) -> bool:
+    try:
+        sizes = json.loads((folder / MANIFEST).read_text())
+        return all(os.stat(folder / path).st_size == size for path, size in sizes.items())
+    except (OSError, ValueError):
+        return False

@@ -4,10 +4,6 @@ Source: Alpaydin and Kaynak, Optical Recognition of Handwritten Digits, UCI 1998
 shipped in scikit-learn. They are enlarged once, by bicubic interpolation, and take the same road as any other folder.
 """
 
-import json
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,35 +24,19 @@ def write(cache: Path | None = None) -> Path:
     Raises:
         BadInput: the cache folder cannot be written.
     """
-    home = (cache or user_cache.folder()) / NAME
-    if _complete(home):
-        return home
-    with user_cache.locked(home):
-        if not _complete(home):
-            aside = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=home.parent))
-            try:
-                _fill(aside / "new")
-                if home.exists():
-                    home.rename(aside / "damaged")
-                (aside / "new").rename(home)
-            finally:
-                shutil.rmtree(aside)
-    return home
+    return user_cache.kept((cache or user_cache.folder()) / NAME, _fill)
 
 
 def _fill(folder: Path) -> None:
     from sklearn.datasets import load_digits  # slow to import, and wanted once
 
     digits = load_digits()
-    files = {}
     is_val = _is_val(digits.target)
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
         path = folder / ("val" if is_val[index] else "train") / str(label) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         grey = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
         grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(path)
-        files[str(path.relative_to(folder))] = path.stat().st_size
-    (folder / "manifest.json").write_text(json.dumps(files))
 
 
 def _is_val(labels: np.ndarray) -> np.ndarray:
@@ -69,11 +49,3 @@ def _is_val(labels: np.ndarray) -> np.ndarray:
     val = np.zeros(len(labels), bool)
     val[np.argsort(rank, kind="stable")[:VAL_IMAGES]] = True
     return val
-
-
-def _complete(folder: Path) -> bool:
-    try:
-        files = json.loads((folder / "manifest.json").read_text())
-        return all(os.stat(folder / path).st_size == size for path, size in files.items())
-    except (OSError, ValueError):
-        return False

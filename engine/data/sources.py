@@ -1,24 +1,24 @@
 """Which images there are: lists a source, screens it once, and says what is read in place of a bad file.
 
-Other readers (WebDataset tars, COCO, VOC) belong beside `open_images` and return the same ImageSet.
+Image folders are listed by `engine.data.listing`, published sets by `engine.data.archives`. Other readers (WebDataset tars, COCO,
+VOC) belong beside them and return a Listing, too.
 """
 
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from engine.data import cache, digits, screen
+from engine.data import archives, cache, digits, listing, screen
+from engine.data.listing import File, Listing
 from engine.errors import BadInput
 
 SCREEN_VERSION = 1  # rises when screening judges differently, so that old verdicts are not reused
 BAD_LIMIT = 0.001
-ACCEPTED = ", ".join(suffix[1:] for suffix in screen.SUFFIXES)
 SHOWN = 3
 
 
@@ -66,9 +66,10 @@ def open_images(
     """Lists and screens the images of a source.
 
     Args:
-        source: None or "digits" for the embedded set, else a folder: train/CLASS/* and val/CLASS/* (images may lie
-            deeper), or any folder of images without labels, searched with its subfolders. Files of other suffixes than
-            jpg, jpeg, png, webp, bmp, tif and tiff are passed over, and so are hidden ones.
+        source: None or "digits" for the embedded set; NAME:DIR for a published set that lies in DIR (`engine.data.archives`
+            says which); else a folder: train/CLASS/* and val/CLASS/* (images may lie deeper), or any folder of images
+            without labels, searched with its subfolders. Files of other suffixes than jpg, jpeg, png, webp, bmp, tif and
+            tiff are passed over, and so are hidden ones.
         split: which part; a folder without train/ and val/ has "train" only.
         bad_limit: fraction of unreadable files above which this refuses.
         screening: "decode" reads all pixels, "header" only headers; "auto" decodes up to 50,000 images. The verdicts
@@ -76,7 +77,7 @@ def open_images(
 
     Raises:
         BadInput: no such folder or split, no images, an empty class, a class in val that train lacks, an unreadable
-            folder, or too many bad files.
+            folder, files of a published set that are missing or damaged, or too many bad files.
     """
     if split not in ("train", "val"):
         raise BadInput(f"split {split!r} is unknown: choose train or val")
@@ -84,29 +85,24 @@ def open_images(
         raise BadInput(f"screening {screening!r} is unknown: choose auto, header or decode")
     if not 0 <= bad_limit <= 1:
         raise BadInput(f"bad_limit {bad_limit} is not a fraction between 0 and 1")
-    root = _locate(source)
-    if not has_split(source, split):
-        raise BadInput(f"{root} has no {split} split: it needs a folder {split}/ with one folder of images per class")
-    if _is_flat(root):
-        files, classes, labels = list(_walk(root, "")), None, None
-        if not files:
-            raise BadInput(f"no images in {root}: the accepted files are {ACCEPTED}")
-    else:
-        files, classes, labels = _list_classes(root, split)
-    paths = [path for path, _, _ in files]
+    listed = _list(source, split)
+    paths = [file.path for file in listed.files]
     decode = screening == "decode" or (screening == "auto" and len(paths) <= screen.DECODED_UP_TO)
-    sizes, reasons, ledger = _screen(root, files, decode)
+    sizes, reasons, ledger = _screen(listed.root, listed.files, decode)
     bad = tuple((paths[index], reason) for index, reason in reasons.items())
     check_bad(bad, len(paths), bad_limit, ledger)
     good = np.ones(len(paths), bool)
     good[list(reasons)] = False
-    return ImageSet(root, split, paths, labels, classes, sizes, substitutes(good), bad, bad_limit)
+    return ImageSet(listed.root, split, paths, listed.labels, listed.classes, sizes, substitutes(good), bad, bad_limit)
 
 
 def has_split(source: str | Path | None, split: Literal["train", "val"]) -> bool:
     """Whether the source has this split. Raises BadInput if there is no such source."""
+    if chosen := archives.named(source):
+        archives.check(*chosen)
+        return True
     root = _locate(source)
-    return split == "train" if _is_flat(root) else (root / split).is_dir()
+    return split == "train" if listing.is_flat(root) else (root / split).is_dir()
 
 
 def substitutes(good: np.ndarray) -> np.ndarray:
@@ -131,66 +127,25 @@ def _locate(source: str | Path | None) -> Path:
         return digits.write()
     root = Path(source).expanduser()
     if not root.is_dir():
-        raise BadInput(f"{source} is no folder: give a folder of images or 'digits', the embedded set")
+        raise BadInput(
+            f"{source} is no folder: give a folder of images, 'digits' (the embedded set), or NAME:DIR with NAME one of "
+            f"{', '.join(archives.NAMES)}"
+        )
     if (root / "val").is_dir() and not (root / "train").is_dir():
         raise BadInput(f"{root} has a folder val/ but no train/, which names the classes")
     return root.resolve()
 
 
-def _is_flat(root: Path) -> bool:
-    return not (root / "train").is_dir()
+def _list(source: str | Path | None, split: Literal["train", "val"]) -> Listing:
+    if chosen := archives.named(source):
+        return archives.list_split(*chosen, split)
+    root = _locate(source)
+    if not has_split(source, split):
+        raise BadInput(f"{root} has no {split} split: it needs a folder {split}/ with one folder of images per class")
+    return listing.of_folder(root, split)
 
 
-def _list_classes(root: Path, split: str) -> tuple[list[tuple[str, int, int]], tuple[str, ...], np.ndarray]:
-    classes = _class_names(root, "train")
-    if (root / "val").is_dir() and (unknown := sorted(set(_class_names(root, "val")) - set(classes))):
-        raise BadInput(f"{root / 'val'} has the class {unknown[0]!r} that {root / 'train'} has not")
-    present = _class_names(root, split)
-    files, labels = [], []
-    for name in present:
-        members = list(_walk(root, f"{split}/{name}"))
-        if not members:
-            raise BadInput(f"the class folder {root / split / name} has no images: the accepted files are {ACCEPTED}")
-        files += members
-        labels += [classes.index(name)] * len(members)
-    return files, classes, np.array(labels, np.int64)
-
-
-def _class_names(root: Path, split: str) -> tuple[str, ...]:
-    names = tuple(sorted(entry.name for entry in _scan(root / split) if entry.is_dir() and entry.name[0] != "."))
-    if not names:
-        raise BadInput(f"no class folders in {root / split}: images belong in {split}/CLASS/")
-    return names
-
-
-def _walk(root: Path, folder: str, above: frozenset[str] = frozenset()) -> Iterator[tuple[str, int, int]]:
-    """(relative path, bytes, modification time in ns) of the images below root/folder, in order of name."""
-    real = os.path.realpath(root / folder)
-    if real in above:  # a link that leads back up
-        return
-    for entry in sorted(_scan(root / folder), key=lambda entry: entry.name):
-        path = f"{folder}/{entry.name}" if folder else entry.name
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir():
-            yield from _walk(root, path, above | {real})
-        elif path.lower().endswith(screen.SUFFIXES):
-            try:
-                status = entry.stat()
-                yield path, status.st_size, status.st_mtime_ns
-            except OSError:  # a dangling link keeps its place in the list; screening says what is wrong with it
-                yield path, -1, 0
-
-
-def _scan(folder: Path) -> list[os.DirEntry]:
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise BadInput(f"the folder {folder} cannot be read: {error.strerror}") from error
-
-
-def _screen(root: Path, files: list[tuple[str, int, int]], decode: bool) -> tuple[np.ndarray, dict[int, str], Path]:
+def _screen(root: Path, files: list[File], decode: bool) -> tuple[np.ndarray, dict[int, str], Path]:
     """Sizes, {index: reason} and the ledger file; from the cache if these very files were screened before."""
     key = hashlib.blake2b(f"{SCREEN_VERSION}\0{decode}\0{root}\0".encode("utf-8", "surrogateescape"), digest_size=16)
     key.update("\0".join(f"{path}\0{size}\0{time}" for path, size, time in files).encode("utf-8", "surrogateescape"))
@@ -198,7 +153,7 @@ def _screen(root: Path, files: list[tuple[str, int, int]], decode: bool) -> tupl
     ledger = verdicts.with_suffix(".bad.txt")
     with cache.locked(verdicts):
         if not verdicts.exists():
-            sizes, reasons = screen.inspect_all(root, [path for path, _, _ in files], decode, 2 * usable_cpus())
+            sizes, reasons = screen.inspect_all(root, [file.path for file in files], decode, 2 * usable_cpus())
             lines = "".join(f"{files[index][0]}\t{reason}\n" for index, reason in reasons.items())
             ledger.write_text(lines, encoding="utf-8", errors="surrogateescape")
             with tempfile.NamedTemporaryFile(dir=verdicts.parent, delete=False) as aside:

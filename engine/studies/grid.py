@@ -71,19 +71,20 @@ def grid(
     if epochs and not study.reference:
         raise BadInput(f"--epochs is not for study {study.name}, where every arm has its own recipe's.")
 
-    def general(model: str, epochs: int, batch_size: int, pool: str) -> list[str]:
+    def general(model: str, epochs: int, batch_size: int, encoder: dict[str, Any]) -> list[str]:
         values = {"data": "" if embedded else data, "preset": "digits" if embedded else "", "model": model}
-        values |= {"epochs": epochs, "batch-size": batch_size, "pool": pool}
+        values |= {"epochs": epochs, "batch-size": batch_size, "pool": encoder.get("global_pool")}
+        values |= {"image-size": tuple(encoder.get("img_size", ())), "patch-size": encoder.get("patch_size")}
         given = [word for name, value in values.items() if value for word in _words(name, value)]
         return [*given, *study.cadence, "--no-evaluate"]
 
-    asked, equal = general(model, 0, batch_size, ""), {}
+    asked, equal = general(model, 0, batch_size, {}), {}
     if study.reference:
         reference = study.arm(study.reference)
-        asked = general(model, epochs or (study.epochs if embedded else 0), batch_size, "")
+        asked = general(model, epochs or (study.epochs if embedded else 0), batch_size, {})
         plan = config.parse([*asked, "--method", reference.method, *reference.flags])
         ((_, settings),) = plan.stages
-        asked = general(plan.model, settings.epochs, settings.batch_size, plan.encoder["global_pool"])
+        asked = general(plan.model, settings.epochs, settings.batch_size, plan.encoder)
         equal = {name: getattr(settings, name) for name in study.shared} | dict(study.fixed)
     wanted = {arm.name for arm in _with_what_they_follow(study, arms or [arm.name for arm in study.arms])}
     runs: list[Run] = []
@@ -190,10 +191,12 @@ def _differences(there: dict, now: dict) -> list[str]:
 
 
 def trained_seconds(folder: Path) -> float:
-    """What a run's steps took, by the pace it logged; probes, checkpoints and the start are not counted."""
-    config_, seconds, before = json.loads((folder / "config.json").read_text()), 0.0, 0
-    batch = {stage["method"]: stage["batch_size"] for stage in config_["stages"]}
-    records = [record for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "train"]
+    """What a run's steps took, by the pace it logged, and storing features; probes, checkpoints and the start are not counted."""
+    stages, before = json.loads((folder / "config.json").read_text())["stages"], 0
+    batch = {stage["method"]: stage["batch_size"] for stage in stages}
+    everything = read_metrics(folder / "metrics.jsonl")
+    seconds = sum(record["seconds"] for record in everything if record["kind"] == "store")
+    records = [record for record in everything if record["kind"] == "train"]
     for record in records:
         pace = record.get("images_per_second") or next(
             (

@@ -1,0 +1,116 @@
+"""Which files a split has, with their classes, before any of them is looked at; and how image folders are listed.
+
+A `Listing` is all that a kind of data set has to give; screening, substitutes and labels follow from it in `engine.data.sources`.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from engine.data import screen
+from engine.errors import BadInput
+
+ACCEPTED = ", ".join(suffix[1:] for suffix in screen.SUFFIXES)
+
+
+class File(NamedTuple):
+    """An image file: its path below the root, its size in bytes (-1 where it cannot be had), its modification time in ns."""
+
+    path: str
+    size: int
+    modified: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The n files of a split.
+
+    Attributes:
+        root: folder that the paths are relative to.
+        files: in the order of their ids.
+        labels: int64 [n], or None where the set has no classes.
+        classes: names, the label is the index; or None.
+    """
+
+    root: Path
+    files: list[File]
+    labels: np.ndarray | None = None
+    classes: tuple[str, ...] | None = None
+
+    @classmethod
+    def of_classes(cls, root: Path, members: Sequence[tuple[str, Sequence[File]]], classes: Sequence[str]) -> "Listing":
+        """From (class, its files), in order."""
+        index = {name: label for label, name in enumerate(classes)}
+        labels = [index[name] for name, files in members for _ in files]
+        return cls(root, [file for _, files in members for file in files], np.array(labels, np.int64), tuple(classes))
+
+
+def is_flat(root: Path) -> bool:
+    """Whether a folder's images have no classes: it has no train/."""
+    return not (root / "train").is_dir()
+
+
+def of_folder(root: Path, split: str) -> Listing:
+    """Lists split/CLASS/* (images may lie deeper), or all images of a flat folder.
+
+    Raises:
+        BadInput: no images, an empty class, a class in val that train lacks, or an unreadable folder.
+    """
+    if is_flat(root):
+        files = list(walk(root, ""))
+        if not files:
+            raise BadInput(f"no images in {root}: the accepted files are {ACCEPTED}")
+        return Listing(root, files)
+    classes = class_names(root, "train")
+    if (root / "val").is_dir() and (unknown := sorted(set(class_names(root, "val")) - set(classes))):
+        raise BadInput(f"{root / 'val'} has the class {unknown[0]!r} that {root / 'train'} has not")
+    return Listing.of_classes(
+        root, [(name, in_class(root, f"{split}/{name}")) for name in class_names(root, split)], classes
+    )
+
+
+def class_names(root: Path, split: str) -> tuple[str, ...]:
+    """The folders of a split. Raises BadInput if there are none."""
+    names = tuple(sorted(entry.name for entry in _scan(root / split) if entry.is_dir() and entry.name[0] != "."))
+    if not names:
+        raise BadInput(f"no class folders in {root / split}: images belong in {split}/CLASS/")
+    return names
+
+
+def in_class(root: Path, folder: str) -> list[File]:
+    """The images of a class folder. Raises BadInput if there are none."""
+    files = list(walk(root, folder))
+    if not files:
+        raise BadInput(f"the class folder {root / folder} has no images: the accepted files are {ACCEPTED}")
+    return files
+
+
+def walk(root: Path, folder: str, above: frozenset[str] = frozenset()) -> Iterator[File]:
+    """The images below root/folder, in order of name."""
+    real = os.path.realpath(root / folder)
+    if real in above:  # a link that leads back up
+        return
+    for entry in sorted(_scan(root / folder), key=lambda entry: entry.name):
+        path = f"{folder}/{entry.name}" if folder else entry.name
+        if entry.name.startswith("."):
+            continue
+        if entry.is_dir():
+            yield from walk(root, path, above | {real})
+        elif path.lower().endswith(screen.SUFFIXES):
+            try:
+                status = entry.stat()
+                yield File(path, status.st_size, status.st_mtime_ns)
+            except OSError:  # a dangling link keeps its place in the list; screening says what is wrong with it
+                yield File(path, -1, 0)
+
+
+def _scan(folder: Path) -> list[os.DirEntry]:
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise BadInput(f"the folder {folder} cannot be read: {error.strerror}") from error

@@ -1,0 +1,166 @@
+"""Small data sets in the formats of the published ones."""
+
+import io
+import json
+import struct
+import tarfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from scipy.io import savemat
+
+from tests.data.corpus import picture
+
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR100 = tuple(f"thing_{index:02d}" for index in range(100))
+WNIDS = tuple(f"n{1_000_000 + 7919 * index:08d}" for index in range(200))
+
+Split = tuple[np.ndarray, np.ndarray]  # uint8 [n, 32, 32, 3], int64 [n]
+
+
+def python2(value: object) -> bytes:
+    """Protocol 2 as Python 2 writes it: its strings have no encoding."""
+    return b"\x80\x02" + _python2(value) + b"."
+
+
+def _python2(value: object) -> bytes:
+    match value:
+        case dict():
+            return b"}(" + b"".join(_python2(key) + _python2(item) for key, item in value.items()) + b"u"
+        case list():
+            return b"](" + b"".join(map(_python2, value)) + b"e"
+        case int():
+            return b"J" + struct.pack("<i", value)
+        case bytes():
+            return (b"U" + bytes([len(value)]) if len(value) < 256 else b"T" + struct.pack("<i", len(value))) + value
+        case np.ndarray():
+            kind = b"cnumpy\ndtype\n" + b"U\x02" + value.dtype.str[1:].encode() + b"K\x00K\x01\x87R(K\x03U\x01|NNN"
+            kind += b"J\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+            shape = b"(" + b"".join(map(_python2, value.shape)) + b"t"
+            made = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
+            return made + b"(K\x01" + shape + kind + b"\x89" + _python2(value.tobytes()) + b"tb"
+    raise TypeError(value)
+
+
+def random_split(classes: int, count: int, seed: int) -> Split:
+    """Noise, with every class in it."""
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (count, 32, 32, 3), np.uint8), generator.permutation(np.arange(count) % classes)
+
+
+def rows(images: np.ndarray) -> np.ndarray:
+    """uint8 [n, 3072], a row per image: all its red, green and blue values."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2).reshape(len(images), -1))
+
+
+def cifar_files(classes: int, train: Split, test: Split, binary: bool = False) -> dict[str, bytes]:
+    """The files of CIFAR-10 or CIFAR-100 by name, for Python or binary."""
+    parts = 5 if classes == 10 else 1
+    splits = [(images, labels) for images, labels in zip(np.split(train[0], parts), np.split(train[1], parts))]
+    if classes == 10:
+        names = [*(f"data_batch_{index}" for index in range(1, 6)), "test_batch"]
+    else:
+        names = ["train", "test"]
+    contents = zip(names, [*splits, test])
+    if binary:
+        fill = 0 if classes == 10 else 1
+        files = {
+            f"{name}.bin": np.hstack(
+                [np.full((len(labels), fill), 7, np.uint8), labels[:, None].astype(np.uint8), rows(images)]
+            )
+            for name, (images, labels) in contents
+        }
+        listed = "batches.meta.txt" if classes == 10 else "fine_label_names.txt"
+        words = CIFAR10 if classes == 10 else CIFAR100
+        return {name: file.tobytes() for name, file in files.items()} | {listed: ("\n".join(words) + "\n\n").encode()}
+    files = {}
+    for name, (images, labels) in contents:
+        extra = {b"labels": labels.tolist()} if classes == 10 else {
+            b"coarse_labels": [0] * len(labels), b"fine_labels": labels.tolist(),
+        }  # fmt: skip
+        about = {b"batch_label": name.encode(), b"filenames": [b"x.png"] * len(labels)}
+        files[name] = python2(about | {b"data": rows(images)} | extra)
+    if classes == 10:
+        meta = {
+            b"num_cases_per_batch": len(test[0]),
+            b"label_names": [name.encode() for name in CIFAR10],
+            b"num_vis": 3072,
+        }
+        return files | {"batches.meta": python2(meta)}
+    meta = {b"fine_label_names": [name.encode() for name in CIFAR100], b"coarse_label_names": [b"all"]}
+    return files | {"meta": python2(meta)}
+
+
+def write_files(folder: Path, files: Mapping[str, bytes]) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
+def write_svhn(folder: Path, train: Split, test: Split) -> Path:
+    for name, (images, labels) in (("train", train), ("test", test)):
+        arrays = {"X": images.transpose(1, 2, 3, 0), "y": np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]}
+        savemat(folder / f"{name}_32x32.mat", arrays, do_compression=True)
+    return folder
+
+
+def jpeg(seed: int) -> bytes:
+    file = io.BytesIO()
+    picture(24, 20, seed).save(file, "jpeg")
+    return file.getvalue()
+
+
+def write_flowers(folder: Path) -> dict[str, dict[str, int]]:
+    """102 classes with an image each in trnid, valid and tstid. Returns {split: {path: label from 0}}."""
+    generator = np.random.default_rng(0)
+    labels = generator.permutation(np.repeat(np.arange(1, 103), 3))
+    write_files(folder / "jpg", {f"image_{index + 1:05d}.jpg": jpeg(index % 5) for index in range(len(labels))})
+    by_class = np.stack([generator.permutation(np.flatnonzero(labels == label)) + 1 for label in range(1, 103)])
+    ids = dict(zip(("trnid", "valid", "tstid"), by_class.T))
+    savemat(folder / "imagelabels.mat", {"labels": labels.astype(np.uint8)[None]})
+    savemat(folder / "setid.mat", {name: values.astype(np.uint16)[None] for name, values in ids.items()})
+    parts = {"train": ids["trnid"], "val": ids["tstid"]}
+    return {part: {f"jpg/image_{n:05d}.jpg": int(labels[n - 1]) - 1 for n in values} for part, values in parts.items()}
+
+
+def write_tiny_imagenet(folder: Path) -> dict[str, dict[str, int]]:
+    """200 classes with an image each. Returns {split: {path: label}}."""
+    write_files(folder, {"wnids.txt": "".join(f"{wnid}\n" for wnid in WNIDS[::-1]).encode()})
+    for index, wnid in enumerate(WNIDS):
+        write_files(folder / f"train/{wnid}/images", {f"{wnid}_0.JPEG": jpeg(index % 5)})
+    order = np.random.default_rng(1).permutation(200).tolist()
+    write_files(folder / "val/images", {f"val_{number}.JPEG": jpeg(number % 5) for number in range(200)})
+    notes = "".join(f"val_{number}.JPEG\t{WNIDS[label]}\t0\t0\t9\t9\n" for number, label in enumerate(order))
+    write_files(folder / "val", {"val_annotations.txt": notes.encode()})
+    return {
+        "train": {f"train/{wnid}/images/{wnid}_0.JPEG": label for label, wnid in enumerate(WNIDS)},
+        "val": {f"val/images/val_{number}.JPEG": label for number, label in enumerate(order)},
+    }
+
+
+def write_imagenet100(folder: Path, kaggle: bool) -> dict[str, dict[str, int]]:
+    """100 classes with an image each: in four folders as on Kaggle, or beside 100 others. Returns {split: {path: label}}."""
+    chosen, expected = WNIDS[1::2], {}
+    for split in ("train", "val"):
+        expected[split] = {}
+        for index, wnid in enumerate(chosen if kaggle else WNIDS):
+            place = split if not kaggle else f"train.X{1 + index % 4}" if split == "train" else "val.X"
+            write_files(folder / place / wnid, {"0.JPEG": jpeg(index % 5)})
+            if wnid in chosen:
+                expected[split][f"{place}/{wnid}/0.JPEG"] = chosen.index(wnid)
+    listed = (
+        json.dumps({wnid: "a thing" for wnid in chosen}) if kaggle else "".join(f"{w} a thing\n" for w in chosen[::-1])
+    )
+    write_files(folder, {"Labels.json" if kaggle else "imagenet100.txt": listed.encode()})
+    return expected

@@ -7,6 +7,7 @@ from kernels.info_nce import info_nce
 from kernels.nearest_neighbours import nearest_neighbours
 from kernels.packed_attention import packed_attention
 from kernels.patches import gather_patches, masked_pixel_loss
+from kernels.relation import relation_loss
 from kernels.sinkhorn import sinkhorn, sinkhorn_centre, sinkhorn_cross_entropy
 from kernels.soft_cross_entropy import soft_cross_entropy
 
@@ -18,6 +19,7 @@ __all__ = [
     "masked_pixel_loss",
     "nearest_neighbours",
     "packed_attention",
+    "relation_loss",
     "sinkhorn",
     "sinkhorn_centre",
     "sinkhorn_cross_entropy",

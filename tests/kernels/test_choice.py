@@ -36,7 +36,7 @@ def a_triton_version(monkeypatch):
 
 def test_every_op_has_a_reference_and_runs_it():
     assert set(choice.AVAILABLE) == {
-        "info_nce", "nearest_neighbours", "packed_attention", "patches", "sinkhorn", "soft_cross_entropy",
+        "info_nce", "nearest_neighbours", "packed_attention", "patches", "relation", "sinkhorn", "soft_cross_entropy",
     }  # fmt: skip
     assert all("reference" in exist for exist in choice.AVAILABLE.values())
     lines = kernels.describe().splitlines()

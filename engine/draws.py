@@ -53,5 +53,15 @@ class Draws:
         order = torch.randperm(self.batch * each, generator=self._host(purpose))
         return order.view(self.batch, each)[self.rows]
 
+    def shared(self, purpose: str, count: int) -> Tensor:
+        """fp64 [b, count] in [0, 1) on the CPU: the same numbers for all images of the global batch; others for each purpose."""
+        numbers = torch.rand(count, dtype=torch.float64, generator=self._host(purpose))
+        return numbers.expand(self.batch, -1)[self.rows]
+
+    def field(self, *shape: int) -> Tensor:
+        """fp32 [b, *shape], standard normal: the same numbers for all images of the global batch."""
+        numbers = torch.randn(1, *shape, generator=self.generator, device=self.device)
+        return numbers.expand(self.batch, *shape)[self.rows]
+
     def _host(self, purpose: str) -> torch.Generator:
         return torch.Generator().manual_seed(seed_of(*self.seed_keys, purpose))

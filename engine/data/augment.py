@@ -9,23 +9,39 @@ from dataclasses import dataclass
 
 import numpy as np
 
-ORDER, VIEW = 0, 1  # purposes: the first key of a draw
+ORDER, VIEW, RAND = 0, 1, 2  # purposes: the first key of a draw
 TRIES = 10
 SOLARIZE_FROM, NEVER = 128, 256
 # columns of a view's uniform numbers
 _AREA, _RATIO = slice(0, TRIES), slice(TRIES, 2 * TRIES)
 _LEFT, _TOP, _FLIP, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAY, _BLUR, _SIGMA, _SOLARIZE = range(20, 32)
 _COLUMNS = 32
+# RandAugment's have a table of their own, five columns for each operation
+_CHOICE, _APPLY, _NOISE, _ANGLE, _SIGN = range(_COLUMNS, _COLUMNS + 5)
+_RAND_COLUMNS, MAX_OPERATIONS = 16, 3
+
+OPERATIONS = (
+    "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize-add", "colour", "contrast", "brightness",
+    "sharpness", "shear-x", "shear-y", "translate-x", "translate-y",
+)  # fmt: skip
+# how an operation is computed: the pipeline has one branch for each of these
+NOTHING, WARP, TONES, BLEND, SHARPNESS, AUTOCONTRAST, EQUALIZE = range(7)
+_KIND_OF = dict.fromkeys(OPERATIONS, TONES) | {
+    "autocontrast": AUTOCONTRAST, "equalize": EQUALIZE, "sharpness": SHARPNESS, "colour": BLEND, "contrast": BLEND,
+    "brightness": BLEND, "rotate": WARP, "shear-x": WARP, "shear-y": WARP, "translate-x": WARP, "translate-y": WARP,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """One view of an image: random resized crop, flip, colours, blur, solarisation; in this order.
+    """One view of an image: crop, RandAugment, colours, blur, solarisation, flip; in this order.
 
     Attributes:
         size: (height, width) of the view in pixels.
         scale: range of the crop's share of the image area.
         ratio: range of the crop's width / height, drawn log-uniformly.
+        pad: above 0, instead of a random resized crop: the whole image is brought to `size`, surrounded by so many black pixels,
+            and a window of `size` is cut out (the usual crop for images of 32 pixels).
         flip: probability of a horizontal flip.
         jitter: probability of the colour jitter, which applies contrast, brightness, saturation, hue; in this order, in
             one linear map without clipping between. Each factor is uniform in 1 -+ its strength, floored at 0. Contrast
@@ -36,11 +52,16 @@ class Augmentation:
         blur: probability of a Gaussian blur.
         blur_sigma: range of its standard deviation in pixels; the kernel reaches ceil(3 sigma).
         solarize: probability of inverting the values from 128 up.
+        operations: how many of `OPERATIONS` are drawn, with repetition, up to 3 (RandAugment, arXiv 1909.13719).
+        operation: probability of carrying out each.
+        magnitude: their strength, 0 to 10; greater is stronger for all of them (timm's "inc1").
+        magnitude_std: standard deviation of the normal noise on it, drawn anew for each operation.
     """
 
     size: tuple[int, int]
     scale: tuple[float, float]
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    pad: int = 0
     flip: float = 0.5
     jitter: float = 0.0
     brightness: float = 0.4
@@ -51,6 +72,10 @@ class Augmentation:
     blur: float = 0.0
     blur_sigma: tuple[float, float] = (0.1, 2.0)
     solarize: float = 0.0
+    operations: int = 0
+    operation: float = 0.5
+    magnitude: float = 9.0
+    magnitude_std: float = 0.5
 
 
 def minimal(size: tuple[int, int], scale: tuple[float, float] = (0.2, 1.0)) -> Augmentation:
@@ -65,6 +90,13 @@ def byol_views(size: tuple[int, int], scale: tuple[float, float] = (0.08, 1.0)) 
         Augmentation(size, scale, blur=1.0, **colours),
         Augmentation(size, scale, blur=0.1, solarize=0.2, **colours),
     )
+
+
+def two_views(
+    size: tuple[int, int], scale: tuple[float, float], augmentation: str
+) -> tuple[Augmentation, Augmentation]:
+    """BYOL's two views ("byol"), or twice crop and flip only ("minimal")."""
+    return byol_views(size, scale) if augmentation == "byol" else (minimal(size, scale),) * 2
 
 
 def multi_crop(
@@ -104,8 +136,9 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def view_uniforms(rows: slice, seed: int, step: int, view: int) -> np.ndarray:
-    """float64 [rows, 32]: what `view_parameters` wants, for these rows of the global batch of a step."""
-    return uniforms(rows, _COLUMNS, seed, VIEW, step, view)
+    """float64 [rows, 48]: what `view_parameters` wants, for these rows of the global batch of a step."""
+    tables = ((_COLUMNS, VIEW), (_RAND_COLUMNS, RAND))
+    return np.concatenate([uniforms(rows, columns, seed, purpose, step, view) for columns, purpose in tables], 1)
 
 
 def view_parameters(view: Augmentation, sizes_B2: np.ndarray, uniforms_BU: np.ndarray) -> Mapping[str, np.ndarray]:
@@ -113,16 +146,30 @@ def view_parameters(view: Augmentation, sizes_B2: np.ndarray, uniforms_BU: np.nd
 
     Returns:
         start, shape: int32 [B, 2], the crop in pixels, (x, y) and (width, height).
+        shift: int32 [B, 2], (x, y) of the window in the image of the view's size, from -pad to pad.
         mirror: int32 [B].
+        kind0, matrix0, tones0, blend0 (1, 2 for further operations): as `operation_parameters` gives them.
         brightness, contrast, saturation, hue (degrees): float32 [B].
         sigma: float32 [B] and window: int32 [B], 0 for "from sigma", 1 for no blur.
         solarize_from: int32 [B], 256 for never.
     """
     u = uniforms_BU
-    start, shape = _resized_crop(view, sizes_B2, u)
-    parameters = {"start": start, "shape": shape}
+    if view.pad:
+        shift_B2 = np.floor(u[:, (_LEFT, _TOP)] * (2 * view.pad + 1)) - view.pad
+        parameters = {
+            "start": np.zeros_like(sizes_B2),
+            "shape": sizes_B2,
+            "shift": shift_B2.astype(np.int32, order="C"),
+        }
+    else:
+        start, shape = _resized_crop(view, sizes_B2, u)
+        parameters = {"start": start, "shape": shape}
     if view.flip:
         parameters["mirror"] = (u[:, _FLIP] < view.flip).astype(np.int32)
+    for index in range(view.operations):
+        names_B, magnitudes_B = drawn_operations(view, u, index)
+        named = operation_parameters(names_B, magnitudes_B, view.size)
+        parameters |= {f"{name}{index}": values for name, values in named.items()}
     if view.jitter or view.grayscale:
         apply = u[:, _JITTER] < view.jitter
         for name, column in (("brightness", _BRIGHTNESS), ("contrast", _CONTRAST), ("saturation", _SATURATION)):
@@ -138,6 +185,74 @@ def view_parameters(view: Augmentation, sizes_B2: np.ndarray, uniforms_BU: np.nd
     if view.solarize:
         parameters["solarize_from"] = np.where(u[:, _SOLARIZE] < view.solarize, SOLARIZE_FROM, NEVER).astype(np.int32)
     return parameters
+
+
+def drawn_operations(view: Augmentation, uniforms_BU: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+    """The `index`-th operation of each image: its name, str [B], "" for none, and its magnitude, float64 [B] from 0 to 10,
+    negative where an operation that has two directions takes the other one.
+    """
+    u = uniforms_BU[:, 5 * index :]  # the named columns are those of the first operation
+    names_B = np.array(OPERATIONS)[(u[:, _CHOICE] * len(OPERATIONS)).astype(int)]
+    names_B = np.where(u[:, _APPLY] < view.operation, names_B, "")
+    normal_B = np.sqrt(-2 * np.log1p(-u[:, _NOISE])) * np.cos(2 * np.pi * u[:, _ANGLE])  # Box and Muller 1958
+    magnitudes_B = np.clip(view.magnitude + view.magnitude_std * normal_B, 0, 10)
+    return names_B, np.where(u[:, _SIGN] < 0.5, magnitudes_B, -magnitudes_B)
+
+
+def operation_parameters(
+    names_B: np.ndarray, magnitudes_B: np.ndarray, size: tuple[int, int]
+) -> Mapping[str, np.ndarray]:
+    """What the pipeline is given for one operation per image, with the ranges of timm's "inc1".
+
+    Args:
+        names_B: str, out of `OPERATIONS`, or "" for none.
+        magnitudes_B: float64, -10 to 10.
+        size: (height, width) of the view.
+
+    Returns:
+        kind: int32 [B], which branch: NOTHING, WARP and so on.
+        matrix: float32 [B, 2, 3], from a place in the view to the place that its pixel comes from, both (x, y, 1) from the corner
+            (rotations up to 30 degrees about the centre, shears up to 0.3, shifts up to 0.45 of the side).
+        tones: uint8 [B, 4], (keep, start, flip, add): value & keep, then ^ flip where it is start or more, then + add where it is
+            below 128 (posterize: 4 bits less one for every 2.5, but at least one, as newer Pillow demands; solarize: from 256
+            down to 0; solarize-add: up to 110).
+        blend: float32 [B, 3], (factor, grey, mean): factor * value + (1 - factor) * other, where other is grey * the pixel's
+            grey + mean * the mean grey, or for sharpness the smoothed value; factors from 0.1 to 1.9.
+    """
+    signed_B = magnitudes_B / 10
+    level_B = abs(signed_B)
+
+    def at(name: str, values: np.ndarray | float, otherwise: float) -> np.ndarray:
+        return np.where(names_B == name, values, otherwise)
+
+    matrix_B23 = np.tile(np.eye(2, 3, dtype=np.float32), (len(names_B), 1, 1))
+    centre_2 = np.array(size[::-1]) / 2
+    turn_B = -np.deg2rad(at("rotate", 30 * signed_B, 0))
+    rotation_B22 = np.stack([np.cos(turn_B), np.sin(turn_B), -np.sin(turn_B), np.cos(turn_B)], 1).reshape(-1, 2, 2)
+    matrix_B23[:, :, :2] = rotation_B22
+    matrix_B23[:, :, 2] = centre_2 - rotation_B22 @ centre_2
+    for axis, letter in enumerate("xy"):
+        matrix_B23[:, axis, 1 - axis] += at(f"shear-{letter}", 0.3 * signed_B, 0)
+        matrix_B23[:, axis, 2] += at(f"translate-{letter}", 0.45 * size[1 - axis] * signed_B, 0)
+    start_B = 256 - np.floor(at("solarize", level_B, 0) * 256)
+    tones_B4 = [
+        (0xFF << (4 + np.floor(at("posterize", np.minimum(level_B * 4, 3), -4)).astype(int))) & 0xFF,
+        at("invert", 0, np.minimum(start_B, 255)),
+        at("invert", 255, np.where(start_B < 256, 255, 0)),
+        np.floor(at("solarize-add", level_B * 110, 0)),
+    ]
+    blended_B = np.isin(names_B, ("colour", "contrast", "brightness", "sharpness"))
+    blend_B3 = [
+        np.where(blended_B, np.maximum(0.1, 1 + 0.9 * signed_B), 1),
+        at("colour", 1, 0),
+        at("contrast", 1, 0),
+    ]
+    return {
+        "kind": np.array([_KIND_OF.get(name, NOTHING) for name in names_B.tolist()], np.int32),
+        "matrix": matrix_B23,
+        "tones": np.stack(tones_B4, 1).astype(np.uint8),
+        "blend": np.stack(blend_B3, 1).astype(np.float32),
+    }
 
 
 def _resized_crop(view: Augmentation, sizes_B2: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

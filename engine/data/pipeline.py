@@ -15,27 +15,45 @@ Shape suffixes: B images, 2 is (width, height) or (x, y).
 import os
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
-from nvidia.dali import Pipeline, fn, types
+from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
 from engine.data import screen
 from engine.data.augment import (
+    AUTOCONTRAST,
+    BLEND,
+    EQUALIZE,
+    SHARPNESS,
+    TONES,
+    WARP,
     Augmentation,
     byol_views,
     epoch_order,
     minimal,
     multi_crop,
+    two_views,
     view_parameters,
     view_uniforms,
 )
 from engine.data.sources import ImageSet, check_bad, substitutes, usable_cpus
 from engine.errors import BadInput
 
-__all__ = ["Augmentation", "Batch", "TrainLoader", "byol_views", "eval_batches", "minimal", "multi_crop"]
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "TrainLoader",
+    "byol_views",
+    "each_once",
+    "eval_batches",
+    "minimal",
+    "multi_crop",
+    "two_views",
+]
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -43,6 +61,8 @@ EVAL_MARGIN = 256 / 224  # the resized short side over the centre crop
 SMALL = 64  # pixels; up to this an evaluated image is resized straight to the wanted size
 MAX_THREADS = 16
 QUEUE = 2  # batches made ahead
+FILL = np.array([round(255 * value) for value in IMAGENET_MEAN], np.uint8).reshape(1, 1, 3)
+SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 Inputs = Mapping[str, np.ndarray]  # by name, one row per image
 
@@ -73,7 +93,7 @@ class TrainLoader:
 
     Args:
         images: the set to read.
-        views: what to make of each image.
+        views: what to make of each image; none reads no image, and batches tell ids only.
         batch_size: images of a step over all ranks.
         seed: not negative; order and augmentation depend on nothing else but the step.
         rank, world: which part of each batch this process makes.
@@ -107,16 +127,19 @@ class TrainLoader:
             raise BadInput(f"batch size {batch_size} cannot be shared by {world} ranks: choose a multiple of {world}")
         if seed < 0:
             raise BadInput(f"seed {seed} is negative: choose 0 or above")
-        if not views:
-            raise BadInput("no views are asked for: choose at least one")
         self.images, self.views, self.batch_size, self.seed = images, tuple(views), batch_size, seed
         self.steps_per_epoch = len(images) // batch_size
         self._rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._files = _Files(images, [] if ledger is None else ledger)
+        self._stream = None
+        self._step = start_step  # of a loader without views
+        if not self.views:
+            return
         self._stream = _Stream(
             self._files,
-            graph=lambda encoded, given, decoder: _view_graph(self.views, encoded, given, decoder),
+            graph=partial(_view_graph, self.views),
+            branches=any(view.operations for view in self.views),
             plan=self._plan,
             batch=batch_size // world,
             device=torch.device(device),
@@ -128,11 +151,16 @@ class TrainLoader:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._stream)
+        if self._stream is not None:
+            return next(self._stream)
+        step, (ids, _) = self._step, self._plan(self._step)
+        self._step += 1
+        return _batch(self.images, step, ids, ())
 
     def close(self) -> None:
         """Frees the pipeline; batches already given stay valid."""
-        self._stream.close()
+        if self._stream is not None:
+            self._stream.close()
 
     def _plan(self, step: int) -> tuple[np.ndarray, Inputs]:
         epoch, place = divmod(step, self.steps_per_epoch)
@@ -140,12 +168,7 @@ class TrainLoader:
             self._order = epoch, epoch_order(len(self.images), self.seed, epoch)
         chosen = self._order[1][place * self.batch_size :][self._rows]
         ids = self._files.substitute[chosen]
-        inputs = {}
-        for index, view in enumerate(self.views):
-            uniforms = view_uniforms(self._rows, self.seed, step, index)
-            parameters = view_parameters(view, self.images.sizes[ids], uniforms)
-            inputs |= {f"{index}.{key}": value for key, value in parameters.items()}
-        return ids, inputs
+        return ids, _view_inputs(self.views, self.images.sizes[ids], self._rows, self.seed, step)
 
 
 def eval_batches(
@@ -178,13 +201,76 @@ def eval_batches(
 
     return _Stream(
         files,
-        graph=lambda encoded, given, decoder: _eval_graph(size, encoded, given, decoder),
+        graph=partial(_eval_graph, size),
+        branches=False,
         plan=plan,
         batch=batch_size,
         device=torch.device(device),
         threads=threads,
         start=0,
     )
+
+
+def each_once(
+    images: ImageSet,
+    views: Sequence[Augmentation],
+    batch_size: int,
+    *,
+    seed: int,
+    turn: int,
+    rank: int = 0,
+    world: int = 1,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    ledger: MutableSequence[tuple[str, str]] | None = None,
+) -> Iterator[Batch]:
+    """This rank's share of all ids, in order: ids rank * share to (rank + 1) * share, where share is a multiple of `batch_size`.
+
+    Past the last id comes that one again and again, so that all batches are full and all ranks have equally many. Crops depend on
+    seed, turn and id alone.
+
+    Args:
+        batch_size: images of a batch of this rank.
+        turn: other turns give other crops.
+
+    Raises:
+        BadInput: while iterating, if files turn out bad beyond the limit.
+    """
+    files = _Files(images, [] if ledger is None else ledger)
+    share = -(-len(images) // (world * batch_size)) * batch_size
+
+    def plan(step: int) -> tuple[np.ndarray, Inputs]:
+        if step * batch_size >= share:
+            raise StopIteration
+        start = rank * share + step * batch_size
+        rows = slice(start, start + batch_size)
+        ids = files.substitute[np.arange(rows.start, rows.stop).clip(max=len(images) - 1)]
+        return ids, _view_inputs(views, images.sizes[ids], rows, seed, turn)
+
+    return _Stream(
+        files,
+        graph=partial(_view_graph, tuple(views)),
+        branches=any(view.operations for view in views),
+        plan=plan,
+        batch=batch_size,
+        device=torch.device(device),
+        threads=threads,
+        start=0,
+    )
+
+
+def _view_inputs(views: Sequence[Augmentation], sizes_B2: np.ndarray, rows: slice, seed: int, step: int) -> Inputs:
+    """What the graph of these views wants for these rows of a step."""
+    inputs = {}
+    for index, view in enumerate(views):
+        parameters = view_parameters(view, sizes_B2, view_uniforms(rows, seed, step, index))
+        inputs |= {f"{index}.{key}": value for key, value in parameters.items()}
+    return inputs
+
+
+def _batch(images: ImageSet, step: int, ids: np.ndarray, views: tuple[Tensor, ...]) -> Batch:
+    labels = None if images.labels is None else torch.from_numpy(images.labels[ids])
+    return Batch(ids=torch.from_numpy(ids), images=views, labels=labels, step=step)
 
 
 class _Files:
@@ -213,19 +299,23 @@ class _Files:
 
 
 class _Stream:
-    """Runs a pipeline over numbered steps; builds it anew, at the same step, without a file that it cannot decode."""
+    """Runs a pipeline over numbered steps; builds it anew, at the same step, without a file that it cannot decode.
+
+    `branches`: whether the graph has an `if` about a node, which costs the build a rewriting of its functions.
+    """
 
     def __init__(
         self,
         files: _Files,
         graph: Callable[[DataNode, Mapping[str, DataNode], str], tuple[DataNode, ...]],
+        branches: bool,
         plan: Callable[[int], tuple[np.ndarray, Inputs]],
         batch: int,
         device: torch.device,
         threads: int | None,
         start: int,
     ):
-        self._files, self._graph, self._plan, self._batch = files, graph, plan, batch
+        self._files, self._graph, self._branches, self._plan, self._batch = files, graph, branches, plan, batch
         on_gpu = device.type == "cuda"
         self._device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -245,16 +335,11 @@ class _Stream:
                 break
             except RuntimeError as error:
                 self._mend(error)
-        step, ids = self._step, torch.from_numpy(self._flying.pop(self._step))
+        step, ids = self._step, self._flying.pop(self._step)
         self._step += 1
-        labels = self._files.images.labels
-        return Batch(
-            ids=ids,
-            # the dynamic executor gives the buffer away: it is not written again while a tensor refers to it
-            images=tuple(torch.from_dlpack(output.as_tensor()) for output in outputs),
-            labels=None if labels is None else torch.from_numpy(labels[ids.numpy()]),
-            step=step,
-        )
+        # the dynamic executor gives the buffers away: they are not written again while a tensor refers to them
+        views = tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+        return _batch(self._files.images, step, ids, views)
 
     def close(self) -> None:
         self._pipeline = None
@@ -269,17 +354,17 @@ class _Stream:
             self._flying[first + iteration] = ids
             return [[self._files.path(index) for index in ids], *(inputs[name] for name in names)]
 
-        pipeline = Pipeline(
+        def define() -> tuple[DataNode, ...]:
+            paths, *given = fn.external_source(give, num_outputs=1 + len(names), batch=True)
+            return self._graph(_read(paths), dict(zip(names, given)), self._decoder)
+
+        pipeline = pipeline_def(define, enable_conditionals=self._branches)(
             batch_size=self._batch,
             num_threads=self._threads,
             device_id=self._device_id,
             prefetch_queue_depth=QUEUE,
             exec_dynamic=True,
         )
-        with pipeline:
-            paths, *given = fn.external_source(give, num_outputs=1 + len(names), batch=True)
-            inputs = dict(zip(names, given, strict=True))
-            pipeline.set_outputs(*self._graph(_read(paths), inputs, self._decoder))
         pipeline.build()
         return pipeline
 
@@ -346,6 +431,12 @@ def _view_graph(
         else:
             pixels = fn.slice(image, **crop, axis_names="WH")
         pixels = fn.resize(pixels, size=view.size, interp_type=types.INTERP_CUBIC, antialias=True)
+        if "shift" in parameters:
+            window = {"start": parameters["shift"], "shape": view.size[::-1], "axis_names": "WH"}
+            pixels = fn.slice(pixels, **window, out_of_bounds_policy="pad", fill_values=0)
+        for number in range(view.operations):
+            operation = [parameters[f"{name}{number}"] for name in ("kind", "matrix", "tones", "blend")]
+            pixels = _operate(pixels, view.size, *operation, decoder)
         if "hue" in parameters:
             colours = {key: parameters[key] for key in ("brightness", "contrast", "saturation", "hue")}
             pixels = fn.color_twist(pixels, **colours)
@@ -356,6 +447,66 @@ def _view_graph(
             pixels = pixels ^ ((pixels >= start) * types.Constant(255).uint8())  # 255 - value, where it is bright
         outputs.append(_normalise(pixels, mirror=parameters.get("mirror", 0)))
     return tuple(outputs)
+
+
+def _operate(
+    pixels: DataNode,
+    size: tuple[int, int],
+    kind: DataNode,
+    matrix: DataNode,
+    tones: DataNode,
+    blend: DataNode,
+    decoder: str,
+) -> DataNode:
+    """One operation of RandAugment, the one of each image alone. Rounding is Pillow's: blends cut off."""
+    device = "cpu" if decoder == "cpu" else "gpu"
+    if kind == WARP:
+        pixels = _warp(pixels, size, matrix, device)
+    elif kind == TONES:
+        pixels = _change_tones(pixels, tones if device == "cpu" else tones.gpu())
+    elif kind == BLEND:
+        numbers = blend if device == "cpu" else blend.gpu()
+        grey = fn.color_space_conversion(pixels, image_type=types.RGB, output_type=types.GRAY)
+        mean = math.floor(fn.reductions.mean(grey, axes=(0, 1), keep_dims=True) + 0.5)
+        pixels = _cut(pixels * numbers[0] + (1 - numbers[0]) * (numbers[1] * grey + numbers[2] * mean))
+    elif kind == SHARPNESS:
+        numbers = blend if device == "cpu" else blend.gpu()
+        smooth = fn.filter(pixels, types.Constant(SMOOTH, device=device))
+        within = types.Constant(
+            np.pad(np.ones((size[0] - 2, size[1] - 2, 1), np.float32), ((1, 1), (1, 1), (0, 0))), device=device
+        )
+        pixels = _cut(pixels + (1 - numbers[0]) * within * (fn.cast(smooth, dtype=types.FLOAT) - pixels))
+    elif kind == AUTOCONTRAST:
+        low = fn.reductions.min(pixels, axes=(0, 1), keep_dims=True)
+        high = fn.reductions.max(pixels, axes=(0, 1), keep_dims=True)
+        flat = low == high  # such a channel stays as it is
+        reach = fn.cast(high, dtype=types.FLOAT) - low + 255 * flat
+        pixels = _cut((fn.cast(pixels, dtype=types.FLOAT) - low * (low != high)) * (255 / reach))
+    elif kind == EQUALIZE:
+        pixels = fn.equalize(pixels)
+    return pixels
+
+
+def _warp(pixels: DataNode, size: tuple[int, int], matrix: DataNode, device: str) -> DataNode:
+    """Bilinear; what comes from outside the image is the mean colour, with a sharp edge as in Pillow."""
+    warped = fn.warp_affine(pixels, matrix=matrix, interp_type=types.INTERP_LINEAR)
+    rows_columns = np.mgrid[: size[0], : size[1]].astype(np.float32)[..., None] + 0.5
+    y, x = (types.Constant(places, device=device) for places in rows_columns)
+    m = matrix if device == "cpu" else matrix.gpu()
+    source_x, source_y = (m[axis, 0] * x + m[axis, 1] * y + m[axis, 2] for axis in (0, 1))
+    inside = (source_x >= 0) & (source_x < size[1]) & (source_y >= 0) & (source_y < size[0])
+    return warped * inside + types.Constant(FILL, device=device) * (inside ^ True)
+
+
+def _change_tones(pixels: DataNode, tones: DataNode) -> DataNode:
+    pixels = pixels & tones[0]
+    pixels = pixels ^ ((pixels >= tones[1]) * tones[2])
+    return pixels + (pixels < 128) * tones[3]
+
+
+def _cut(values: DataNode) -> DataNode:
+    """Floats to bytes, cut off to whole numbers from 0 to 255."""
+    return fn.cast(math.clamp(math.floor(values), 0, 255), dtype=types.UINT8)
 
 
 def _eval_graph(

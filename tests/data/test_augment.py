@@ -3,10 +3,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import ks_2samp
+from scipy.stats import chisquare, ks_2samp, kstest, truncnorm
 from torchvision.transforms import RandomResizedCrop
 
-from engine.data.augment import Augmentation, byol_views, epoch_order, minimal, uniforms, view_parameters, view_uniforms
+from engine.data.augment import (
+    OPERATIONS,
+    Augmentation,
+    byol_views,
+    drawn_operations,
+    epoch_order,
+    minimal,
+    operation_parameters,
+    uniforms,
+    view_parameters,
+    view_uniforms,
+)
 
 BATCH = 20_000
 
@@ -77,6 +88,43 @@ def test_probabilities_and_ranges_are_those_asked_for():
 def test_only_what_a_view_needs_is_drawn():
     assert set(parameters(minimal((8, 8)), batch=2)) == {"start", "shape", "mirror"}
     assert set(parameters(Augmentation((8, 8), (1, 1), flip=0), batch=2)) == {"start", "shape"}
+
+
+def test_a_padded_crop_is_drawn_evenly_and_leaves_no_other_crop():
+    drawn = parameters(Augmentation((32, 32), (0.2, 1), pad=4))
+    assert set(drawn) == {"start", "shape", "shift", "mirror"}
+    assert (drawn["start"] == 0).all()
+    assert (drawn["shape"] == (500, 375)).all()
+    for axis in range(2):
+        counts = np.bincount(drawn["shift"][:, axis] + 4)
+        assert len(counts) == 9
+        assert chisquare(counts).pvalue > 1e-3
+
+
+def test_operations_are_drawn_evenly_with_normal_magnitudes():
+    view = Augmentation((32, 32), (0.2, 1), operations=2)
+    uniforms = view_uniforms(slice(0, BATCH), 0, 0, 0)
+    both = [drawn_operations(view, uniforms, index) for index in range(2)]
+    for names, magnitudes in both:
+        found, counts = np.unique(names, return_counts=True)
+        assert set(found) == {"", *OPERATIONS}
+        assert chisquare(counts[1:]).pvalue > 1e-3
+        assert abs(counts[0] / BATCH - 0.5) < 0.015
+        assert abs((magnitudes > 0).mean() - 0.5) < 0.015
+        assert abs(magnitudes).max() == 10
+        inside = abs(magnitudes)[abs(magnitudes) < 10]
+        assert kstest(inside, truncnorm(-np.inf, 2, loc=9, scale=0.5).cdf).pvalue > 1e-3
+    (first, strength), (second, other) = both
+    assert abs(np.corrcoef(abs(strength), abs(other))[0, 1]) < 0.03
+    assert abs((first == second)[(first != "") & (second != "")].mean() - 1 / 15) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "low", "high"), [("posterize", "tones", 0xF0, 0x80), ("colour", "blend", 1.0, 1.9)]
+)
+def test_greater_magnitudes_are_stronger(name, key, low, high):
+    drawn = operation_parameters(np.array([name] * 2), np.array([0.0, 10.0]), (32, 32))
+    assert drawn[key][:, 0].tolist() == pytest.approx([low, high])
 
 
 def test_numbers_are_a_function_of_their_keys_and_row():

@@ -1,16 +1,19 @@
 """The loader against plain restatements, and its promises: resume, ranks, threads, bad files found late."""
 
 import itertools
+import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from scipy.ndimage import gaussian_filter1d
+from timm.data.auto_augment import AugmentOp, rand_augment_choices
 
 from engine.data import pipeline, sources
-from engine.data.augment import Augmentation, view_parameters, view_uniforms
-from engine.data.pipeline import TrainLoader, byol_views, eval_batches, minimal
+from engine.data.augment import OPERATIONS, Augmentation, drawn_operations, view_parameters, view_uniforms
+from engine.data.pipeline import TrainLoader, byol_views, each_once, eval_batches, minimal
 from engine.errors import BadInput
 from tests.data.corpus import HOSTILE, picture, png_bytes, write_hostile, write_photos
 
@@ -138,12 +141,35 @@ def test_a_batch_keeps_its_values_while_the_loader_runs_on(digits_train):
         ({"batch_size": 0}, "choose 1 to 40"),
         ({"batch_size": 10, "world": 4}, "choose a multiple of 4"),
         ({"batch_size": 8, "seed": -1}, "choose 0 or above"),
-        ({"batch_size": 8, "views": []}, "at least one"),
     ],
 )
 def test_impossible_wishes_are_named(photos, options, sentence):
     with pytest.raises(BadInput, match=sentence):
         loader(photos, **options)
+
+
+def test_without_views_a_loader_tells_the_ids_that_one_with_views_tells(photos):
+    bare, whole = take(loader(photos, views=(), batch_size=8), 7), take(loader(photos, batch_size=8), 7)
+    for one, other in zip(bare, whole, strict=True):
+        assert one.images == () and one.step == other.step
+        assert torch.equal(one.ids, other.ids) and torch.equal(one.labels, other.labels)
+    resumed = take(loader(photos, views=(), batch_size=8, start_step=5), 2)
+    assert [batch.ids.tolist() for batch in resumed] == [batch.ids.tolist() for batch in bare[5:]]
+
+
+def test_each_once_goes_through_every_id_and_fills_the_last_batch_up(photos):
+    def ids_and_crops(turn, **options):
+        batches = list(each_once(photos, byol_views(SIZE), 12, seed=3, turn=turn, threads=1, **options))
+        return torch.cat([batch.ids for batch in batches]), torch.cat(
+            [torch.stack(batch.images, 1) for batch in batches]
+        )
+
+    ids, crops = ids_and_crops(0)
+    assert ids.tolist() == [*range(40), *[39] * 8] and crops.shape == (48, 2, 3, 32, 32)
+    shares = [ids_and_crops(0, rank=rank, world=2) for rank in range(2)]
+    assert shares[0][0].tolist() == [*range(24)] and shares[1][0].tolist() == [*range(24, 40), *[39] * 8]
+    assert torch.equal(torch.cat([crops_ for _, crops_ in shares]), crops)
+    assert not torch.equal(ids_and_crops(1)[1], crops)
 
 
 def restate(path, view, drawn, row):
@@ -193,6 +219,102 @@ def test_views_are_those_of_plain_restatements(photos, views):
         assert error.mean() < 0.6
         assert np.quantile(error, 0.98) <= 3.1
         assert view.solarize or error.max() <= 6
+
+
+def timm_s(name, magnitude):
+    """The operation as timm's rand-m*-inc1 does it at this magnitude and sign, for a mean colour of ImageNet's."""
+    names = dict(zip(OPERATIONS, rand_augment_choices("", increasing=True), strict=True))
+    fill = tuple(round(255 * value) for value in pipeline.IMAGENET_MEAN)
+    hparams = {"img_mean": fill, "interpolation": Image.Resampling.BILINEAR}
+    operation = AugmentOp(names[name], prob=1.0, magnitude=abs(magnitude), hparams=hparams)
+
+    def apply(image):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("timm.data.auto_augment._randomly_negate", lambda value: math.copysign(value, magnitude))
+            return operation(image)
+
+    return apply
+
+
+def whole_pictures(folder, count, size):
+    """Pictures that already have the size of the view, and the view that shows them whole."""
+    for index in range(count):
+        picture(*size[::-1], seed=index).save(folder / f"{index:02d}.png")
+    ratio = size[1] / size[0]
+    return sources.open_images(folder, "train"), Augmentation(size, (1, 1), (ratio, ratio), flip=0)
+
+
+def equalized(image):
+    """By OpenCV's formula: Pillow counts only darker pixels, and by a whole number of pixels for each level."""
+    channels = np.asarray(image).transpose(2, 0, 1)
+    counts = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in channels])
+    first = np.take_along_axis(counts, (counts > 0).argmax(1)[:, None], 1)
+    tables = (counts.cumsum(1) - first) / (channels[0].size - first) * 255
+    return np.stack([table[channel] for table, channel in zip(tables, channels, strict=True)], -1)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_of_randaugment_is_timm_s(name, tmp_path, monkeypatch):
+    """To a level of 256; bilinear, which is one of timm's two ways."""
+    size, changed = (40, 48), []
+    magnitudes = np.array([0.0, 2.4, 2.6, 5.0, 7.3, 9.0, 9.99])
+    magnitudes = np.concatenate([magnitudes, -magnitudes])
+    images, view = whole_pictures(tmp_path, len(magnitudes), size)
+    names = np.full(len(magnitudes), name)
+    monkeypatch.setattr("engine.data.augment.drawn_operations", lambda view, uniforms, index: (names, magnitudes))
+    batch = next(loader(images, [replace(view, operations=1)], batch_size=len(magnitudes)))
+    for row, id in enumerate(batch.ids.tolist()):
+        before = picture(*size[::-1], seed=id)
+        expected = equalized(before) if name == "equalize" else timm_s(name, magnitudes[row])(before)
+        assert np.abs(pixels(batch.images[0][row]) - np.asarray(expected, float)).max() <= 1.01, magnitudes[row]
+        changed.append((np.asarray(expected) != np.asarray(before)).mean())
+    assert np.mean(changed) > 0.1
+
+
+def test_equalising_is_close_to_timm_s():
+    for seed in range(5):
+        theirs = timm_s("equalize", 9.0)(picture(224, 224, seed=seed))
+        assert np.abs(equalized(picture(224, 224, seed=seed)) - np.asarray(theirs, float)).mean() < 4
+
+
+def test_two_operations_of_randaugment_follow_one_another(tmp_path):
+    """Of images and operations as they come, each image gets its own two."""
+    images, view = whole_pictures(tmp_path, 40, (40, 48))
+    view = replace(view, operations=2)
+    for batch in take(loader(images, [view], batch_size=40), 3):
+        uniforms, seen = view_uniforms(slice(0, 40), 0, batch.step, 0), 0
+        drawn = [drawn_operations(view, uniforms, index) for index in range(2)]
+        for row, id in enumerate(batch.ids.tolist()):
+            expected, named = picture(48, 40, seed=id), [names[row] for names, _ in drawn]
+            # those not taken may make much of a level's difference after another operation
+            if {"equalize", "autocontrast", "posterize", "solarize", "solarize-add"}.isdisjoint(named):
+                for names, magnitudes in drawn:
+                    expected = timm_s(names[row], magnitudes[row])(expected) if names[row] else expected
+                assert np.abs(pixels(batch.images[0][row]) - np.asarray(expected, float)).max() <= 3.01, named
+                seen += any(named)
+        assert seen > 5
+
+
+def test_randaugment_that_never_acts_changes_nothing(photos):
+    for view in (minimal(SIZE), byol_views(SIZE)[1]):
+        off = take(loader(photos, [view], batch_size=8), 3)
+        assert_same(off, take(loader(photos, [replace(view, operations=2, operation=0.0)], batch_size=8), 3))
+
+
+def test_a_padded_crop_is_a_window_of_the_framed_image(tmp_path):
+    images, _ = whole_pictures(tmp_path, 40, (40, 48))
+    view, shifts = Augmentation((40, 48), (0.2, 1), pad=4), set()
+    for batch in take(loader(images, [view], batch_size=40), 3):
+        drawn = view_parameters(view, images.sizes[batch.ids.numpy()], view_uniforms(slice(0, 40), 0, batch.step, 0))
+        for row, id in enumerate(batch.ids.tolist()):
+            framed = np.pad(np.asarray(picture(48, 40, seed=id), float), ((4, 4), (4, 4), (0, 0)))
+            x, y = drawn["shift"][row] + 4
+            shifts.add((x, y))
+            expected = framed[y : y + 40, x : x + 48]
+            expected = expected[:, ::-1] if drawn["mirror"][row] else expected
+            assert np.abs(pixels(batch.images[0][row]) - expected).max() < 0.01
+    for axis in range(2):
+        assert {shift[axis] for shift in shifts} == set(range(9))
 
 
 FORMATS = {
@@ -386,6 +508,21 @@ def test_a_gpu_gives_what_the_cpu_gives(photos, digits_train, views):
             for view, same in zip(one.images, other.images, strict=True):
                 assert view.is_cuda
                 assert (view.cpu() - same).abs().mean() * STD.mean() < tolerance
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_an_operation_of_randaugment_is_on_the_gpu_what_it_is_on_the_cpu(name, tmp_path, monkeypatch):
+    magnitudes = np.linspace(-9.9, 9.9, 16)
+    images, view = whole_pictures(tmp_path, 16, (40, 48))
+    names = np.full(16, name)
+    monkeypatch.setattr("engine.data.augment.drawn_operations", lambda view, uniforms, index: (names, magnitudes))
+    views = [replace(view, operations=1), replace(view, operations=1, pad=4)]
+    ours, theirs = (next(loader(images, views, batch_size=16, device=device)) for device in ("cuda", "cpu"))
+    for one, other in zip(ours.images, theirs.images, strict=True):
+        difference = (one.cpu() - other).abs() * torch.tensor(STD, dtype=torch.float32)[:, None, None]
+        assert difference.max() <= 2.01
+        assert difference.mean() < 0.1
 
 
 @pytest.mark.gpu

@@ -5,20 +5,22 @@ precision or logging. One method is one file in this folder, found by its name; 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from engine.collapse import Collapse
-from engine.data.pipeline import Augmentation
+from engine.data.pipeline import Augmentation, Batch
 from engine.data.sources import ImageSet
 from engine.draws import Draws
 from engine.errors import BadInput
-from engine.heads import BatchNorm, UnitPrototypes
+from engine.heads import BatchNorm, Classifier, UnitPrototypes
 from engine.optim import CLIP_OVER, OPTIMIZERS, SCHEDULES, Group, Moment
+from engine.tokens import View
 from engine.vit import VisionTransformer
 
 
@@ -54,7 +56,7 @@ class StageSettings:
     clip_over: str = "all"
     """What that norm is taken over: all gradients, each part (encoder, each head), or each tensor."""
     weight_ema: float = 0.0
-    """Decay of an average of the encoder's weights, which is then what is probed and exported; 0 keeps none."""
+    """Decay of an average of the weights of encoder and classifier, which is then what is probed and exported; 0 keeps none."""
     crop_scale: tuple[float, float] = (0.2, 1.0)
     """Share of the image's area that a random crop covers."""
     flip: float = 0.5
@@ -166,6 +168,8 @@ class Method(nn.Module, ABC):
         trains_encoder: whether the encoder differs after the stage.
         neighbours: dataset ids int64 [b] that the last step's lookup found for its images, -1 for none; else None.
         prototype_count: how many prototypes the images are shared out to; 0 where the method does not cluster.
+        classifier: scores of the classes from `features`, where the method learns them: judged by every probe, averaged with the
+            encoder, exported as its head; else None.
         moment: where in the stage the current update lies.
     """
 
@@ -179,6 +183,7 @@ class Method(nn.Module, ABC):
         self.settings = settings
         self.neighbours: Tensor | None = None
         self.prototype_count = 0
+        self.classifier: Classifier | None = None
         self.moment = Moment()
 
     @property
@@ -188,16 +193,36 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def views(self) -> tuple[Augmentation, ...]:
-        """The crops of one image that a step sees."""
+        """The crops of one image that a step sees; none, if the method has stored what it needs of them."""
+
+    def store(self, crops: Callable[[Sequence[Augmentation], int], Iterator[Batch]], images: int) -> None:
+        """Asked of a method without views before its steps, of a resumed run too: go through the data and keep what is needed.
+
+        Args:
+            crops: given views and a turn, goes through this rank's share of the images once (`engine.data.pipeline.each_once`).
+            images: of all ranks' shares together.
+        """
+        raise NotImplementedError
 
     def prepare(self, images: ImageSet, device: torch.device) -> None:
         """Look at the data once, before the first step of a stage; not called when a run is resumed, so what it finds goes into
         buffers, which checkpoints hold.
         """
 
+    def keepsakes(self, folder: Path) -> None:
+        """Write into the run folder what belongs beside the weights; asked of the first rank, once `prepare` is done."""
+
     def draw(self, draws: Draws) -> dict[str, Tensor]:
-        """Random choices of one step: tensors whose first dimension is this rank's images."""
-        return {}
+        """Random choices of one step: tensors whose first dimension is this rank's images. Here, those of stochastic depth."""
+        return {"depth": draws.seeds()} if any(self.encoder.drop_path_rates) else {}
+
+    def encode(self, views: Sequence[View], drawn: dict[str, Tensor]) -> list[Tensor]:
+        """The encoder's tokens [b, L, C] of each view: all views, whatever their sizes, in one pass, under stochastic depth as
+        drawn."""
+        generator = None
+        if "depth" in drawn:
+            generator = torch.Generator(views[0].images.device).manual_seed(int(drawn["depth"][0]))
+        return self.encoder.encode(views, generator).unpack()
 
     def begin(self, moment: Moment) -> None:
         """Told before each update. What depends on the step is computed from `self.moment` where it is needed, so there is
@@ -244,8 +269,13 @@ class Method(nn.Module, ABC):
             yield block, "forward"
 
     def ragged_regions(self) -> Iterator[tuple[object, str]]:
-        """Likewise, but meeting another number of rows at nearly every call: compiled once for any number."""
-        yield from ()
+        """Likewise, but meeting another number of rows at nearly every call, as blocks do under stochastic depth: compiled once
+        for any number.
+        """
+        for block, rate in zip(self.encoder.blocks, self.encoder.drop_path_rates, strict=True):
+            if rate:
+                yield block, "attend"
+                yield block, "feed"
 
     def features(self, images: Tensor) -> Tensor:
         """What evaluation sees: fp32 [B, C], the encoder's pooled output for whole images [B, 3, H, W]."""

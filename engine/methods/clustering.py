@@ -11,9 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from engine.collapse import CHOICES, Collapse
+from engine.collapse import CHOICES, Collapse, across_views
 from engine.data.pipeline import Augmentation, multi_crop
-from engine.draws import Draws
 from engine.errors import BadInput
 from engine.heads import Teacher, head_flops
 from engine.methods.base import Method, StageSettings
@@ -117,22 +116,28 @@ class Clustering(Method):
         )
         return tuple(replace(view, flip=settings.flip) for view in views)
 
-    def draw(self, draws: Draws) -> dict[str, Tensor]:
-        return {"depth": draws.seeds()} if any(self.encoder.drop_path_rates) else {}
-
-    def encode(self, views: list[View], drawn: dict[str, Tensor]) -> list[Tensor]:
-        """The student's tokens [b, L, C] of each view: all crops, whatever their sizes, in one pass of the backbone, under
-        stochastic depth."""
-        generator = None
-        if "depth" in drawn:
-            generator = torch.Generator(views[0].images.device).manual_seed(int(drawn["depth"][0]))
-        return self.encoder.encode(views, generator).unpack()
-
     @property
     def target_temperature(self) -> float:
         """Of this epoch."""
         s = self.settings
         return ramp(self.moment.epoch, s.target_temperature_epochs, s.target_temperature_start, s.target_temperature)
+
+    def predict_views(
+        self, scores_GK: Tensor, student_RK: Tensor, views: tuple[int, int], *, skip_same: bool = True
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """What the student's views learn of the targets that these scores make; the centre sees the scores.
+
+        Args:
+            views, skip_same: as for `engine.collapse.across_views`.
+
+        Returns:
+            The mean cross-entropy, what is added to the loss against collapse, and what is to be logged.
+        """
+        temperature = self.settings.student_temperature
+        targets = self.collapse.targets(scores_GK, self.target_temperature)
+        loss = across_views(targets, student_RK, temperature, views, skip_same=skip_same)
+        self.collapse.observe(scores_GK)
+        return loss, self.collapse.regulariser(student_RK, temperature), self.collapse.health(targets)
 
     def scores(self, features: Tensor) -> Tensor:
         """Scores [n, K] of pooled features [n, C] of the evaluated encoder."""
@@ -150,13 +155,6 @@ class Clustering(Method):
         others = [(name, p) for name, p in self.named_parameters() if name not in last]
         yield from with_decay(others, peak_lr, settings.weight_decay)
         yield from with_decay(last.items(), peak_lr, settings.weight_decay, frozen_epochs=settings.freeze_last_layer)
-
-    def ragged_regions(self) -> Iterator[tuple[object, str]]:
-        """Under stochastic depth every block keeps another number of sequences."""
-        for block, rate in zip(self.encoder.blocks, self.encoder.drop_path_rates, strict=True):
-            if rate:
-                yield block, "attend"
-                yield block, "feed"
 
     def patches(self, view: Augmentation) -> int:
         return (view.size[0] // self.encoder.patch_size) * (view.size[1] // self.encoder.patch_size)

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.collapse import across_views
 from engine.heads import DinoHead, Teacher
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.tokens import View
@@ -47,11 +46,8 @@ class Dino(Distillation):
         with torch.no_grad():
             taught = self.teach(images[: settings.global_crops])
             scores_GK = self.scores(torch.cat([self.evaluated.pool(tokens_bLC) for tokens_bLC in taught]))
-        targets = self.collapse.targets(scores_GK, self.target_temperature)
-        loss = across_views(targets, student_RK, settings.student_temperature, (settings.global_crops, len(images)))
-        self.collapse.observe(scores_GK)
-        report = self.collapse.health(targets)
-        return {"loss": loss + self.collapse.regulariser(student_RK, settings.student_temperature)} | report
+        loss, spread, health = self.predict_views(scores_GK, student_RK, (settings.global_crops, len(images)))
+        return {"loss": loss + spread} | health
 
     def scores(self, features: Tensor) -> Tensor:
         return self.teacher.head(features)

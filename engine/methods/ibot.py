@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine import masking
-from engine.collapse import across_views, cross_entropy, usage
+from engine.collapse import cross_entropy, usage
 from engine.draws import Draws
 from engine.errors import BadInput
 from engine.heads import DinoHead, Teacher, head_flops
@@ -191,12 +191,9 @@ class Ibot(Distillation):
             taught = self.teach(images[: s.global_crops])
             scores_GK = self.scores(torch.cat([self.evaluated.pool(tokens_bLC) for tokens_bLC in taught]))
             scores_MK = self.patch_scores(taught, masked)
-        targets = self.collapse.targets(scores_GK, self.target_temperature)
-        class_loss = across_views(targets, student_RK, s.student_temperature, (s.global_crops, len(images)))
-        self.collapse.observe(scores_GK)
+        class_loss, spread, health = self.predict_views(scores_GK, student_RK, (s.global_crops, len(images)))
         patch_targets = self.patch_collapse.targets(scores_MK, self.target_temperature)
         patch_loss = cross_entropy(patch_targets, student_MK, s.student_temperature, weights_R=masked.weights)
-        spread = self.collapse.regulariser(student_RK, s.student_temperature)
         patch_spread = self.patch_collapse.regulariser(student_MK, s.student_temperature)
         used = class_loss.new_zeros(())  # where chance masked nothing
         if len(scores_MK):
@@ -206,7 +203,7 @@ class Ibot(Distillation):
             "class_loss": class_loss.detach(),
             "patch_loss": patch_loss.detach(),
             "patch_prototype_usage": used,
-        } | self.collapse.health(targets)
+        } | health
 
     def _patch_head(self, owner: nn.Module) -> DinoHead:
         """What scores patches, of the student (self) or of the teacher."""

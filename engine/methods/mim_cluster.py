@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.collapse import across_views, cross_entropy, usage
+from engine.collapse import cross_entropy, usage
 from engine.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
 from engine.data.pipeline import Augmentation
 from engine.draws import Draws
@@ -141,12 +141,9 @@ class MimCluster(Distillation):
             student_RK = self.head.last_layer(student[0])
             with torch.no_grad():
                 scores_GK = self.teacher.head.last_layer(taught[0])
-            targets = self.collapse.targets(scores_GK, temperatures[0])
-            class_loss = across_views(targets, student_RK, temperatures[1], (len(large), len(seen)))
-            self.collapse.observe(scores_GK)
-            spread = self.collapse.regulariser(student_RK, temperatures[1])
+            class_loss, spread, health = self.predict_views(scores_GK, student_RK, (len(large), len(seen)))
             loss = loss + s.class_weight * (class_loss + spread)
-            report |= {"class_loss": class_loss.detach()} | self.collapse.health(targets)
+            report |= {"class_loss": class_loss.detach()} | health
         if s.patch_weight:
             student_MK = self.patch_last_layer(student[-1])
             with torch.no_grad():

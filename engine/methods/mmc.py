@@ -17,7 +17,7 @@ from torch import Tensor
 
 import kernels
 from engine import dist
-from engine.collapse import across_views, cross_entropy
+from engine.collapse import cross_entropy
 from engine.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
 from engine.draws import Draws
 from engine.heads import DinoHead, PixelDecoder, Teacher, contrast_projector, head_flops
@@ -178,16 +178,13 @@ class Mmc(Distillation):
         with torch.no_grad():
             scores = self.scores(taught)
         student_RK, student_MK, scores_RK, scores_MK = student[:crops], student[crops:], scores[:crops], scores[crops:]
-        targets = self.collapse.targets(scores_RK, self.target_temperature)
+        class_loss, spread, health = self.predict_views(scores_RK, student_RK, (s.global_crops,) * 2)
         patch_targets = self.patch_collapse.targets(scores_MK, self.target_temperature)
-        self.collapse.observe(scores_RK)
         self.patch_collapse.observe(scores_MK)
-        class_loss = across_views(targets, student_RK, s.student_temperature, (s.global_crops,) * 2)
         patch_loss = cross_entropy(patch_targets, student_MK, s.student_temperature, weights_R=masked.weights)
-        spread = self.collapse.regulariser(student_RK, s.student_temperature)
         spread = spread + self.patch_collapse.regulariser(student_MK, s.student_temperature)
         report = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
-        return class_loss + patch_loss + spread, report | self.collapse.health(targets)
+        return class_loss + patch_loss + spread, report | health
 
     def cls_to_patch(self, patches_RNC: Tensor, taught_RC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What the teacher says of a crop, learned by the mean of the student's patches of the same crop."""

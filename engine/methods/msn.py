@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import dist
-from engine.collapse import Collapse, across_views
+from engine.collapse import Collapse
 from engine.data.pipeline import Augmentation
 from engine.draws import Draws
 from engine.errors import BadInput
@@ -160,11 +160,8 @@ class Msn(Distillation):
         with torch.no_grad():
             (target_bLC,) = self.teach(images[:1])
             scores_GK = self.scores(self.evaluated.pool(target_bLC))
-        targets = self.collapse.targets(scores_GK, self.target_temperature)
-        loss = across_views(targets, student_RK, settings.student_temperature, (1, len(anchors)), skip_same=False)
-        self.collapse.observe(scores_GK)
-        report = self.collapse.health(targets)
-        return {"loss": loss + self.collapse.regulariser(student_RK, settings.student_temperature)} | report
+        loss, spread, health = self.predict_views(scores_GK, student_RK, (1, len(anchors)), skip_same=False)
+        return {"loss": loss + spread} | health
 
     def scores(self, features: Tensor) -> Tensor:
         return self.prototypes(self.teacher.head(features))

@@ -3,6 +3,7 @@
 import resource
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from engine import dist
+from engine.config import Plan
 from engine.state import TrainState
 
 if TYPE_CHECKING:
@@ -23,11 +25,14 @@ def dry_run(parts: "Parts", build: Callable[..., TrainState]) -> None:
     table = Table(title=f"dry run: {parts.plan.train.method}, {parts.plan.model}, {parts.precision}")
     for heading in ("stage", "first step (s)", "images/s", "steps", "hours", "peak memory (GiB)"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
-    state, hours = None, 0.0
+    state, hours, measured = None, 0.0, replace(parts, plan=_without_reuse(parts.plan))
     for stage in parts.stages:
-        state = build(parts, stage.index, state.method if state else None)
-        first, rate = _measure(parts, state)
-        stage_hours = stage.total_steps * stage.images_per_step / rate / 3600
+        state = build(measured, stage.index, state.method if state else None)
+        first, rate = _measure(measured, state)
+        reuse = getattr(parts.settings(stage.index), "reuse", 0)
+        # a stage that stores features encodes as many images as it stores; its steps on them are nothing beside that
+        images = reuse * len(parts.images(stage.index)) if reuse else stage.total_steps * stage.images_per_step
+        stage_hours = images / rate / 3600
         hours += stage_hours
         cells = (
             f"{first:.1f}",
@@ -40,6 +45,12 @@ def dry_run(parts: "Parts", build: Callable[..., TrainState]) -> None:
     if parts.ranks.first:
         Console().print(table)
         print(f"the whole run: about {hours:,.2f} hours with {parts.ranks.world} process(es), evaluation not counted.")
+
+
+def _without_reuse(plan: Plan) -> Plan:
+    """A stage that trains on stored features encodes at every step instead, so that this can be timed."""
+    stages = [(name, replace(s, reuse=0) if hasattr(s, "reuse") else s) for name, s in plan.stages]
+    return replace(plan, stages=tuple(stages))
 
 
 def _measure(parts: "Parts", state: TrainState) -> tuple[float, float]:

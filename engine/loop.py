@@ -102,7 +102,7 @@ def run_stage(
     )
     while state.step < stage.total_steps:
         batch = next(batches)
-        images, ids = batch.images, batch.ids.to(batch.images[0].device, non_blocking=True)
+        images, ids = batch.images, batch.ids.to(state.update.skipped.device, non_blocking=True)
         report = state.update(state.step, images, ids, state.method.draw(draws(state.step)))
         state.step += 1
         done, last = stage.first_step + state.step, state.step == stage.total_steps

@@ -25,11 +25,15 @@ AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
 
 class WeightAverage:
-    """An exponential average of the trained encoder weights, by parameter name; empty when the decay is 0."""
+    """An exponential average of the trained weights of the encoder, and of a classifier on it (with "classifier." before the
+    names), by parameter name; empty when the decay is 0."""
 
     def __init__(self, method: Method):
         self.decay = method.settings.weight_ema
-        self.online = {n: p for n, p in method.encoder.named_parameters() if p.requires_grad and self.decay}
+        named = dict(method.encoder.named_parameters())
+        if method.classifier is not None:
+            named |= {f"classifier.{name}": parameter for name, parameter in method.classifier.named_parameters()}
+        self.online = {name: parameter for name, parameter in named.items() if parameter.requires_grad and self.decay}
         self.weights = {name: parameter.detach().clone() for name, parameter in self.online.items()}
 
     @contextmanager
@@ -132,7 +136,7 @@ class Update:
     def _backward(
         self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor], last: bool
     ) -> dict[str, Tensor]:
-        device = images[0].device.type
+        device = ids.device.type
         with dist.without_sync(self.parallel) if not last else torch.enable_grad():
             with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
                 report = self.parallel(images, ids, drawn)

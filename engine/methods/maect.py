@@ -11,17 +11,22 @@ from torch import Tensor
 from engine.errors import BadInput
 from engine.heads import head_flops
 from engine.methods.base import Method
-from engine.methods.nnclr import Nnclr
-from engine.methods.nnclr import Settings as NnclrSettings
+from engine.methods.nnclr import DroppingSettings, Nnclr
 from engine.optim import Group, move_average, scaled_lr, with_decay
-from engine.tokens import Packed, View
+from engine.tokens import Packed
 from engine.vit import VisionTransformer
+
+FROZEN = {"same": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Settings(NnclrSettings):
+class Settings(DroppingSettings):
     """Contrastive tuning. `base_lr` and `weight_decay` are the encoder's; the head has its own."""
 
+    epochs: int = 20
+    base_lr: float = 1e-4
+    warmup: float = 0.2
+    crop_scale: tuple[float, float] = (0.08, 1.0)
     weight_decay: float = 0.05
     head_base_lr: float = 1e-4
     head_weight_decay: float = 1e-5
@@ -29,6 +34,8 @@ class Settings(NnclrSettings):
     """Block k of L trains at layer_decay ** (L - k) of the encoder's learning rate, the final norm at all of it."""
     frozen_blocks: int = -1
     """Blocks from below that stay as they are, and with the first one the patch embedding; -1 is the lower half."""
+    frozen_precision: str = "same"
+    """What the frozen blocks compute in: same (as the others), bf16 or fp16; lower is cheaper than the paper's."""
     projector_ema: float = 0.99
     """Momentum of the projector's average, which makes queries and queue."""
     weight_ema: float = 0.9999
@@ -40,6 +47,7 @@ class Settings(NnclrSettings):
             "head-weight-decay": (self.head_weight_decay >= 0, "a number from 0"),
             "layer-decay": (0 < self.layer_decay <= 1, "a number above 0, at most 1"),
             "projector-ema": (0 <= self.projector_ema < 1, "a number from 0 to below 1"),
+            "frozen-precision": (self.frozen_precision in FROZEN, f"one of {', '.join(FROZEN)}"),
             "frozen-blocks": (self.frozen_blocks >= -1, "a whole number from 0, or -1 for the lower half"),
         }
 
@@ -71,13 +79,25 @@ class Maect(Nnclr):
             return int(name.split(".")[1])
         return len(self.encoder.blocks) if name.startswith(("norm.", "fc_norm.")) else 0
 
-    def pooled(self, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        views = [View(view, None) for view in images]
+    @property
+    def reuse(self) -> int:
+        return 0  # of an encoder that changes, nothing can be used again
+
+    def pooled(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        tokens = self.encoder.run_blocks(self.frozen_tokens(images, drawn), self.frozen)
+        groups = Packed(self.encoder.norm(tokens.tokens_TC), tokens.layout).unpack()
+        return tuple(self.encoder.pool(tokens_bLC) for tokens_bLC in groups)
+
+    def frozen_tokens(self, images: tuple[Tensor, ...], drawn: dict[str, Tensor]) -> Packed:
+        """What the frozen blocks put out; autograd keeps nothing of them, and they compute in a precision of their own."""
+        views, dtype = self.seen(images, drawn.get("noise")), FROZEN[self.settings.frozen_precision]
+        device = images[0].device.type
         with torch.set_grad_enabled(self.frozen == 0):
-            packed = self.encoder.run_blocks(self.encoder.embed(views), 0, self.frozen)
-        packed = self.encoder.run_blocks(packed, self.frozen)
-        tokens = Packed(self.encoder.norm(packed.tokens_TC), packed.layout).unpack()
-        return tuple(self.encoder.pool(tokens_bLC) for tokens_bLC in tokens)
+            if dtype is None:
+                return self.encoder.run_blocks(self.encoder.embed(views), 0, self.frozen)
+            with torch.autocast(device, dtype=dtype):
+                packed = self.encoder.run_blocks(self.encoder.embed(views), 0, self.frozen)
+        return Packed(packed.tokens_TC.float(), packed.layout)
 
     def query(self, projected: list[Tensor], pooled: tuple[Tensor, ...]) -> list[Tensor]:
         return [self.projector_average(view_bC.detach()) for view_bC in pooled]
@@ -92,8 +112,7 @@ class Maect(Nnclr):
         yield from self.head_groups(images_per_step, settings.head_base_lr, settings.head_weight_decay)
 
     def flops_per_image(self) -> float:
-        patches = self.encoder.grid[0] * self.encoder.grid[1]
-        tuned = 2 * 2 * self.encoder.flops(patches, self.frozen) if self.frozen else 4 * self.encoder.flops(patches)
+        tuned = 4 * self.encoder.flops(self.keep, self.frozen)
         return super().flops_per_image() + tuned + 2 * head_flops(self.projector_average)
 
     @torch.no_grad()

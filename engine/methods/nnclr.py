@@ -1,10 +1,11 @@
 """A nearest-neighbour contrastive head on a frozen encoder: stage two of MAE-CT (Lehner et al. 2023), after NNCLR
 (Dwibedi et al., "With a Little Help from My Friends", ICCV 2021).
 
-Shapes: b rows of this rank, B rows of all ranks, E embedding width, Q queue entries.
+Shapes: b rows of this rank, B rows of all ranks, n images of the data set, N patches of a crop, L tokens that the encoder sees of
+it, C encoder width, E embedding width, Q queue entries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,26 +14,20 @@ from torch import Tensor
 
 import kernels
 from engine import dist
-from engine.data.pipeline import Augmentation, byol_views, minimal
+from engine.data.pipeline import Augmentation, Batch, two_views
 from engine.draws import Draws
 from engine.errors import BadInput
 from engine.heads import Queue, head_flops, predictor, projector
 from engine.methods.base import Method, StageSettings
 from engine.optim import Group, scaled_lr, with_decay
-from engine.tokens import View
+from engine.tokens import View, random_masking
 from engine.vit import VisionTransformer
 
 
 @dataclass(frozen=True)
-class Settings(StageSettings):
-    """NNCLR head training; the defaults are MAE-CT's stage two (see engine/recipes/maect.py for sources)."""
+class NeighbourSettings(StageSettings):
+    """Heads that contrast with neighbours out of a queue: their sizes, and how neighbours are found."""
 
-    epochs: int = 20
-    base_lr: float = 1e-4
-    weight_decay: float = 1e-5
-    """Of the head."""
-    warmup: float = 0.2
-    crop_scale: tuple[float, float] = (0.08, 1.0)
     augmentation: str = "minimal"
     """minimal (crop and flip) or byol (with colour, grayscale, blur and solarisation)."""
     projector_hidden: int = 2048
@@ -62,8 +57,44 @@ class Settings(StageSettings):
         }
 
 
+@dataclass(frozen=True)
+class DroppingSettings(NeighbourSettings):
+    """Heads on an encoder that need not see every patch."""
+
+    patch_keep: float = 1.0
+    """Share of a crop's patches that the encoder sees in training, drawn at random; below 1 is cheaper than the paper's."""
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        return super().rules() | {"patch-keep": (0 < self.patch_keep <= 1, "a share above 0, at most 1")}
+
+
+@dataclass(frozen=True)
+class Settings(DroppingSettings):
+    """NNCLR head training; the defaults are MAE-CT's stage two (see engine/recipes/maect.py for sources)."""
+
+    epochs: int = 20
+    base_lr: float = 1e-4
+    weight_decay: float = 1e-5
+    """Of the head."""
+    warmup: float = 0.2
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    reuse: int = 0
+    """Encode so many pairs of crops of every image once, and train on their features, drawn at random; 0 encodes new crops at
+    every step, as the paper. The features of n images take 8 * n * reuse * width bytes on every device."""
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        fits = self.reuse >= 0 and (self.patch_keep == 1 or not self.reuse)
+        return super().rules() | {"reuse": (fits, "a whole number from 0, and 0 where patch-keep is below 1")}
+
+
 class Nnclr(Method):
-    """Each view's prediction must pick its own image's neighbour out of the batch's; the encoder is frozen."""
+    """Each view's prediction must pick its own image's neighbour out of the batch's; the encoder is frozen.
+
+    Attributes:
+        keep: patches of a crop that the encoder sees.
+        stored: fp32 [n, pairs of crops, 2, C], the pooled features that are used again and again; no part of what is saved, since
+            it follows from encoder, data and seed.
+    """
 
     name = "nnclr"
     Settings = Settings
@@ -71,37 +102,79 @@ class Nnclr(Method):
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
+        self.patches = encoder.grid[0] * encoder.grid[1]
+        self.keep = max(1, round(settings.patch_keep * self.patches))
+        self.stored: Tensor | None = None
         self.projector = projector(encoder.embed_dim, settings.projector_hidden, settings.embedding)
         self.predictor = predictor(settings.embedding, settings.predictor_hidden)
         self.queue = Queue(settings.queue_size, settings.embedding)
         encoder.requires_grad_(False)
 
     def views(self) -> tuple[Augmentation, ...]:
+        return () if self.reuse else self.crops()
+
+    @property
+    def reuse(self) -> int:
+        """Pairs of crops of every image whose features are stored."""
+        return self.settings.reuse
+
+    def crops(self) -> tuple[Augmentation, ...]:
+        """The two crops of an image."""
         size, scale = self.encoder.img_size, self.settings.crop_scale
-        pair = byol_views(size, scale) if self.settings.augmentation == "byol" else (minimal(size, scale),) * 2
+        pair = two_views(size, scale, self.settings.augmentation)
         return tuple(replace(view, flip=self.settings.flip) for view in pair)
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
-        return {f"choice{view}": draws.integers(self.settings.top_k) for view in (0, 1)}
+        drawn = {f"choice{view}": draws.integers(self.settings.top_k) for view in (0, 1)}
+        if self.reuse:
+            return drawn | {"turn": draws.integers(self.reuse)}
+        return drawn if self.keep == self.patches else drawn | {"noise": draws.uniform(2, self.patches)}
 
-    def pooled(self, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Both views through the encoder as one packed batch; per view [b, C]."""
+    def store(self, crops: Callable[[Sequence[Augmentation], int], Iterator[Batch]], images: int) -> None:
+        self.stored = None
+        for turn in range(self.reuse):
+            batches = []
+            for batch in crops(self.crops(), turn):
+                pair_b2C = torch.stack(self.encoded(batch.images, None), 1).float()
+                batches.append(dist.all_gather(pair_b2C).unflatten(0, (dist.world_size(), -1)))
+            found_n2C = torch.cat(batches, 1).flatten(0, 1)[:images]  # rank by rank, as the shares lie
+            if self.stored is None:
+                self.stored = found_n2C.new_empty(images, self.reuse, *found_n2C.shape[1:])
+            self.stored[:, turn] = found_n2C
+
+    def pooled(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> tuple[Tensor, ...]:
+        """Features of both crops, per view [b, C]."""
+        if self.reuse:
+            return self.stored[ids, drawn["turn"]].unbind(1)
         with torch.no_grad():
-            packed = self.encoder.encode([View(view, None) for view in images])
-            return tuple(self.encoder.pool(tokens_bLC) for tokens_bLC in packed.unpack())
+            return self.encoded(images, drawn.get("noise"))
+
+    def seen(self, images: tuple[Tensor, ...], noise_b2N: Tensor | None) -> list[View]:
+        """Both crops, all of their patches or the `keep` of lowest noise."""
+        if noise_b2N is None:
+            return [View(view) for view in images]
+        return [View(view, random_masking(noise_b2N[:, i], self.keep)[0]) for i, view in enumerate(images)]
+
+    def encoded(self, images: tuple[Tensor, ...], noise_b2N: Tensor | None) -> tuple[Tensor, ...]:
+        """Both crops through the encoder as one packed batch; per view [b, C]."""
+        packed = self.encoder.encode(self.seen(images, noise_b2N))
+        return tuple(self.encoder.pool(tokens_bLC) for tokens_bLC in packed.unpack())
 
     def query(self, projected: list[Tensor], pooled: tuple[Tensor, ...]) -> list[Tensor]:
         """What is looked up and, for view 0, queued: per view [b, E]."""
         return projected
 
     def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        pooled = self.pooled(images)
+        pooled = self.pooled(images, ids, drawn)
         # View by view, since every view has batch statistics of its own.
         projected = [self.projector(view_bC) for view_bC in pooled]
         predicted = [F.normalize(self.predictor(view_bE).float(), dim=-1) for view_bE in projected]
         with torch.no_grad():
             queries = [F.normalize(view_bE.float(), dim=-1) for view_bE in self.query(projected, pooled)]
-            found = [self.lookup(query_bE, ids, drawn[f"choice{view}"]) for view, query_bE in enumerate(queries)]
+            found = [
+                self.queue.lookup(query_bE, ids, drawn[f"choice{view}"], self.settings.top_k)
+                for view, query_bE in enumerate(queries)
+            ]
             self.queue.offer(queries[0], ids)
             self.neighbours = self.queue.ids[found[0][1]]
         everyone = [dist.all_gather(prediction_bE) for prediction_bE in predicted]
@@ -112,14 +185,6 @@ class Nnclr(Method):
             "neighbour_similarity": torch.stack([similarity for _, _, similarity in found]).mean(),
             "queue_filled": (self.queue.ids >= 0).float().mean(),
         }
-
-    def lookup(self, query_bE: Tensor, ids: Tensor, choice_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """A neighbour out of the queue, never of the same image: its key [b, E], slot int64 [b], and mean similarity."""
-        similarity_bk, slot_bk = kernels.nearest_neighbours(
-            query_bE, self.queue.keys, self.settings.top_k, query_ids=ids, key_ids=self.queue.ids
-        )
-        slot_b = slot_bk.gather(1, choice_b[:, None]).squeeze(1)
-        return self.queue.keys[slot_b], slot_b, similarity_bk.gather(1, choice_b[:, None]).mean()
 
     def contrast(self, neighbours_bE: Tensor, predictions_BE: Tensor) -> Tensor:
         """Cross-entropy of picking the own prediction for each neighbour; negatives are the batch's other predictions."""
@@ -139,8 +204,8 @@ class Nnclr(Method):
         return with_decay(named, scaled_lr(base_lr, 2 * images_per_step), weight_decay)
 
     def flops_per_image(self) -> float:
-        patches = self.encoder.grid[0] * self.encoder.grid[1]
-        return 2 * (self.encoder.flops(patches) + 3 * (head_flops(self.projector) + head_flops(self.predictor)))
+        encoding = 0.0 if self.reuse else self.encoder.flops(self.keep)
+        return 2 * (encoding + 3 * (head_flops(self.projector) + head_flops(self.predictor)))
 
     @torch.no_grad()
     def after_step(self, applied: Tensor) -> None:

@@ -137,3 +137,19 @@ def test_neighbour_is_drawn_uniformly_from_the_top_k():
     assert (
         chosen.bincount(minlength=4) / len(chosen) - 0.25
     ).abs().max() < 0.035  # 4,000 draws: five standard deviations
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.5])
+def test_frozen_blocks_keep_nothing_for_autograd_and_take_a_precision_of_their_own(keep: float):
+    plain, low = make(patch_keep=keep), make(patch_keep=keep, frozen_precision="bf16")
+    images = tuple(torch.randn(2, 8, 3, 32, 32))
+    drawn = plain.draw(Draws(0, batch=8, rows=slice(None), device=torch.device("cpu")))
+    exact, rounded = (method.frozen_tokens(images, drawn) for method in (plain, low))
+    assert exact.layout.max_seqlen == 1 + 16 * keep
+    assert not exact.tokens_TC.requires_grad and not rounded.tokens_TC.requires_grad
+    assert rounded.tokens_TC.dtype == exact.tokens_TC.dtype == torch.float32
+    error = (rounded.tokens_TC - exact.tokens_TC).norm() / exact.tokens_TC.norm()
+    assert 1e-4 < error < 2e-2, "bf16 has eight bits"
+    low(images, torch.arange(8), drawn)["loss"].backward()
+    assert low.encoder.blocks[3].attn.qkv.weight.grad.abs().sum() > 0
+    assert low.encoder.blocks[1].attn.qkv.weight.grad is None

@@ -6,10 +6,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine import vit
+from engine.data.pipeline import Batch
 from engine.draws import Draws
+from engine.errors import BadInput
 from engine.heads import BatchNorm, Queue, projector
 from engine.methods.nnclr import Nnclr, Settings
 from engine.recipes import recipe
+from engine.tokens import View
 
 SETTINGS = Settings(
     epochs=1, batch_size=8, projector_hidden=32, predictor_hidden=48, embedding=16, queue_size=32, temperature=0.15
@@ -138,6 +141,49 @@ def test_head_has_the_published_shape():
     assert (settings.temperature, settings.top_k, settings.queue_size, settings.warmup) == (0.15, 1, 65536, 0.2)
     groups = list(make(settings).groups(1024))
     assert [group.peak_lr for group in groups] == [pytest.approx(8e-4)] * len(groups)
+
+
+def test_dropped_patches_are_not_seen_and_the_others_are_those_of_lowest_noise():
+    method = make(Settings(**(vars(SETTINGS) | {"patch_keep": 0.5})), global_pool="avg")
+    images, drawn = tuple(torch.randn(2, 8, 3, 32, 32)), draws(method)
+    assert drawn["noise"].shape == (8, 2, 16)
+    shown = drawn["noise"].argsort(-1)[..., :8]
+    for view, pooled in enumerate(method.pooled(images, torch.arange(8), drawn)):
+        (tokens,) = method.encoder.encode([View(images[view], shown[:, view])]).unpack()
+        torch.testing.assert_close(pooled, tokens[:, 1:].mean(1), atol=1e-5, rtol=1e-4)
+
+
+def test_stored_features_are_those_of_the_crops_and_are_used_again():
+    method = make(Settings(**(vars(SETTINGS) | {"reuse": 2})))
+    crops = torch.randn(2, 3, 8, 2, 3, 32, 32)  # turn, batch, image, view
+
+    def each(views, turn):
+        assert len(views) == 2
+        for index, batch in enumerate(crops[turn]):
+            yield Batch(torch.arange(8 * index, 8 * index + 8), tuple(batch.unbind(1)), None, index)
+
+    with torch.no_grad():
+        method.store(each, 20)
+        expected = method.encoder.pool(method.encoder(crops.flatten(0, 3)))
+    assert method.views() == () and method.stored.shape == (20, 2, 2, 128)
+    expected = expected.view(2, 24, 2, 128)[:, :20].transpose(0, 1)
+    torch.testing.assert_close(method.stored, expected, atol=1e-5, rtol=1e-4)
+    ids, drawn = torch.tensor([3, 19, 7, 0, 1, 2, 4, 5]), draws(method)
+    assert set(drawn["turn"].tolist()) == {0, 1}
+    for view, pooled in enumerate(method.pooled((), ids, drawn)):
+        assert torch.equal(pooled, method.stored[ids, drawn["turn"], view])
+    before = {name: value.clone() for name, value in method.state_dict().items()}
+    method((), ids, drawn)["loss"].backward()
+    assert method.projector[0].weight.grad.abs().sum() > 0
+    assert not any("stored" in name for name in before)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"patch_keep": 0.0}, {"patch_keep": 1.5}, {"reuse": -1}, {"reuse": 1, "patch_keep": 0.5}]
+)
+def test_impossible_savings_are_refused(wrong: dict):
+    with pytest.raises(BadInput, match=r"--nnclr\.(patch-keep|reuse) is"):
+        Settings(**(vars(SETTINGS) | wrong)).check("nnclr")
 
 
 def test_the_encoder_is_frozen():

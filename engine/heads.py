@@ -6,11 +6,13 @@ R rows, K prototypes, E width of the bottleneck.
 """
 
 from copy import deepcopy
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import kernels
 from engine import dist
 from engine.optim import move_average
 from engine.tokens import Packed
@@ -110,6 +112,37 @@ class PixelDecoder(nn.Module):
         return pixels_BNp.unflatten(2, patch).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 
+class Classifier(nn.Linear):
+    """A linear layer from pooled features to classes, and its loss: cross-entropy with label smoothing (Szegedy et al. 2016,
+    section 7).
+
+    Args:
+        features: encoder width C.
+        classes: how many.
+        smoothing: share of every target that is spread evenly over all classes.
+        std: of the truncated normal that the weight starts from; MAE's fine-tuning takes 2e-5.
+    """
+
+    def __init__(self, features: int, classes: int, smoothing: float = 0.0, std: float = 2e-5):
+        super().__init__(features, classes)
+        self.smoothing = smoothing
+        nn.init.trunc_normal_(self.weight, std=std)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        """[B, C] of any float dtype -> scores fp32 [B, K]."""
+        with torch.autocast(x_BC.device.type, enabled=False):
+            return super().forward(x_BC.float())
+
+    def targets(self, classes_B: Tensor) -> Tensor:
+        """Classes int64 [B] -> probabilities fp32 [B, K]: 1 - smoothing in the class, and smoothing / K everywhere."""
+        return F.one_hot(classes_B, self.out_features) * (1 - self.smoothing) + self.smoothing / self.out_features
+
+    def loss(self, scores_BK: Tensor, targets_BK: Tensor) -> Tensor:
+        """Mean cross-entropy of scores with targets that sum to 1, smoothed or mixed as they are."""
+        return F.cross_entropy(scores_BK, targets_BK)
+
+
 def head_flops(head: nn.Module) -> float:
     """Operations of one forward pass of a head for one row: matrix products only."""
     layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear | WeightNormed)]
@@ -156,24 +189,30 @@ class BatchNorm(nn.Module):
         self.pending.clear()
 
 
-def projector(features: int, hidden: int = 2048, out: int = 256) -> nn.Sequential:
-    """Three bias-free linear layers, batch norm after each, ReLU between them (MAE-CT's NNCLR head)."""
+def projector(
+    features: int, hidden: int = 2048, out: int = 256, activation: type[nn.Module] = nn.ReLU
+) -> nn.Sequential:
+    """Three bias-free linear layers, batch norm after each, an activation between them (MAE-CT's NNCLR head: ReLU;
+    MIM-Refiner's: GELU)."""
     return nn.Sequential(
         nn.Linear(features, hidden, bias=False),
         BatchNorm(hidden),
-        nn.ReLU(),
+        activation(),
         nn.Linear(hidden, hidden, bias=False),
         BatchNorm(hidden),
-        nn.ReLU(),
+        activation(),
         nn.Linear(hidden, out, bias=False),
         BatchNorm(out),
     )
 
 
-def predictor(features: int = 256, hidden: int = 4096) -> nn.Sequential:
-    """Two bias-free linear layers with batch norm and ReLU between them (MAE-CT's NNCLR head)."""
+def predictor(features: int = 256, hidden: int = 4096, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Two bias-free linear layers with batch norm and an activation between them (MAE-CT's NNCLR head: ReLU)."""
     return nn.Sequential(
-        nn.Linear(features, hidden, bias=False), BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, features, bias=False)
+        nn.Linear(features, hidden, bias=False),
+        BatchNorm(hidden),
+        activation(),
+        nn.Linear(hidden, features, bias=False),
     )
 
 
@@ -191,6 +230,17 @@ def contrast_projector(features: int, hidden: int = 4096, out: int = 256) -> nn.
         nn.Linear(hidden, out, bias=False),
         BatchNorm(out, affine=False),
     )
+
+
+def normed_mlp(*widths: int) -> nn.Sequential:
+    """Linear layers between these widths, batch norm after each, the last one not affine, and ReLU between them (MoCo v3's
+    projector and predictor). Biases are left out: the norm after them takes them away.
+    """
+    layers: list[nn.Module] = []
+    for index, (wide, next_wide) in enumerate(pairwise(widths), 1):
+        last = index == len(widths) - 1
+        layers += [nn.Linear(wide, next_wide, bias=False), BatchNorm(next_wide, affine=not last), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
 
 
 class WeightNormed(nn.Module):
@@ -302,6 +352,18 @@ class Queue(nn.Module):
         self.register_buffer("ids", torch.full((size,), -1))
         self.register_buffer("pointer", torch.tensor(0))
         self.offered: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def lookup(self, queries_bC: Tensor, ids_b: Tensor, choice_b: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A near key for each unit query, never of the same image: of its `top_k` nearest that of rank `choice`, int64 [b].
+
+        Returns keys [b, C], their slots int64 [b], and the mean similarity.
+        """
+        similarity_bk, slot_bk = kernels.nearest_neighbours(
+            queries_bC, self.keys, top_k, query_ids=ids_b, key_ids=self.ids
+        )
+        slot_b = slot_bk.gather(1, choice_b[:, None]).squeeze(1)
+        return self.keys[slot_b], slot_b, similarity_bk.gather(1, choice_b[:, None]).mean()
 
     def offer(self, keys_bC: Tensor, ids_b: Tensor) -> None:
         """Hand in this rank's new keys, [b, C]."""

@@ -269,6 +269,7 @@ class OnlineProbe:
         encode: Callable[[Tensor], Tensor],
         choose: Callable[[Tensor], Tensor] | None = None,
         prototypes: int = 0,
+        classify: Callable[[Tensor], Tensor] | None = None,
     ) -> dict[str, float]:
         """Encode the samples and judge the features; equal on all ranks.
 
@@ -277,11 +278,13 @@ class OnlineProbe:
                 (eval); gradients are off in here.
             choose: features [n, C] -> the prototype of each, int64 [n]; None where the method has none.
             prototypes: how many there are to choose from.
+            classify: features [n, C] -> scores of the classes [n, K]; None where the method learns none.
 
         Returns:
             rank_me, feature_std and feature_dim of the train samples; with prototypes their `usage`, and the number that are
             in use (the perplexity of the choices) as prototypes_used; where labels exist
-            also knn_top1 and knn_chance (the share of the commonest class), both in percent.
+            also knn_top1 and knn_chance (the share of the commonest class), both in percent, and with a labelled val split and
+            `classify` the classifier's accuracy on that split's samples, top1, in percent.
         """
         train, train_labels = self._features(self.train, encode)
         values = {"rank_me": rank_me(train), "feature_std": feature_std(train), "feature_dim": train.shape[1]}
@@ -293,6 +296,11 @@ class OnlineProbe:
             return values
         alone = self.val is None
         queries, labels = (train, train_labels) if alone else self._features(self.val, encode)
+        if classify is not None and not alone:
+            # A maximum that is not a number is no answer.
+            scores = torch.cat([classify(rows).float() for rows in queries.split(CHOOSING)])
+            right = (scores.argmax(dim=1) == labels) & scores.isfinite().all(dim=1)
+            values["top1"] = 100 * right.double().mean().item()
         values["knn_chance"] = 100 * labels.bincount().max().item() / len(labels)
         if not (train.isfinite().all() and queries.isfinite().all()):
             return values | {"knn_top1": math.nan}

@@ -236,6 +236,20 @@ def test_k_nn_is_the_weighted_vote_of_all_pairs(digits):
     assert probe.measure(lambda images: pixels(images) @ project)["knn_top1"] == pytest.approx(right)
 
 
+def test_a_classifier_s_accuracy_is_that_on_held_out_samples(digits):
+    probe = OnlineProbe(*digits, (32, 32), device="cpu", batch_size=256, max_train=100, max_val=60)
+    project = normal(3072, 10)
+    values = probe.measure(pixels, classify=lambda features: features @ project)
+    shown = torch.cat([pixels(images) for _, images in probe.val.batches()])
+    expected = [max(range(10), key=lambda k: row[k]) for row in (shown @ project).tolist()]
+    right = sum(a == b for a, b in zip(expected, probe.val.labels.tolist(), strict=True))
+    assert values["top1"] == pytest.approx(100 * right / 60)
+    # scores that are no numbers are wrong, and without a held-out split there is nothing to say
+    assert probe.measure(pixels, classify=lambda features: (features @ project) * math.nan)["top1"] == 0
+    alone = OnlineProbe(digits[0], None, (32, 32), device="cpu", batch_size=256, max_train=100)
+    assert "top1" not in alone.measure(pixels, classify=lambda features: features @ project)
+
+
 def test_decoded_images_are_kept_and_give_the_same_values(digits, monkeypatch):
     calls, original = [], eval_batches
     probe = OnlineProbe(*digits, (32, 32), device="cpu", batch_size=100, max_train=250, max_val=50)

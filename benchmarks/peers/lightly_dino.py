@@ -3,15 +3,13 @@
 One pass of timm's backbone per crop size, head, loss and teacher of lightly. Left out, as there: clipping of gradients.
 """
 
-from functools import partial
-
 import torch
 from lightly.loss import DINOLoss
-from lightly.models.modules import DINOProjectionHead, MaskedVisionTransformerTIMM
+from lightly.models.modules import DINOProjectionHead
 from lightly.models.utils import get_weight_decay_parameters, update_momentum
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from benchmarks.peers.lightly_vit import backbone
 from engine.methods.dino import Settings
 from engine.vit import Architecture
 
@@ -39,18 +37,11 @@ class LightlyDino(nn.Module):
         )
 
     def _tower(self, a: Architecture, drop_path: float) -> tuple[nn.Module, nn.Module]:
-        vit = VisionTransformer(
-            a.img_size, a.patch_size, embed_dim=a.embed_dim, depth=a.depth, num_heads=a.num_heads,
-            mlp_ratio=a.mlp_dim / a.embed_dim, qkv_bias=a.qkv_bias, init_values=a.init_values, class_token=a.class_token,
-            reg_tokens=a.reg_tokens, no_embed_class=a.no_embed_class, pre_norm=a.pre_norm,
-            norm_layer=partial(nn.LayerNorm, eps=a.eps), global_pool="token", num_classes=0, dynamic_img_size=True,
-            drop_path_rate=drop_path,
-        )  # fmt: skip
         head = DINOProjectionHead(
             a.embed_dim, self.settings.head_hidden, self.settings.bottleneck, self.settings.prototypes,
             norm_last_layer=not self.settings.free_norm,
         )  # fmt: skip
-        return MaskedVisionTransformerTIMM(vit=vit, pos_embed_initialization="learn"), head
+        return backbone(a, drop_path, several_sizes=True), head
 
     def compile(self) -> None:
         """In place: towers and loss, each on its own."""

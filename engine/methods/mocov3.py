@@ -1,0 +1,135 @@
+"""MoCo v3 (Chen, Xie, He, "An Empirical Study of Training Self-Supervised Vision Transformers", ICCV 2021).
+
+Shapes: b images of this rank, B of all ranks, L tokens of a crop, C encoder width, E embedding width.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import kernels
+from engine import dist
+from engine.data.pipeline import Augmentation, two_views
+from engine.heads import Teacher, head_flops, normed_mlp
+from engine.methods.base import Method, StageSettings
+from engine.optim import Group, cosine, scaled_lr
+from engine.tokens import View
+from engine.vit import VisionTransformer
+
+
+@dataclass(frozen=True)
+class Settings(StageSettings):
+    """MoCo v3; the defaults are the released ViT recipe's (see engine/recipes/mocov3.py for sources)."""
+
+    epochs: int = 300
+    batch_size: int = 4096
+    base_lr: float = 1.5e-4
+    weight_decay: float = 0.1
+    """Of all parameters, norms and biases as well."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    warmup: float = 40 / 300
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    augmentation: str = "byol"
+    """minimal (crop and flip) or byol (with colour, grayscale, blur, and solarisation of the second crop)."""
+    projector_hidden: int = 4096
+    predictor_hidden: int = 4096
+    embedding: int = 256
+    temperature: float = 0.2
+    teacher_momentum: float = 0.99
+    """Share of itself that the momentum encoder keeps at the first update; it rises along half a cosine."""
+    teacher_momentum_end: float = 1.0
+    freeze_patch_embed: bool = True
+    """Leave the patch projection as it is at the start, random without --weights: training is more stable so."""
+
+    def rules(self) -> dict[str, tuple[bool, str]]:
+        return {
+            "augmentation": (self.augmentation in ("minimal", "byol"), "minimal or byol"),
+            "projector-hidden": (self.projector_hidden >= 1, "a whole number from 1"),
+            "predictor-hidden": (self.predictor_hidden >= 1, "a whole number from 1"),
+            "embedding": (self.embedding >= 1, "a whole number from 1"),
+            "temperature": (self.temperature > 0, "a number above 0"),
+            "teacher-momentum": (0 <= self.teacher_momentum <= 1, "a number from 0 to 1"),
+            "teacher-momentum-end": (0 <= self.teacher_momentum_end <= 1, "a number from 0 to 1"),
+        }
+
+    @property
+    def splits(self) -> bool:
+        return False
+
+
+class Mocov3(Method):
+    """The prediction from one crop must pick, out of the batch's, what the momentum encoder makes of the image's other crop.
+
+    The encoder that is trained by gradients is what is judged and exported, as in the paper, and not its average.
+    """
+
+    name = "mocov3"
+    Settings = Settings
+
+    def __init__(self, encoder: VisionTransformer, settings: Settings):
+        super().__init__(encoder, settings)
+        s = settings
+        self.projector = normed_mlp(encoder.embed_dim, s.projector_hidden, s.projector_hidden, s.embedding)
+        self.predictor = normed_mlp(s.embedding, s.predictor_hidden, s.embedding)
+        if s.freeze_patch_embed:
+            encoder.patch_embed.requires_grad_(False)
+        self.teacher = Teacher(encoder=encoder, projector=self.projector)
+
+    def views(self) -> tuple[Augmentation, ...]:
+        size, scale = self.encoder.img_size, self.settings.crop_scale
+        pair = two_views(size, scale, self.settings.augmentation)
+        return tuple(replace(view, flip=self.settings.flip) for view in pair)
+
+    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        views = [View(view) for view in images]
+        # Crop by crop behind the encoder, since every crop has batch statistics of its own.
+        queries = [
+            F.normalize(self.predictor(self.projector(self.encoder.pool(tokens_bLC))).float(), dim=1)
+            for tokens_bLC in self.encode(views, drawn)
+        ]
+        with torch.no_grad():
+            keys = [
+                F.normalize(self.teacher.projector(self.teacher.encoder.pool(tokens_bLC)).float(), dim=1)
+                for tokens_bLC in self.teacher.encoder.encode(views).unpack()
+            ]
+            everyone = [dist.all_gather(keys_bE) for keys_bE in keys]
+            similarity = (queries[0] * keys[1] + queries[1] * keys[0]).sum(1).mean() / 2
+        loss = self.contrast(queries[0], everyone[1]) + self.contrast(queries[1], everyone[0])
+        return {"loss": loss, "key_similarity": similarity}
+
+    def contrast(self, queries_bE: Tensor, keys_BE: Tensor) -> Tensor:
+        """Cross-entropy of picking the own image's key out of those of all ranks, times 2 temperatures (algorithm 1)."""
+        temperature = self.settings.temperature
+        targets_b = torch.arange(len(queries_bE), device=queries_bE.device) + dist.rank() * len(queries_bE)
+        return 2 * temperature * kernels.info_nce(queries_bE, keys_BE, targets_b, temperature)
+
+    def teacher_momentum(self) -> float:
+        """What the momentum encoder keeps of itself after this update: the paper moves it as the next update begins."""
+        s = self.settings
+        return cosine(self.moment.step + 1, self.moment.total_steps, s.teacher_momentum, s.teacher_momentum_end)
+
+    @torch.no_grad()
+    def after_step(self, applied: Tensor) -> None:
+        super().after_step(applied)
+        self.teacher.follow(self, torch.where(applied, 1 - self.teacher_momentum(), 0.0))
+
+    def groups(self, images_per_step: int) -> Iterator[Group]:
+        trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
+        yield Group(trained, scaled_lr(self.settings.base_lr, images_per_step), self.settings.weight_decay)
+
+    def flops_per_image(self) -> float:
+        patches = self.encoder.grid[0] * self.encoder.grid[1]
+        crop = 3 * self.encoder.flops(patches, thinned=True) + self.encoder.flops(patches)
+        crop += 4 * head_flops(self.projector) + 3 * head_flops(self.predictor)
+        if self.settings.freeze_patch_embed:
+            crop -= 2 * self.encoder.flops(patches, stop=0)
+        return 2 * crop
+
+    def regions(self) -> Iterator[tuple[object, str]]:
+        yield from super().regions()
+        for block in self.teacher.encoder.blocks:
+            yield block, "forward"
+        yield self, "contrast"

@@ -21,6 +21,7 @@ from engine.log import read_metrics
 MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 SHOWN = 8  # images in a picture
+PATCHES_SHOWN = 1024
 DPI = 120
 INK, FAINT = "#222222", "#8a8a8a"
 COLOURS = ("#3b6fb6", "#c8553d", "#4a9c6d", "#8e6bb0", "#c08a2e")  # one per stage
@@ -114,6 +115,35 @@ def patch_pca(path: Path, images: Tensor, patch_tokens: Tensor, grid: tuple[int,
     note = note if finite else "the tokens are not finite"
     rows = {"image": _pixels(images[:SHOWN]), "patch tokens": colours}
     _write_grid(path, rows, title or "Patch tokens by principal components", note)
+
+
+def patches(path: Path, patches: Tensor, patch_size: int, *, normalised: bool, title: str = "") -> None:
+    """Write the first 1,024 of these patches as one picture, row by row.
+
+    Args:
+        path: the PNG to write.
+        patches: float [K, P*P*3].
+        patch_size: P.
+        normalised: whether they are less their mean, over their standard deviation: then grey is the mean, black and white are
+            2.5 deviations away from it.
+        title: what they are.
+    """
+    shown = patches[:PATCHES_SHOWN].detach().float().cpu().unflatten(1, (patch_size, patch_size, 3)).permute(0, 3, 1, 2)
+    images = (0.5 + 0.2 * shown).clamp(0, 1).permute(0, 2, 3, 1).numpy() if normalised else _pixels(shown)
+    columns = int(np.ceil(np.sqrt(len(images))))
+    side, rows = patch_size + 1, -(-len(images) // columns)
+    sheet = np.ones((rows * side + 1, columns * side + 1, 3), np.float32)
+    for place, image in enumerate(images):
+        top, left = side * (place // columns) + 1, side * (place % columns) + 1
+        sheet[top : top + patch_size, left : left + patch_size] = image
+    note = "" if len(images) == len(patches) else f"the first {len(images):,} of {len(patches):,}"
+    figure = Figure(figsize=(7.5, 7.5 * rows / columns + 0.4), dpi=DPI, layout="constrained", facecolor="white")
+    figure.suptitle(title or "Patches", color=INK, fontsize=11, x=0.01, ha="left")
+    figure.supxlabel(note, color=FAINT, fontsize=8, x=0.01, ha="left")
+    panel = figure.subplots()
+    panel.imshow(sheet, interpolation="nearest")
+    panel.set_axis_off()
+    write_file(path, lambda aside: figure.savefig(aside, format="png"))
 
 
 def curves(path: Path, metrics_jsonl: Path, *, title: str = "") -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 import kernels
 from engine import checkpoint, config, dist, methods, probe, vit, weights
 from engine.config import Plan
-from engine.data.pipeline import TrainLoader
+from engine.data.pipeline import Augmentation, Batch, TrainLoader, each_once
 from engine.data.sources import ImageSet, check_bad, has_split, open_images
 from engine.data.subsets import few_per_class, subset
 from engine.draws import Draws, seed_of
@@ -66,13 +66,28 @@ class Parts:
         return _stage_images(self.train_images, self.settings(index), self.plan.train.seed)
 
     def loader(self, state: TrainState) -> TrainLoader:
-        """This rank's batches of the stage, from the state's step on."""
-        stage = self.stages[state.stage]
+        """This rank's batches of the stage, from the state's step on. A method without views stores what it needs first."""
+        stage, views = self.stages[state.stage], state.method.views()
+        if not views:
+            self._store(state)
         return TrainLoader(
-            self.images(state.stage), state.method.views(), stage.images_per_step, seed=self.seed(stage.index, "data"),
+            self.images(state.stage), views, stage.images_per_step, seed=self.seed(stage.index, "data"),
             rank=self.ranks.rank, world=self.ranks.world, device=self.ranks.device,
             threads=self.plan.train.threads or None, start_step=state.step, ledger=state.bad_files,
         )  # fmt: skip
+
+    def _store(self, state: TrainState) -> None:
+        images, ranks, dtype = self.images(state.stage), self.ranks, AUTOCAST[self.precision]
+
+        def crops(views: Sequence[Augmentation], turn: int) -> Iterator[Batch]:
+            return each_once(
+                images, views, max(1, self.stages[state.stage].images_per_step // ranks.world),
+                seed=self.seed(state.stage, "stored"), turn=turn, rank=ranks.rank, world=ranks.world, device=ranks.device,
+                threads=self.plan.train.threads or None, ledger=state.bad_files,
+            )  # fmt: skip
+
+        with torch.no_grad(), torch.autocast(ranks.device.type, dtype=dtype, enabled=dtype is not None):
+            state.method.store(crops, len(images))
 
     def draws(self, index: int, step: int) -> Draws:
         """The random choices of a step of stage `index`, this rank's rows."""
@@ -262,6 +277,8 @@ def run(parts: Parts) -> int:
                     bad_files = state.bad_files if state else []
                     state = build(parts, index, state.method if state else None)
                     state.bad_files = bad_files
+                    if ranks.first:
+                        state.method.keepsakes(folder)
                 _train_stage(parts, state, folder, log, stop)
                 _finish_stage(parts, state, folder)
         except Stopped:
@@ -314,7 +331,12 @@ def _train_stage(parts: Parts, state: TrainState, folder: Path, log: RunLog, sto
     train, ranks, stage = parts.plan.train, parts.ranks, parts.stages[state.stage]
     if state.step == stage.total_steps:
         return
+    began = time.monotonic()
     loader = parts.loader(state)
+    if not state.method.views():
+        seconds = time.monotonic() - began
+        log.message(f"stage {stage.name} trains on features that were stored in {seconds:.1f} s")
+        log.log(stage.first_step + state.step, {"seconds": seconds}, kind="store")
 
     def save() -> None:
         state.bad_files[:] = dist.union(state.bad_files)
@@ -343,13 +365,15 @@ def _probe(parts: Parts, state: TrainState, folder: Path) -> Callable[[], dict[s
     online = probe.OnlineProbe(
         parts.train_images, parts.val_images, parts.encoder.img_size, device=ranks.device, batch_size=256,
         rank=ranks.rank, world=ranks.world, gather=dist.all_gather,
+        # a classifier's own accuracy is a result, not a sign of health: it is taken over the whole split
+        **({} if state.method.classifier is None or parts.val_images is None else {"max_val": len(parts.val_images)}),
     )  # fmt: skip
 
     def measure() -> dict[str, float | str]:
         with as_evaluated(parts, state):
             method = state.method
             choose = method.choose if method.prototype_count else None
-            values = online.measure(method.features, choose, method.prototype_count)
+            values = online.measure(method.features, choose, method.prototype_count, method.classifier)
         if not ranks.first:
             return values
         step = parts.stages[state.stage].first_step + state.step
@@ -361,7 +385,8 @@ def _probe(parts: Parts, state: TrainState, folder: Path) -> Callable[[], dict[s
 
 def _export(parts: Parts, state: TrainState, folder: Path) -> None:
     with state.update.average.in_place():
-        weights.export(state.method.evaluated, folder)
+        classes = parts.train_images.classes or ()
+        weights.export(state.method.evaluated, folder, classifier=state.method.classifier, classes=classes)
 
 
 def _list_bad_files(parts: Parts, state: TrainState, folder: Path) -> None:
@@ -394,7 +419,7 @@ def _draw_pictures(parts: Parts, state: TrainState, folder: Path) -> None:
     with as_evaluated(parts, state):
         if hasattr(state.method, "reconstruct"):
             masked, prediction = state.method.reconstruct(images, draws)
-            normalised = parts.settings(stage.index).normalise_pixels
+            normalised = getattr(parts.settings(stage.index), "normalise_pixels", False)
             pictures.reconstructions(
                 folder / f"{stage.index + 1}-{stage.name}-reconstructions.png",
                 images,

@@ -5,13 +5,15 @@ patches, L sequence length, R patch rows of a step, E elements of a patch (P * P
 """
 
 import difflib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
+from timm.models import beit as timm_beit
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,11 +30,15 @@ _OWN = {
         dict(img_size=32, patch_size=patch, embed_dim=128, depth=6, num_heads=4),
     )
     for patch in (4, 8)
-} | {"vit_huge_patch16_224": ("vit_huge_patch14_224", {"patch_size": 16})}  # published by MAE-CT, unknown to timm
+} | {  # published by MAE-CT and MIM-Refiner, unknown to timm
+    "vit_huge_patch16_224": ("vit_huge_patch14_224", {"patch_size": 16}),
+    "vit_2b_patch14_224": ("vit_huge_patch14_224", {"embed_dim": 2560, "depth": 24, "num_heads": 32}),
+}
 _TIMM_OVERRIDES = (
     "img_size", "patch_size", "depth", "global_pool", "fc_norm", "reg_tokens", "init_values", "no_embed_class",
 )  # fmt: skip
 OVERRIDES = (*_TIMM_OVERRIDES, "positions", "drop_path")
+POSITIONS = ("learned", "sincos", "none", "relative")
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,34 @@ class Architecture:
     def num_prefix_tokens(self) -> int:
         return self.class_token + self.reg_tokens
 
-    def twin(self, device: str = "meta") -> timm_vit.VisionTransformer:
-        """timm's own model of this shape and these state-dict keys, without a head and, on meta, without memory."""
-        return _timm_model(self.name, dict(self.overrides), device)
+    def twin(self, device: str = "meta") -> timm_vit.VisionTransformer | timm_beit.Beit:
+        """timm's own model of this shape, without a head and, on meta, without memory; it takes `timm_state`. With relative
+        positions that is timm's BEiT, which alone has them."""
+        if self.positions != "relative":
+            return _timm_model(self.name, dict(self.overrides), device)
+        return timm.create_model(
+            "beit_base_patch16_224", num_classes=0, device=device, img_size=self.img_size, patch_size=self.patch_size,
+            embed_dim=self.embed_dim, depth=self.depth, num_heads=self.num_heads, mlp_ratio=self.mlp_dim / self.embed_dim,
+            qkv_bias=self.qkv_bias, init_values=self.init_values or 0, use_abs_pos_emb=False, use_rel_pos_bias=False,
+            use_shared_rel_pos_bias=True, global_pool=self.global_pool, use_fc_norm=self.fc_norm,
+        )  # fmt: skip
+
+    def timm_state(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A state dict of this model under the names of `twin`. timm's BEiT has no bias of keys: it adds one number to all scores
+        of a query, which softmax takes away."""
+        if self.positions != "relative":
+            return dict(state)
+        named = {}
+        for key, value in state.items():
+            if key.endswith(".qkv.bias"):
+                query, _, values = value.chunk(3)
+                named |= {
+                    key.replace("qkv.bias", "q_bias"): query.clone(),
+                    key.replace("qkv.bias", "v_bias"): values.clone(),
+                }
+            else:
+                named[re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", key)] = value
+        return named
 
 
 def create(name: str, *, generator: torch.Generator | None = None, **overrides: object) -> "VisionTransformer":
@@ -80,8 +111,9 @@ def create(name: str, *, generator: torch.Generator | None = None, **overrides: 
 
     Overrides: img_size (int or (height, width)), patch_size, depth, reg_tokens, no_embed_class and init_values
     (LayerScale) as in timm; global_pool "token" or "avg"; fc_norm (norm follows the pooling: as timm's model has it,
-    but never because of another global_pool alone); positions "learned" or "sincos"; drop_path (stochastic depth of the
-    last block, falling linearly to 0 at the first).
+    but never because of another global_pool alone); positions "learned", "sincos", "none" (fixed zeros) or
+    "relative" (BEiT's, see `RelativePositions`); drop_path (stochastic depth of the last block, falling linearly to 0 at the
+    first).
 
     `generator` (CPU) draws the weights; None takes torch's global one.
 
@@ -160,8 +192,48 @@ class LayerScale(nn.Module):
         return x_TC * self.gamma
 
 
+class RelativePositions(nn.Module):
+    """What BEiT adds to attention's scores in place of positions added to tokens (Bao et al. 2022, after Raffel et al. 2020, T5):
+    a learned number per head and offset between two patches, one table for all blocks, with timm's keys.
+
+    The table is [(2h-1) * (2w-1) + 3, H]: offsets in rows, then in columns, from -(h-1) and -(w-1) on; then what the class token
+    asks of patches, what patches ask of it, and what it asks of itself. It starts at zero.
+    """
+
+    def __init__(self, grid: tuple[int, int], heads: int) -> None:
+        super().__init__()
+        self.grid = grid
+        offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets + 3, heads))
+
+    def forward(self) -> Tensor:
+        """[H, L, L] for L = 1 + h * w tokens: what each (row) asks of each (column)."""
+        table = self.relative_position_bias_table
+        return table[_offsets(self.grid, table.device)].permute(2, 0, 1).contiguous()
+
+
+@lru_cache(maxsize=64)
+def _offsets(grid: tuple[int, int], device: torch.device) -> Tensor:
+    """Int64 [L, L]: which entry of the table belongs to two tokens. One tensor per grid and device, to read only."""
+    height, width = grid
+    with torch.inference_mode(False):  # the cached tensor outlives the mode of its first caller
+        patches_N = torch.arange(height * width, device=device)
+        rows_N, columns_N = patches_N // width, patches_N % width
+        down_NN = rows_N[:, None] - rows_N + height - 1
+        right_NN = columns_N[:, None] - columns_N + width - 1
+        index_LL = F.pad(down_NN * (2 * width - 1) + right_NN, (1, 0, 1, 0))
+        last = (2 * height - 1) * (2 * width - 1)
+        index_LL[0], index_LL[:, 0] = last, last + 1
+        index_LL[0, 0] = last + 2
+    return index_LL
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention inside each packed sequence."""
+    """Multi-head self-attention inside each packed sequence.
+
+    The packed kernels know no bias of scores: with one, all sequences are as long as it is, and torch's
+    scaled_dot_product_attention takes them as a batch.
+    """
 
     def __init__(self, dim: int, heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
@@ -171,9 +243,26 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_TC: Tensor, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_TC: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        kv_lengths: Tensor | None = None,
+        bias_HLL: Tensor | None = None,
+    ) -> Tensor:
+        """[T, C] to [T, C]. `kv_lengths` as in kernels.packed_attention; `bias_HLL` is added to every sequence's scores.
+
+        Raises ValueError for both at once.
+        """
         qkv_T3HD = self.qkv(x_TC).unflatten(-1, (3, self.heads, -1))
-        return self.proj(kernels.packed_attention(qkv_T3HD, cu_seqlens, max_seqlen, kv_lengths).flatten(-2))
+        if bias_HLL is None:
+            return self.proj(kernels.packed_attention(qkv_T3HD, cu_seqlens, max_seqlen, kv_lengths).flatten(-2))
+        if kv_lengths is not None:
+            raise ValueError("attention takes kv_lengths or a bias, not both")
+        q_SHLD, k_SHLD, v_SHLD = qkv_T3HD.unflatten(0, (-1, bias_HLL.shape[-1])).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed_SHLD = F.scaled_dot_product_attention(q_SHLD, k_SHLD, v_SHLD, attn_mask=bias_HLL[None].to(q_SHLD.dtype))
+        return self.proj(mixed_SHLD.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
 class Mlp(nn.Module):
@@ -212,14 +301,28 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, mlp_dim or 4 * dim)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
 
-    def forward(self, x_TC: Tensor, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None = None) -> Tensor:
-        """Attention and MLP, each added to its input: [T, C] to [T, C]. `kv_lengths` as in kernels.packed_attention."""
-        x_TC = x_TC + self.attend(x_TC, cu_seqlens, max_seqlen, kv_lengths)
+    def forward(
+        self,
+        x_TC: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        kv_lengths: Tensor | None = None,
+        bias_HLL: Tensor | None = None,
+    ) -> Tensor:
+        """Attention and MLP, each added to its input: [T, C] to [T, C]. `kv_lengths` and `bias_HLL` as in Attention."""
+        x_TC = x_TC + self.attend(x_TC, cu_seqlens, max_seqlen, kv_lengths, bias_HLL)
         return x_TC + self.feed(x_TC)
 
-    def attend(self, x_TC: Tensor, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        x_TC: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        kv_lengths: Tensor | None = None,
+        bias_HLL: Tensor | None = None,
+    ) -> Tensor:
         """The attention branch alone, without the residual."""
-        return self.ls1(self.attn(self.norm1(x_TC), cu_seqlens, max_seqlen, kv_lengths))
+        return self.ls1(self.attn(self.norm1(x_TC), cu_seqlens, max_seqlen, kv_lengths, bias_HLL))
 
     def feed(self, x_TC: Tensor) -> Tensor:
         """The MLP branch alone, without the residual."""
@@ -230,7 +333,9 @@ class Block(nn.Module):
         weights = sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))
         return 2.0 * length * weights + 4.0 * length**2 * self.attn.proj.in_features
 
-    def forward_thinned(self, packed: Packed, rate: float, generator: torch.Generator) -> Packed:
+    def forward_thinned(
+        self, packed: Packed, rate: float, generator: torch.Generator, bias_HLL: Tensor | None = None
+    ) -> Packed:
         """`forward` under stochastic depth (Huang et al. 2016): each branch runs only for a random subset of sequences.
 
         Each group keeps a fixed number, (1 - rate) of it rounded and at least one; the rows of the others are not
@@ -238,7 +343,7 @@ class Block(nn.Module):
         """
         x_TC, layout, kept = packed.tokens_TC, packed.layout, packed.layout.thinned(rate)
         if kept == layout:
-            return Packed(self(x_TC, packed.cu_seqlens, layout.max_seqlen), layout)
+            return Packed(self(x_TC, packed.cu_seqlens, layout.max_seqlen, None, bias_HLL), layout)
         noise_2S = torch.rand(2, layout.sequences, generator=generator, device=generator.device).to(x_TC.device)
 
         def add(x_TC: Tensor, noise_S: Tensor, branch: object, *args: object) -> Tensor:
@@ -246,7 +351,7 @@ class Block(nn.Module):
             change = branch(x_TC.index_select(0, rows), *args) * worth
             return x_TC.index_add(0, rows, change.to(x_TC.dtype))
 
-        x_TC = add(x_TC, noise_2S[0], self.attend, kept.cu_seqlens(x_TC.device), kept.max_seqlen)
+        x_TC = add(x_TC, noise_2S[0], self.attend, kept.cu_seqlens(x_TC.device), kept.max_seqlen, None, bias_HLL)
         return Packed(add(x_TC, noise_2S[1], self.feed), layout)
 
 
@@ -279,8 +384,13 @@ class VisionTransformer(nn.Module):
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, a.embed_dim)) if a.class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, a.reg_tokens, a.embed_dim)) if a.reg_tokens else None
-        positions = a.grid[0] * a.grid[1] + (0 if a.no_embed_class else a.num_prefix_tokens)
-        self.pos_embed = nn.Parameter(torch.empty(1, positions, a.embed_dim), requires_grad=a.positions == "learned")
+        if a.positions == "relative":
+            self.pos_embed, self.rel_pos_bias = None, RelativePositions(a.grid, a.num_heads)
+        else:
+            positions = a.grid[0] * a.grid[1] + (0 if a.no_embed_class else a.num_prefix_tokens)
+            learns = a.positions == "learned"
+            self.pos_embed = nn.Parameter(torch.empty(1, positions, a.embed_dim), requires_grad=learns)
+            self.rel_pos_bias = None
         self.patch_embed = PatchEmbed(a.patch_size, a.embed_dim, bias=not a.pre_norm)
         self.norm_pre = nn.LayerNorm(a.embed_dim, eps=a.eps) if a.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
@@ -293,28 +403,33 @@ class VisionTransformer(nn.Module):
 
     def copy(self) -> "VisionTransformer":
         """Another one of equal weights on the same device, uncompiled whatever this one is."""
-        with torch.device(self.pos_embed.device):
+        with torch.device(self.patch_embed.proj.weight.device):
             twin = VisionTransformer(self.architecture)
         twin.load_state_dict(self.state_dict())
         return twin
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Fills every parameter: as `initialise`, N(0, .02) prefix tokens, truncated N(0, .02) or sin-cos positions."""
+        """Fills every parameter: as `initialise`, N(0, .02) prefix tokens, truncated N(0, .02), sin-cos or no positions; relative
+        ones are zero."""
         initialise(self, generator)
         for token in (self.cls_token, self.reg_token):
             if token is not None:
                 nn.init.normal_(token, std=0.02, generator=generator)
         for scale in (part for part in self.modules() if isinstance(part, LayerScale)):
             scale.gamma.fill_(self.architecture.init_values)
-        if self.architecture.positions == "learned":
+        if self.rel_pos_bias is not None:
+            self.rel_pos_bias.relative_position_bias_table.zero_()
+        elif self.architecture.positions == "learned":
             nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
-        else:
+        elif self.architecture.positions == "sincos":
             fixed = sincos_positions(self.embed_dim, self.grid)
             self.pos_embed.zero_()[0, -len(fixed) :] = fixed
+        else:
+            self.pos_embed.zero_()
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Positions of the patches of an image of `grid` patches, [h*w, C]; interpolated if not the model's."""
+        """Positions of the patches of an image of `grid` patches, [h*w, C]; interpolated if not the model's. Absolute ones."""
         patches = self.pos_embed[:, self.pos_embed.shape[1] - self.grid[0] * self.grid[1] :]
         if grid == self.grid:
             return patches[0]
@@ -331,23 +446,26 @@ class VisionTransformer(nn.Module):
         """Class token and registers with their positions, [1, num_prefix_tokens, C]."""
         tokens = [token for token in (self.cls_token, self.reg_token) if token is not None]
         prefix = torch.cat(tokens, dim=1)
-        return prefix if self.no_embed_class else prefix + self.pos_embed[:, : self.num_prefix_tokens]
+        bare = self.no_embed_class or self.pos_embed is None
+        return prefix if bare else prefix + self.pos_embed[:, : self.num_prefix_tokens]
 
     def embed(self, views: Sequence[View]) -> Packed:
         """Tokens of all views before the first block, one group per view. Only visible patches are read and embedded.
 
-        Raises BadInput for images that are not a multiple of the patch size.
+        Raises BadInput for images that are not a multiple of the patch size, or, with relative positions, not of the model's
+        size or shown in part.
         """
         rows, places = [], []
         for view in views:
-            grid = self._grid_of(view.images)
-            positions_NC = self.positions(grid)
-            visible = view.visible
-            if visible is None:
-                visible = torch.arange(len(positions_NC), device=view.images.device).expand(len(view.images), -1)
-                places.append(positions_NC)
+            grid, visible = self._grid_of(view.images), view.visible
+            if self.rel_pos_bias is not None:
+                self._check_whole(grid, visible)
+                places.append(None)
             else:
-                places.append(positions_NC[visible])
+                positions_NC = self.positions(grid)
+                places.append(positions_NC if visible is None else positions_NC[visible])
+            if visible is None:
+                visible = torch.arange(grid[0] * grid[1], device=view.images.device).expand(len(view.images), -1)
             rows.append(kernels.gather_patches(view.images, visible, self.patch_size))
         patches_RE = torch.cat([patches.flatten(0, 1) for patches in rows]) if len(rows) > 1 else rows[0].flatten(0, 1)
         parts = self.patch_embed(patches_RE).split([patches.shape[0] * patches.shape[1] for patches in rows])
@@ -356,7 +474,8 @@ class VisionTransformer(nn.Module):
             tokens_BVC = part.unflatten(0, patches.shape[:2])
             if view.hidden is not None:
                 tokens_BVC = torch.where(view.hidden[..., None], view.blank.to(tokens_BVC.dtype), tokens_BVC)
-            tokens_BVC = tokens_BVC + place
+            if place is not None:
+                tokens_BVC = tokens_BVC + place
             if self.num_prefix_tokens:
                 prefix = self.prefix().expand(len(patches), -1, -1)
                 tokens_BVC = torch.cat([prefix.to(tokens_BVC.dtype), tokens_BVC], dim=1)
@@ -368,12 +487,13 @@ class VisionTransformer(nn.Module):
         self, packed: Packed, start: int = 0, stop: int | None = None, generator: torch.Generator | None = None
     ) -> Packed:
         """Blocks start to stop (all by default); with a `generator` and drop_path > 0 under stochastic depth."""
+        bias_HLL = None if self.rel_pos_bias is None else self.rel_pos_bias()
         for index in range(self.depth)[start:stop]:
             block, rate = self.blocks[index], self.drop_path_rates[index]
             if generator is not None and rate > 0:
-                packed = block.forward_thinned(packed, rate, generator)
+                packed = block.forward_thinned(packed, rate, generator, bias_HLL)
             else:
-                tokens_TC = block(packed.tokens_TC, packed.cu_seqlens, packed.layout.max_seqlen)
+                tokens_TC = block(packed.tokens_TC, packed.cu_seqlens, packed.layout.max_seqlen, None, bias_HLL)
                 packed = Packed(tokens_TC, packed.layout)
         return packed
 
@@ -390,7 +510,8 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images fp32 [B, 3, H, W] to tokens [B, num_prefix_tokens + N, C] after the final norm.
 
-        H and W are any multiples of the patch size: positions are interpolated. Raises BadInput otherwise.
+        H and W are any multiples of the patch size: positions are interpolated; with relative ones they are the model's. Raises
+        BadInput otherwise.
         """
         return self.encode([View(images)]).unpack()[0]
 
@@ -412,12 +533,23 @@ class VisionTransformer(nn.Module):
             raise BadInput(f"images {shape} should be [batch, 3, height, width] in multiples of the patch size {side}")
         return height // self.patch_size, width // self.patch_size
 
+    def _check_whole(self, grid: tuple[int, int], visible: Tensor | None) -> None:
+        if grid != self.grid:
+            raise BadInput(
+                f"relative positions are those of a grid of {self.grid[0]}x{self.grid[1]} patches, which images of "
+                f"{grid[0]}x{grid[1]} do not fit: set img_size to theirs, or positions to learned or sincos"
+            )
+        if visible is not None:
+            raise BadInput(
+                "relative positions want whole images: hide patches behind a token, or set positions to learned or sincos"
+            )
+
 
 def _check_overrides(overrides: dict[str, object]) -> None:
     unknown = [key for key in overrides if key not in OVERRIDES]
     if unknown:
         raise BadInput(f"unknown model override {', '.join(unknown)}: choose among {', '.join(OVERRIDES)}")
-    for key, choices in {"global_pool": ("token", "avg"), "positions": ("learned", "sincos")}.items():
+    for key, choices in {"global_pool": ("token", "avg"), "positions": POSITIONS}.items():
         if key in overrides and overrides[key] not in choices:
             raise BadInput(f"{key} {overrides[key]!r} is none of {', '.join(choices)}")
     if not 0 <= overrides.get("drop_path", 0) < 1:
@@ -464,13 +596,30 @@ def _read(name: str, overrides: dict[str, object]) -> Architecture:
     size, side = architecture.img_size, architecture.patch_size
     if min(size) < side or size[0] % side or size[1] % side:
         raise BadInput(f"image size {size} is not a multiple of the patch size {side}")
+    if architecture.positions == "relative":
+        _check_relative(architecture)
+        twin = architecture.twin()
     with torch.device("meta"):
-        ours, theirs = VisionTransformer(architecture).state_dict(), twin.state_dict()
+        ours, theirs = architecture.timm_state(VisionTransformer(architecture).state_dict()), twin.state_dict()
     shapes = [{key: value.shape for key, value in state.items()} for state in (ours, theirs)]
     alien = sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})
     if alien:
         raise BadInput(f"{name} has other parameters than a plain pre-norm ViT: {', '.join(alien[:3])}")
     return architecture
+
+
+def _check_relative(architecture: Architecture) -> None:
+    """BadInput where timm's BEiT, the one model there with relative positions, cannot be this one."""
+    a = architecture
+    reasons = {
+        "no class token": not a.class_token,
+        "registers": a.reg_tokens > 0,
+        "a norm before its blocks": a.pre_norm,
+        f"norms with an epsilon of {a.eps:g}": a.eps != 1e-6,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise BadInput(f"{a.name} has {found[0]}, which does not go with relative positions: choose learned or sincos")
 
 
 def _unsupported(twin: nn.Module) -> str | None:

@@ -8,7 +8,7 @@ Shapes: C channels, N patches, E prefix tokens that have a position of their own
 import argparse
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isqrt
 from pathlib import Path
@@ -17,10 +17,10 @@ import timm
 import torch
 from safetensors.torch import load_file
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import resample_abs_pos_embed
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from timm.models import save_for_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine import vit
 from engine.durable import write_folder
@@ -65,6 +65,7 @@ _OTHER_PARTS = re.compile(
 )
 
 _EXPORTED = {"config.json", "model.safetensors"}
+_TABLE = "relative_position_bias_table"
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class LoadReport:
 
     source: the file or model read; layout: where in it the backbone was; loaded: number of tensors taken;
     set_aside: keys of other parts, such as decoders and heads; missing, unexpected: keys, only with strict=False;
-    resampled: the grids of positions before and after, None if they agree.
+    resampled: the grids of positions before and after, None if they agree; positions: why the model's own were left as they
+    are, in words, or nothing; new_norm: the model has a norm after pooling, the source one before it.
     """
 
     source: str
@@ -83,11 +85,17 @@ class LoadReport:
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
     resampled: tuple[Grid, Grid] | None = None
+    positions: str = ""
+    new_norm: bool = False
 
     def __str__(self) -> str:
         parts = [f"{self.loaded} tensors from {self.source} ({self.layout})"]
         if self.resampled:
             parts.append("positions resampled from {}x{} to {}x{}".format(*self.resampled[0], *self.resampled[1]))
+        if self.positions:
+            parts.append(self.positions)
+        if self.new_norm:
+            parts.append("the norm after pooling starts anew")
         groups = {"set aside": self.set_aside, "missing": self.missing, "unexpected": self.unexpected}
         return ", ".join(parts + [_listing(label, keys) for label, keys in groups.items() if keys])
 
@@ -106,10 +114,13 @@ def load(model: vit.VisionTransformer, source: str | Path, *, strict: bool = Tru
 
     `source` is a file (.safetensors or written by torch.save), an exported folder, a run folder (its export/), or a
     timm model, NAME or "timm:NAME" with or without a tag, whose pretrained weights timm fetches. Files may be in the
-    layouts of timm, MAE, MAE-CT, MIM-Refiner, DINO, DINOv2, iBOT, MSN, MoCo v3 or BEiT without relative positions.
+    layouts of timm, MAE, MAE-CT, MIM-Refiner, DINO, DINOv2, iBOT, MSN, MoCo v3 or BEiT: with absolute positions, or, for a model
+    with relative ones, with one table of them for all blocks, as BEiT has it until it is fine-tuned.
 
-    Positions of another grid are resampled (bicubic, antialiased, as timm does). Positions of class token and
-    registers go where `model` keeps them: into the token itself, or beside zeros for those without.
+    Positions of another grid are resampled (bicubic, antialiased, as timm does; relative ones as BEiT and timm do). Positions of
+    class token and registers go where `model` keeps them: into the token itself, or beside zeros for those without. Of a source
+    that was trained without positions (all are zero) the model keeps its own, and a model without takes none; a norm after
+    pooling stays the model's own where the source has one before it, as when MAE fine-tunes. The report says so.
 
     With strict=False, missing and unexpected keys are tolerated and reported. Raises BadInput if the source is not
     found, cannot be fetched, holds more than plain weights, or does not fit; `model` is then as it was.
@@ -117,21 +128,26 @@ def load(model: vit.VisionTransformer, source: str | Path, *, strict: bool = Tru
     found = _read(source)
     state, layout, aside = _find_backbone(found)
     state, decoders_and_heads = _split_off_other_parts(_respell(state))
-    _refuse_relative_positions(state, found.name)
     _check_patch_size(state, model, found.name)
+    state, resampled = _fit_relative_positions(state, model, found)
     state = _join_query_and_value_biases(state)
     positions = state.pop("pos_embed", None)  # kept from timm's filter, which does not know the file's grid
     try:
         state, heads = _split_off_other_parts(checkpoint_filter_fn(state, model))
     except RuntimeError as error:
         raise BadInput(f"{found.name} does not fit {model.architecture.name}: {error}") from error
-    resampled = None
+    kept = ""
     if positions is not None:
-        state, resampled = _fit_positions(state | {"pos_embed": positions}, model, found)
+        fitted, grids = _fit_positions(state | {"pos_embed": positions}, model, found)
+        kept = _own_positions(positions, model)
+        own = state | {"pos_embed": model.pos_embed.detach()}
+        state, resampled = (own, None) if kept else (fitted, grids)
+    state, norms = _exchange_norm(state, model)
     missing, unexpected = _compare(state, model, found.name, strict)
     model.load_state_dict(state, strict=False)
-    aside = (*aside, *decoders_and_heads, *heads)
-    return LoadReport(found.name, layout, len(state) - len(unexpected), aside, missing, unexpected, resampled)
+    loaded = len(state) - len(unexpected) - bool(kept) - len(norms)
+    aside = (*aside, *decoders_and_heads, *heads, *norms)
+    return LoadReport(found.name, layout, loaded, aside, missing, unexpected, resampled, kept, bool(norms))
 
 
 def create(source: str | Path, **overrides: object) -> tuple[vit.VisionTransformer, LoadReport]:
@@ -156,26 +172,46 @@ def create(source: str | Path, **overrides: object) -> tuple[vit.VisionTransform
     return model, load(model, source)
 
 
-def export(model: vit.VisionTransformer, folder: str | Path, extra: Mapping[str, object] | None = None) -> Path:
+def export(
+    model: vit.VisionTransformer,
+    folder: str | Path,
+    extra: Mapping[str, object] | None = None,
+    *,
+    classifier: nn.Linear | None = None,
+    classes: Sequence[str] = (),
+) -> Path:
     """Writes `folder` so that timm.create_model("local-dir:FOLDER", pretrained=True) loads it.
 
-    It holds model.safetensors and config.json; the features timm then computes are ours. config.json asks for ImageNet
-    normalisation and keeps `extra` (JSON) under "extra". The folder is written aside and renamed; an earlier export is
-    replaced. Raises BadInput if `folder` holds anything but an export.
+    It holds model.safetensors and config.json; the features timm then computes are ours. With a `classifier` on the pooled
+    features it is a whole classifier to timm, whose scores are ours, too; `classes` are then the names it knows them by.
+    config.json asks for ImageNet normalisation and keeps `extra` (JSON) under "extra". The folder is written aside and renamed;
+    an earlier export is replaced. Raises BadInput if `folder` holds anything but an export.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - _EXPORTED):
         raise BadInput(f"{folder} holds something else than an exported model: choose a new or empty folder")
-    write_folder(folder, lambda aside: _save(model, aside, extra))
+    write_folder(folder, lambda aside: _save(model, aside, extra, classifier, classes))
     return folder
 
 
-def _save(model: vit.VisionTransformer, folder: Path, extra: Mapping[str, object] | None) -> None:
+def _save(
+    model: vit.VisionTransformer,
+    folder: Path,
+    extra: Mapping[str, object] | None,
+    classifier: nn.Linear | None,
+    classes: Sequence[str],
+) -> None:
     architecture, twin = model.architecture, model.architecture.twin()
-    twin.load_state_dict({key: value.cpu().contiguous() for key, value in model.state_dict().items()}, assign=True)
+    state, described = dict(model.state_dict()), {}
+    if classifier is not None:
+        twin.reset_classifier(classifier.out_features)
+        state |= {"head.weight": classifier.weight.detach(), "head.bias": classifier.bias.detach()}
+        described = {"label_names": list(classes)} if classes else {}
+    state = {key: value.cpu().contiguous() for key, value in architecture.timm_state(state).items()}
+    twin.load_state_dict(state, assign=True)
     published = ("tag", "license", "origin_url", "paper_name", "paper_ids", "notes")  # of timm's weights, not of these
     twin.pretrained_cfg = {key: value for key, value in twin.pretrained_cfg.items() if key not in published}
-    described = {"tessera": {"model": architecture.name, "overrides": dict(architecture.overrides)}}
+    described |= {"tessera": {"model": architecture.name, "overrides": dict(architecture.overrides)}}
     preprocessing = {
         "input_size": (3, *architecture.img_size),
         "interpolation": "bicubic",
@@ -273,11 +309,43 @@ def _split_off_other_parts(state: State) -> tuple[State, tuple[str, ...]]:
     return {key: value for key, value in state.items() if key not in others}, others
 
 
-def _refuse_relative_positions(state: State, name: str) -> None:
+def _fit_relative_positions(
+    state: State, model: vit.VisionTransformer, found: _Source
+) -> tuple[State, tuple[Grid, Grid] | None]:
+    """`state` with the table of relative positions that the model wants, if it wants one, and the grids before and after if they
+    differ; BadInput where the file's positions are of another kind."""
     relative = [key for key in state if "relative_position" in key or "rel_pos" in key]
-    if relative:
-        listing = _listing("keys", relative)
-        raise BadInput(f"{name} has relative position biases, this backbone only absolute positions: {listing}")
+    of_blocks = any(key.startswith("blocks.") for key in relative)
+    if of_blocks:
+        raise BadInput(
+            f"{found.name} has relative position biases for each block, as fine-tuned BEiT has them, and this backbone one table "
+            f"for all: {_listing('keys', relative)}"
+        )
+    if relative and model.rel_pos_bias is None:
+        raise BadInput(
+            f'{found.name} has relative position biases, this model absolute positions: build it with positions="relative" '
+            f"({_listing('keys', relative)})"
+        )
+    if model.rel_pos_bias is None:
+        return state, None
+    absolute = state.get("pos_embed")
+    if absolute is not None and absolute.any():
+        raise BadInput(
+            f"{found.name} has absolute positions, this model relative ones: build it with positions learned or sincos"
+        )
+    state = {
+        key: value for key, value in state.items() if key not in ("pos_embed", "rel_pos_bias.relative_position_index")
+    }
+    key, wanted = f"rel_pos_bias.{_TABLE}", model.rel_pos_bias.relative_position_bias_table
+    table = state.get(key)
+    if table is None or (table.shape == wanted.shape and found.grid in (None, model.grid)):
+        return state, None
+    side = isqrt(max(0, len(table) - 3))
+    grid = found.grid or ((side + 1) // 2,) * 2
+    if table.ndim != 2 or len(table) != (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3:
+        raise BadInput(f"{found.name} has a table of relative positions of {_shape(table)}, that of no square grid")
+    state[key] = resize_rel_pos_bias_table(table, model.grid, tuple(wanted.shape), grid)
+    return state, (grid, model.grid)
 
 
 def _check_patch_size(state: State, model: vit.VisionTransformer, name: str) -> None:
@@ -292,6 +360,16 @@ def _join_query_and_value_biases(state: State) -> State:
         query, value = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
         state[key.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
     return state
+
+
+def _own_positions(positions: Tensor, model: vit.VisionTransformer) -> str:
+    """Why `model` keeps the positions that it has, in words; nothing where it takes those of the source."""
+    kind = model.architecture.positions
+    if kind == "none" and positions.any():
+        return "the source's positions left out, since the model has none"
+    if kind in ("learned", "sincos") and not positions.any():
+        return f"the model's own {kind} positions kept, since the source was trained without any"
+    return ""
 
 
 def _fit_positions(
@@ -334,6 +412,15 @@ def _read_positions(
         if rows > prefix and height * width == rows - prefix:
             return prefix, (height, width)
     raise BadInput(f"{name} has {rows} positions, no square grid with or without its {prefixes[0]} prefix tokens")
+
+
+def _exchange_norm(state: State, model: vit.VisionTransformer) -> tuple[State, tuple[str, ...]]:
+    """`state` with the model's norm after pooling for the source's before it, and the keys that this takes the place of."""
+    own = {key: value.detach() for key, value in model.state_dict().items() if key.startswith("fc_norm.")}
+    norms = tuple(key for key in state if key.startswith("norm."))
+    if not own or not norms or own.keys() & state.keys():
+        return state, ()
+    return {key: value for key, value in state.items() if key not in norms} | own, norms
 
 
 def _compare(state: State, model: vit.VisionTransformer, name: str, strict: bool) -> tuple[tuple[str, ...], ...]:

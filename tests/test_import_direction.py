@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[1]
 # From the entry points down to the kernels; parts on one line are equals and may use each other.
 FLOORS = [
     {"study"},
-    {"train", "eval", "plan", "dry_run"},
+    {"train", "eval", "plan", "dry_run", "codebook"},
     {"studies"},
     {"config"},
     {"recipes"},
@@ -15,7 +15,7 @@ FLOORS = [
     {"state"},
     {"step", "probe", "evals"},
     {"methods"},
-    {"heads", "collapse", "corruption"},
+    {"heads", "relations", "collapse", "corruption", "mixing", "patch_augmentation", "tokenizers"},
     {"vit"},
     {"tokens"},
     {"data"},

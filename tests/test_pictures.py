@@ -141,6 +141,23 @@ def test_curves_of_two_stages_with_a_loss_that_was_not_finite(tmp_path):
         assert (np.abs(pixels - np.array(colour)).max(axis=2) < 40).any()
 
 
+@pytest.mark.parametrize("normalised", [False, True])
+def test_patches_lie_in_rows_and_the_surplus_is_named_not_shown(normalised, tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "PATCHES_SHOWN", 4)
+    colours = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 1, 1]])
+    scaled = (colours - 0.5) / 0.2 if normalised else (colours - torch.from_numpy(MEAN)) / torch.from_numpy(STD)
+    flat = scaled[:, None, None].expand(-1, 8, 8, -1).flatten(1)
+    pictures.patches(tmp_path / "patches.png", flat, 8, normalised=normalised, title="five")
+    pixels = read(tmp_path / "patches.png")
+    places = []
+    for colour in colours:
+        found = (np.abs(pixels - 255 * colour.numpy()).max(axis=2) < 3).nonzero()
+        places.append(tuple(np.median(axis) for axis in found) if len(found[0]) else None)
+    (a, b, c, d, missing) = places
+    assert missing is None
+    assert a[0] == b[0] < c[0] == d[0] and a[1] == c[1] < b[1] == d[1]
+
+
 def test_curves_show_the_panels_there_are(tmp_path):
     one = lines(tmp_path / "one.jsonl", [{"step": s, "stage": "mae", "loss": 1.0} for s in (1, 2)])
     none = lines(tmp_path / "none.jsonl", [])

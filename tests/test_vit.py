@@ -35,8 +35,8 @@ def twin_of(model, **extra):
     return twin.eval()
 
 
-def assert_equals_timm(model, images, **extra):
-    twin = twin_of(model, **extra)
+def assert_equals_timm(model, images, twin=None, **extra):
+    twin = twin or twin_of(model, **extra)
     with torch.no_grad():
         ours, theirs = model(images), twin.forward_features(images)
         assert ours.shape == theirs.shape
@@ -62,6 +62,91 @@ def assert_equals_timm(model, images, **extra):
 def test_equals_timm(name, overrides):
     model = shaken(name, **overrides)
     assert_equals_timm(model, torch.randn(1, 3, *model.img_size, generator=draw()))
+
+
+RELATIVE = dict(positions="relative")
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        (MICRO, dict(init_values=0.1)),
+        (MICRO, dict(img_size=(24, 40), global_pool="avg", depth=2)),
+        (MICRO, dict(global_pool="avg", fc_norm=True, depth=2)),
+        ("vit_base_patch16_224", dict(depth=2, init_values=0.1, global_pool="avg")),
+    ],
+)
+def test_with_relative_positions_equals_timm_s_beit(name, overrides):
+    model = shaken(name, **overrides, **RELATIVE)
+    assert model.rel_pos_bias.relative_position_bias_table.std() > 0.01
+    twin = model.architecture.twin("cpu").eval()
+    assert type(twin).__name__ == "Beit"
+    twin.load_state_dict(model.architecture.timm_state(model.state_dict()))
+    with torch.no_grad():
+        torch.testing.assert_close(model.rel_pos_bias(), twin.rel_pos_bias())
+    assert_equals_timm(model, torch.randn(2, 3, *model.img_size, generator=draw()), twin)
+
+
+def test_relative_positions_follow_the_formula():
+    model = vit.create(MICRO, img_size=(16, 24), **RELATIVE)  # 2 x 3 patches
+    table = model.rel_pos_bias.relative_position_bias_table.data.normal_(generator=draw())
+    bias = model.rel_pos_bias()
+    assert table.shape == (3 * 5 + 3, 4) and bias.shape == (4, 7, 7)
+    assert torch.equal(bias[:, 0, 0], table[17])
+    for asks in range(6):
+        assert torch.equal(bias[:, 0, 1 + asks], table[15]) and torch.equal(bias[:, 1 + asks, 0], table[16])
+        for asked in range(6):
+            down, right = asks // 3 - asked // 3, asks % 3 - asked % 3
+            assert torch.equal(bias[:, 1 + asks, 1 + asked], table[(down + 1) * 5 + right + 2])
+
+
+def test_relative_gradients_equal_timm():
+    model, images = shaken(MICRO, depth=2, init_values=0.5, **RELATIVE), torch.randn(2, 3, 32, 32, generator=draw())
+    twin, weight = model.architecture.twin("cpu"), torch.randn(2, 17, 128, generator=draw(1))
+    twin.load_state_dict(model.architecture.timm_state(model.state_dict()))
+    (model(images) * weight).sum().backward()
+    (twin.forward_features(images) * weight).sum().backward()
+    ours = model.architecture.timm_state({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, parameter in twin.named_parameters():
+        torch.testing.assert_close(ours[name], parameter.grad, atol=1e-4, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert ours["rel_pos_bias.relative_position_bias_table"].abs().sum(1).min() > 0
+
+
+def test_relative_positions_want_whole_images_of_the_model_s_size():
+    model, images = vit.create(MICRO, depth=1, **RELATIVE), torch.zeros(2, 3, 32, 32)
+    with pytest.raises(BadInput, match="grid of 4x4 patches, which images of 6x4 do not fit"):
+        model(torch.zeros(2, 3, 48, 32))
+    with pytest.raises(BadInput, match="whole images"):
+        model.encode([View(images, torch.arange(4).expand(2, -1))])
+    with pytest.raises(ValueError, match="kv_lengths or a bias"):
+        lengths = torch.tensor([17], dtype=torch.int32)
+        model.blocks[0].attn(
+            torch.zeros(17, 128), Layout((Group(1, 17),)).cu_seqlens("cpu"), 17, lengths, model.rel_pos_bias()
+        )
+
+
+def test_views_with_relative_positions_share_a_pass():
+    model = shaken(MICRO, depth=2, **RELATIVE)
+    views = [View(torch.randn(batch, 3, 32, 32, generator=draw(batch))) for batch in (4, 2)]
+    with torch.no_grad():
+        for together, view in zip(model.encode(views).unpack(), views, strict=True):
+            torch.testing.assert_close(together, model(view.images), atol=1e-5, rtol=1e-5)
+
+
+def test_stochastic_depth_keeps_relative_positions():
+    model = shaken(MICRO, depth=1, **RELATIVE)
+    block, bias, packed = (
+        model.blocks[0],
+        model.rel_pos_bias(),
+        Packed.pack([torch.randn(4, 17, 128, generator=draw())]),
+    )
+    with torch.no_grad():
+        block.mlp.fc2.weight.zero_(), block.mlp.fc2.bias.zero_()
+        before, after = packed.unpack()[0], block.forward_thinned(packed, 0.5, draw(), bias).unpack()[0]
+        branch = block.attend(packed.tokens_TC, packed.cu_seqlens, 17, None, bias).view(4, 17, 128)
+    moved = (before != after).any(dim=2).any(dim=1)
+    assert moved.sum() == 2
+    torch.testing.assert_close(after[moved], (before + 2 * branch)[moved], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "width"), [("vit_large_patch16_224", 1024), ("vit_huge_patch14_224", 1280)])
@@ -122,6 +207,18 @@ def test_visible_order_carries_the_positions_along():
     torch.testing.assert_close(shuffled[:, 1:], whole[:, 1:][:, order[0]], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [32, 48])
+def test_without_positions_moved_patches_are_moved_tokens(columns):
+    model, images = vit.create(MICRO, positions="none", depth=2), torch.randn(1, 3, 32, columns, generator=draw())
+    assert not model.pos_embed.any()
+    assert not model.pos_embed.requires_grad
+    assert_equals_timm(model, images, dynamic_img_size=True)
+    with torch.no_grad():
+        whole, moved = (model(x)[:, 1:].unflatten(1, (4, -1)) for x in (images, images.roll((8, 16), (2, 3))))
+    torch.testing.assert_close(moved, whole.roll((1, 2), (1, 2)), atol=1e-5, rtol=1e-5)
+    assert (moved - whole).abs().max() > 0.1
+
+
 def test_run_blocks_in_parts_equals_whole_and_frozen_part_takes_no_gradient():
     model, images = shaken(MICRO), torch.randn(2, 3, 32, 32, generator=draw())
     with torch.no_grad():
@@ -134,9 +231,11 @@ def test_run_blocks_in_parts_equals_whole_and_frozen_part_takes_no_gradient():
     assert model.blocks[3].attn.qkv.weight.grad is not None
 
 
-def test_one_compiled_code_serves_all_blocks():
+@pytest.mark.parametrize("positions", ["learned", "relative"])
+def test_one_compiled_code_serves_all_blocks(positions):
     torch._dynamo.reset()
-    model, counter = vit.create(MICRO, init_values=0.1, drop_path=0.2), CompileCounterWithBackend("aot_eager")
+    model = vit.create(MICRO, init_values=0.1, drop_path=0.2, positions=positions)
+    counter = CompileCounterWithBackend("aot_eager")
     images = torch.randn(2, 3, 32, 32, generator=draw())
     expected = model(images)
     for block in model.blocks:
@@ -282,6 +381,9 @@ def test_names_are_creatable_and_cover_the_usual_ones():
         (MICRO, dict(width=3), "unknown model override width: choose among img_size"),
         (MICRO, dict(global_pool="max"), "none of token, avg"),
         (MICRO, dict(positions="rope"), "none of learned, sincos"),
+        (MICRO, dict(positions="relative", reg_tokens=2), "registers, which does not go with relative"),
+        ("vit_base_patch16_clip_224", dict(positions="relative"), "a norm before its blocks"),
+        ("vit_medium_patch16_gap_240", dict(positions="relative"), "no class token"),
         (MICRO, dict(drop_path=1.0), r"\[0, 1\)"),
         (MICRO, dict(img_size=(32, 30)), "multiple of the patch size 8"),
     ],

@@ -20,6 +20,8 @@ SIZES: dict[str, Any] = {
     "prototypes": 48,
     "head_hidden": 32,
     "bottleneck": 16,
+    "mask_unit": 8,
+    "codes": 48,
 }
 
 

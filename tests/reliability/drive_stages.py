@@ -63,13 +63,14 @@ def parts_of(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> trai
     return parts
 
 
-def fresh(parts: train.Parts, seed: int) -> TrainState:
-    """The method's own stage at its first step, after its untrained earlier stages."""
+def fresh(parts: train.Parts, seed: int, anew: bool = True) -> TrainState:
+    """The method's own stage at its first step, after its untrained earlier stages; not `anew`, as a checkpoint's content is put
+    into it."""
     torch.manual_seed(seed)
     parts.encoder.initialise()
     state = None
     for stage in parts.stages:
-        state = train.build(parts, stage.index, state.method if state else None)
+        state = train.build(parts, stage.index, state.method if state else None, anew=anew)
     return state
 
 
@@ -113,7 +114,7 @@ def controls(tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, Callable[
 
 def differs(parts: train.Parts, tensors: dict, where: dict, last: int, end: dict) -> bool:
     """Whether a run from this content ends elsewhere; refusing it counts, too."""
-    state = fresh(parts, 1)
+    state = fresh(parts, 1, anew=False)
     try:
         restore(state, tensors, where)
         steps(parts, state, last, False)
@@ -139,7 +140,7 @@ def drive(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> None:
         checkpoint.save(chosen.out / method, state.step, end, position(state))
     verdicts = {}
     if chosen.controls:
-        new = to_host(fresh(parts, 1))
+        new = to_host(fresh(parts, 1, anew=False))
         for name, renew in controls(tensors).items():
             maimed = copy.deepcopy(tensors)
             renew(maimed, new)

@@ -9,6 +9,7 @@ from tests.reliability.driver import METHODS, drive, finish, state_of, steps_of
 
 # one step: the interpreter is slow, and the optimiser's first moment tells the gradients
 SHORT = "--last 1 --set batch_size=4".split()
+EXACT = ("beit",)  # with relative positions its kernels copy patches and pick nearest centres: nothing that rounds
 
 
 @pytest.mark.long
@@ -29,7 +30,7 @@ def test_interpreted_kernels_train_like_the_reference(tmp_path: Path):
             # a gradient that is nothing but rounding (a bias before a norm) has no digits of its own
             assert (after[name] - moment).norm() <= 1e-3 * moment.norm() + 1e-6 * whole, f"{method} {name}"
         # other kernels round otherwise: equal bits would mean that they did not run
-        assert any(not torch.equal(before[name], after[name]) for name in before), method
+        assert method in EXACT or any(not torch.equal(before[name], after[name]) for name in before), method
 
 
 def moments(folder: Path, method: str) -> dict[str, torch.Tensor]:

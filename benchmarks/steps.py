@@ -8,9 +8,11 @@ import torch
 from benchmarks.rounds import Step
 from engine import methods, recipes, vit
 from engine.draws import Draws
-from engine.methods.base import Method, StageSettings
+from engine.methods.base import Labels, Method, StageSettings
 from engine.step import Update
 from engine.train import compile_regions
+
+CLASSES = 1000  # of ImageNet
 
 
 def published(
@@ -35,6 +37,14 @@ def published(
     backbone = vit.create(model, **(recipe.encoder | (encoder or {})))
     settings.check_encoder(name, backbone)
     return methods.get(name), backbone, settings
+
+
+def built(kind: type[Method], encoder: vit.VisionTransformer, settings: StageSettings) -> Method:
+    """The method; one that learns from classes is told a thousand, which the batch's images have in turn."""
+    if not settings.labelled:
+        return kind(encoder, settings)
+    names = tuple(map(str, range(CLASSES)))
+    return kind(encoder, settings, Labels(torch.arange(settings.batch_size) % CLASSES, names))
 
 
 def training_step(method: Method, device: torch.device, precision: str, compiles: bool) -> Step:

@@ -19,7 +19,7 @@ import tyro
 from benchmarks import rounds
 from benchmarks.peers.plain_mae import PlainMae
 from benchmarks.rounds import Step, seconds
-from benchmarks.steps import published, training_step
+from benchmarks.steps import built, published, training_step
 from engine import methods
 from engine.step import AUTOCAST
 
@@ -38,7 +38,7 @@ class Options(rounds.Options):
 def ours(options: Options, device: torch.device, precision: str) -> tuple[Step, float]:
     """One step of ours, and its floating-point operations per image."""
     kind, encoder, settings = published(options.method, options.model, options.batch_size)
-    method = kind(encoder, settings)
+    method = built(kind, encoder, settings)
     return training_step(method, device, precision, options.compile), method.flops_per_image()
 
 
@@ -80,7 +80,7 @@ def lightly_simmim(options: Options, device: torch.device, precision: str) -> St
     from benchmarks.peers.lightly_simmim import LightlySimmim
 
     kind, encoder, settings = published(options.method, options.model, options.batch_size)
-    method = kind(encoder, settings)
+    method = built(kind, encoder, settings)
     masked = method.masked(torch.rand(options.batch_size, method.units)).to(device)
     model = LightlySimmim(encoder.architecture, encoder.architecture.drop_path).to(device).train()
     if options.compile:

@@ -347,8 +347,8 @@ def test_processes_share_threads_and_gpus(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "no study is named; choose one of lowshot, methods, tuning."),
-        (["highshot"], "study 'highshot' is unknown; choose one of lowshot, methods, tuning."),
+        ([], "no study is named; choose one of lowshot, methods, relvit, tuning."),
+        (["highshot"], "study 'highshot' is unknown; choose one of lowshot, methods, relvit, tuning."),
         (["lowshot", "--arms", "masked", "supervised"], "--arms has 'supervised'; choose from contrastive, clustering"),
         (["lowshot", "--collapse", "none"], "--collapse has 'none'; choose from centring, me-max, sinkhorn."),
         (["lowshot", "--seeds", "1", "1"], "--seeds names something twice"),

@@ -5,6 +5,8 @@ they are a codebook's, fitted to the data, which is ours. B scales pixels to [-1
 weights start as MAE's do.
 """
 
+from dataclasses import replace
+
 from engine.methods.beit import Settings
 from engine.recipes.base import DIGITS, Recipe
 
@@ -31,9 +33,10 @@ def published(model: str) -> Recipe:
         "global_pool": "avg",
     }
     known = "after BEiT's released recipe (B)" + ("" if model in LAYER_SCALE else ", which has no such model")
-    return Recipe(
-        f"{known}, with a codebook for DALL-E's codes unless its file is given", (("beit", SETTINGS),), encoder
-    )
+    said = f"{known}, with a codebook for DALL-E's codes unless its file is given"
+    # of a grid of 4 x 4 patches a mask hides fewer than 16
+    settings = replace(SETTINGS, smallest_block=2) if model.endswith("_32") else SETTINGS
+    return Recipe(said, (("beit", settings),), encoder)
 
 
 def digits() -> Recipe:

@@ -14,8 +14,8 @@ SETTINGS = Settings(
     drops=(700 / 800,), clip_norm=5.0, crop_scale=(0.67, 1.0), mask_unit=32, mask_ratio=0.6,
 )  # fmt: skip
 SMALL = Settings(
-    epochs=30, batch_size=64, base_lr=4e-3, warmup=0.1, schedule="cosine", drops=(), crop_scale=(0.6, 1.0), flip=0.0, mask_unit=8,
-    mask_ratio=0.6,
+    epochs=30, batch_size=32, base_lr=2e-3, warmup=0.1, schedule="cosine", drops=(), crop_scale=(0.6, 1.0), flip=0.0, mask_unit=8,
+    mask_ratio=0.5,
 )  # fmt: skip
 """Ours, found by trial on the embedded digits with the small ViT."""
 

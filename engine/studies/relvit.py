@@ -7,13 +7,13 @@ as many epochs, and once more for as many updates.
 
 from engine.studies import Arm, Study
 
-LABELS, BATCH = "10", "20"
+LABELS, BATCH, RATE = "10", "20", "1e-2"
 PRETEXT, TUNING = 20, 60  # epochs
 UPDATES_AS_EPOCHS = 148  # 22 updates an epoch before, 5 after: (20 * 22 + 60 * 5) / 5
 
 
 def _supervised(name: str, epochs: int, about: str, after: str = "") -> Arm:
-    flags = ("--supervised.labels-per-class", LABELS, "--supervised.batch-size", BATCH)
+    flags = ("--supervised.labels-per-class", LABELS, "--supervised.batch-size", BATCH, "--supervised.base-lr", RATE)
     return Arm(
         name, "supervised", (*flags, "--supervised.epochs", str(epochs)), clusters=False, about=about, after=after
     )

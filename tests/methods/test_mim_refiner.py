@@ -151,20 +151,6 @@ def test_queues_take_the_first_view_after_the_lookup():
         assert head.queue.pointer == 8
 
 
-@pytest.mark.parametrize("kind", [MimHeads, MimRefiner])
-def test_a_skipped_update_changes_nothing(kind: type[MimHeads]):
-    method = make(kind)
-    before = {name: value.clone() for name, value in method.state_dict().items()}
-    method(crops(method), torch.arange(8), draws(method))
-    method.after_step(torch.tensor(False))
-    for name, value in method.state_dict().items():
-        assert torch.equal(value, before[name]), name
-    method(crops(method), torch.arange(8), draws(method))
-    method.after_step(torch.tensor(True))
-    changed = {name for name, value in method.state_dict().items() if not torch.equal(value, before[name])}
-    assert {"heads.2.queue.keys", "heads.4.queue.pointer", "heads.3.projector.1.running_mean"} <= changed
-
-
 def test_the_first_stage_leaves_the_encoder_alone():
     method = make(MimHeads)
     assert not any(p.requires_grad for p in method.encoder.parameters())

@@ -105,15 +105,6 @@ def test_queue_starts_as_unit_noise_of_no_image():
     assert queue.pointer == 0
 
 
-def test_a_skipped_update_changes_nothing():
-    method = make()
-    before = {name: value.clone() for name, value in method.state_dict().items()}
-    method(tuple(torch.randn(2, 8, 3, 32, 32)), torch.arange(8), draws(method))
-    method.after_step(torch.tensor(False))
-    for name, value in method.state_dict().items():
-        assert torch.equal(value, before[name]), name
-
-
 def test_batch_norm_equals_torch():
     ours, theirs, x = BatchNorm(6), nn.BatchNorm1d(6), torch.randn(20, 6, requires_grad=True)
     y = x.detach().clone().requires_grad_()

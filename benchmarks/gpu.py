@@ -176,11 +176,12 @@ class Planned:
 
 
 def planned_steps(at: Machine) -> Iterator[Planned]:
-    """MAE, multi-crop DINO in its forms, and two-view tuning, on the reference and on each of our implementations."""
+    """MAE, multi-crop DINO in its forms, two-view tuning and, on a GPU, RelViT: on the reference and on each of our
+    implementations."""
     on_gpu = at.device == "cuda"
     model, batch = ("vit_large_patch16_224", 256) if on_gpu else ("vit_tiny_patch16_224", 2)
     own = sorted({one for exist in AVAILABLE.values() for one in exist} - {"reference"}) if on_gpu else []
-    for method in ("mae", "dino", "maect"):
+    for method in ("mae", "dino", "maect", *(("relvit",) if on_gpu else ())):
         for compiles in (False, True):
             for implementation in ("reference", *own):
                 name = f"{method} {model}, {'compiled' if compiles else 'eager'}, kernels: {implementation}"

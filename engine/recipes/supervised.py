@@ -60,7 +60,7 @@ def _baseline(name: str) -> Recipe:
     chosen = SETS[name]
     settings = replace(BASELINE, batch_size=chosen.batch_size, pad=4 if chosen.crop == "pad" else 0)
     encoder = {"positions": "learned", "global_pool": "token", "drop_path": 0.1}
-    return Recipe(f"RelViT's supervised baseline on {name} (C)", (("supervised", settings),), encoder)
+    return Recipe(f"after RelViT's supervised baseline on {name} (C)", (("supervised", settings),), encoder)
 
 
 def digits() -> Recipe:

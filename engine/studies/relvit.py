@@ -34,7 +34,7 @@ STUDY = Study(
                 "--relvit.patch-grayscale", "0",
             ),
             clusters=False,
-            about="classes and relations in one loss, on the labelled images",
+            about="classes and relations in one loss, on the labelled images; no positions, as for relations alone",
         ),
         Arm("relations", "relvit", ("--relvit.epochs", str(PRETEXT)), clusters=False, about="relations alone, on all images"),
         _supervised("fine-tuned", TUNING, "classes, from the relations' encoder", after="relations"),

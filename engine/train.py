@@ -335,8 +335,7 @@ def _train_stage(parts: Parts, state: TrainState, folder: Path, log: RunLog, sto
     loader = parts.loader(state)
     if not state.method.views():
         seconds = time.monotonic() - began
-        log.message(f"stage {stage.name} trains on features that were stored in {seconds:.1f} s")
-        log.log(stage.first_step + state.step, {"seconds": seconds}, kind="store")
+        log.log(stage.first_step + state.step, {"storing_features_seconds": seconds}, kind="event")
 
     def save() -> None:
         state.bad_files[:] = dist.union(state.bad_files)

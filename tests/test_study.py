@@ -136,7 +136,7 @@ def test_time_of_training_is_by_the_logged_pace(tmp_path: Path):
         {"kind": "train", "stage": "mae", "step": 10},  # compiling: no pace yet, so the next one's
         {"kind": "train", "stage": "mae", "step": 20, "images_per_second": 8.0},
         {"kind": "probe", "stage": "mae", "step": 20},
-        {"kind": "store", "stage": "mae", "step": 20, "seconds": 7.0},
+        {"kind": "event", "stage": "mae", "step": 20, "storing_features_seconds": 7.0},
         {"kind": "train", "stage": "maect", "step": 25, "images_per_second": 2.0},
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))

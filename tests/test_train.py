@@ -100,6 +100,18 @@ def test_timm_loads_the_export_and_sees_the_same_features(run: tuple[Path, str],
 
 
 @pytest.mark.long
+def test_a_head_trains_on_stored_features_of_given_weights(run: tuple[Path, str], data: Path, tmp_path: Path):
+    flags = ("--method", "nnclr", "--weights", run[0], "--nnclr.reuse", 2, "--epochs", 2, "--no-evaluate")
+    output_of(start("--data", data, "--out", tmp_path / "out", *FAST[:8], *FAST[10:], *flags))
+    records = read_metrics(tmp_path / "out" / "metrics.jsonl")
+    (event,) = [record for record in records if record["kind"] == "event"]
+    assert event["storing_features_seconds"] > 0 and event["step"] == 0
+    assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+    before, after = (weights.create(folder)[0].state_dict() for folder in (run[0], tmp_path / "out"))
+    assert all(torch.equal(value, after[name]) for name, value in before.items()), "the encoder is frozen"
+
+
+@pytest.mark.long
 def test_a_stopped_run_resumes_to_the_same_end(run: tuple[Path, str], data: Path, tmp_path: Path):
     whole, _ = run
     folder = tmp_path / "stopped"

@@ -195,7 +195,7 @@ def trained_seconds(folder: Path) -> float:
     stages, before = json.loads((folder / "config.json").read_text())["stages"], 0
     batch = {stage["method"]: stage["batch_size"] for stage in stages}
     everything = read_metrics(folder / "metrics.jsonl")
-    seconds = sum(record["seconds"] for record in everything if record["kind"] == "store")
+    seconds = sum(record.get("storing_features_seconds", 0.0) for record in everything)
     records = [record for record in everything if record["kind"] == "train"]
     for record in records:
         pace = record.get("images_per_second") or next(

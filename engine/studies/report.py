@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +20,7 @@ from engine.studies import Study
 # Okabe and Ito's palette, which people who confuse colours can tell apart; each with a marker and a label of its own.
 STYLES = (("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"))
 INK, FAINT = "#222222", "#767676"
+NOTE_CHARACTERS = 18  # of the smallest print, to an inch
 DASHES = {"raw pixels": (0, (4, 2)), "untrained": (0, (1, 1.5))}
 COLLAPSED = ("collapsing", "broken")
 WORDS = ("broken", "collapsing", "failed", "not done yet", "watch", "healthy")  # the worst first
@@ -253,7 +255,9 @@ def draw(path: Path, outcome: Outcome) -> None:
     rows = outcome.rows
     shots = [name for name in outcome.names if name.endswith("-shot")]
     guards = list(dict.fromkeys(row.collapse for row in rows if row.collapse)) or [""]
-    figure = Figure(figsize=(4.3 * len(guards) + 0.9, 4.4), dpi=120, layout="constrained", facecolor="white")
+    # as high as the labels at the ends of the lines need
+    width, height = 4.3 * len(guards) + 0.9, max(4.4, 0.2 * len({(row.arm, row.collapse) for row in rows}) + 1.6)
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
     figure.suptitle(outcome.study.title, color=INK, fontsize=12, x=0.01, ha="left")
     panels = figure.subplots(1, len(guards), sharey=True, squeeze=False)[0]
     styles = {arm.name: STYLES[number % len(STYLES)] for number, arm in enumerate(outcome.study.arms)}
@@ -274,6 +278,7 @@ def draw(path: Path, outcome: Outcome) -> None:
     note = f"bars: standard deviation over {'splits and seeds' if seeds > 1 else 'splits'}; {outcome.about}"
     if alone and len(guards) > 1:
         note += "\n" + next(text for text in outcome.notes if "no prototypes" in text)
+    note = "\n".join(fill(line, int(NOTE_CHARACTERS * width)) for line in note.splitlines())
     figure.supxlabel(note, color=FAINT, fontsize=8, x=0.01, ha="left")
     _label_ends(figure, panels)
     write_file(path, lambda aside: figure.savefig(aside, format="png"))
@@ -282,8 +287,9 @@ def draw(path: Path, outcome: Outcome) -> None:
 def _draw_lines(panel: Axes, rows: Sequence[Row], shots: Sequence[str], styles: Mapping[str, tuple[str, str]]) -> None:
     """Means with bars, a little apart so that bars of one place do not cover each other; names stand at their ends."""
     places = np.log2([float(name.removesuffix("-shot")) for name in shots])
+    gap = min(0.03, 0.24 / len(rows))
     for number, row in enumerate(rows):
-        x = places + 0.03 * (number - (len(rows) - 1) / 2)
+        x = places + gap * (number - (len(rows) - 1) / 2)
         means, bars = zip(*(spread(row.figures[name]) for name in shots), strict=True)
         colour, marker = styles.get(row.arm, (FAINT, ""))
         look = {"linestyle": DASHES.get(row.arm, "-"), "linewidth": 1.2 if row.arm in DASHES else 1.8}

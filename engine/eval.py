@@ -6,8 +6,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, make_dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import tyro
 from rich.console import Console
 
 import kernels
@@ -30,8 +32,9 @@ class Eval:
 
     weights: str = ""
     """A run folder, an exported folder, a file (with --model), timm:NAME, or raw for the pixels themselves."""
-    protocol: tuple[str, ...] = ("knn",)
-    """One or more of cluster, knn, linear, lowshot."""
+    protocol: Annotated[tuple[str, ...], tyro.conf.arg(help=f"One or more of {', '.join(evals.protocols())}.")] = (
+        "knn",
+    )
     data: str = ""
     """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg; or NAME:DIR, a published set as it lies in DIR, with NAME one of
     cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100. Default: the embedded digits."""
@@ -54,7 +57,8 @@ class Eval:
     threads: int = 0
     """Loader threads; 0 is what the machine has."""
     cache: bool = True
-    """Keep extracted features in the user's cache, so that another protocol need not extract them again."""
+    """Keep extracted features in the user's cache, so that another protocol need not extract them again. Patch tokens, which
+    attentive wants, take 2 bytes per number: 0.3 MB an image for a ViT-B/16."""
     bad_limit: float = 0.001
     """Largest share of unreadable images that is accepted; they are left out."""
     seed: int = 0

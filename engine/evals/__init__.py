@@ -4,6 +4,7 @@ A protocol is a file in this folder, found by its name. It has
     Settings                                   a frozen dataclass with defaults; raises BadInput for numbers that make no sense
     check(train, test, settings)               raises BadInput if these sets can't be judged, before any feature exists
     evaluate(train, test, settings) -> Result  computes on the device that holds the features
+    WANTS = "tokens"                           if it reads Features.tokens; left out, pooled features are all that is extracted
 so adding a protocol is adding a file.
 """
 
@@ -20,10 +21,13 @@ import torch
 
 from engine.data.sources import ImageSet, open_images
 from engine.errors import BadInput
-from engine.evals.features import Encoder, Features, Result, encoder_of, extract, raw_pixels
+from engine.evals.features import Encoder, Features, Result, Tokens, check_tokens, encoder_of, extract, raw_pixels
 from engine.vit import VisionTransformer
 
-__all__ = ["Encoder", "Features", "Result", "encode", "evaluate", "protocol", "protocols", "raw_pixels", "settings_for"]
+__all__ = [
+    "Encoder", "Features", "Result", "Tokens", "encode", "evaluate", "protocol", "protocols", "raw_pixels", "settings_for",
+    "wants_tokens",
+]  # fmt: skip
 
 _NOT_PROTOCOLS = {"features", "report"}
 
@@ -46,6 +50,11 @@ def protocol(name: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{name}")
 
 
+def wants_tokens(names: Sequence[str]) -> bool:
+    """Whether one of these protocols reads patch tokens."""
+    return any(getattr(protocol(name), "WANTS", "pooled") == "tokens" for name in names)
+
+
 def settings_for(names: Sequence[str], given: Mapping[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:
     """Settings by protocol: those given, or the defaults; `seed` goes into each that draws anything.
 
@@ -65,15 +74,23 @@ def encode(
     encoders: Mapping[str, Encoder | VisionTransformer | Pair],
     train: ImageSet,
     test: ImageSet,
+    *,
+    tokens: bool = False,
     **how: Any,
 ) -> dict[str, Pair]:
-    """Train and test features of each encoder; `how` goes to `features.extract`. A pair of Features passes through."""
+    """Train and test features of each encoder; `how` goes to `features.extract`. A pair of Features passes through.
+
+    Raises:
+        BadInput: with `tokens`, an encoder has none; that is found before the first image is encoded.
+    """
+    known = {name: encoder_of(e) if isinstance(e, VisionTransformer) else e for name, e in encoders.items()}
     pairs = {}
-    for name, encoder in encoders.items():
-        if isinstance(encoder, VisionTransformer):
-            encoder = encoder_of(encoder)
+    for name, encoder in known.items():
+        if tokens and isinstance(encoder, Encoder):
+            check_tokens(encoder, name)
+    for name, encoder in known.items():
         if isinstance(encoder, Encoder):
-            encoder = tuple(extract(encoder, images, name=name, **how) for images in (train, test))
+            encoder = tuple(extract(encoder, images, name=name, tokens=tokens, **how) for images in (train, test))
         pairs[name] = encoder
     return pairs
 
@@ -117,7 +134,7 @@ def evaluate(
         for name, setting in chosen.items():
             protocol(name).check(train, test, setting)
         how = {"device": device, "precision": precision, "batch_size": batch_size, "threads": threads, "cache": cache}
-        pairs = encode(encoders, train, test, **how)
+        pairs = encode(encoders, train, test, tokens=wants_tokens(list(chosen)), **how)
     if features is not None:
         features.update(pairs)
     results = []

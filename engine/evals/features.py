@@ -1,11 +1,15 @@
 """What every protocol reads and returns: frozen features with their labels, extracted once and kept on disk; one result.
 
-Shapes: n images, C feature width, B batch.
+Shapes: n images, C feature width, B batch, L patch tokens of an image.
 """
 
 import hashlib
 import json
+import math
+import shutil
 import sys
+import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,6 +35,33 @@ from engine.vit import VisionTransformer
 
 
 @dataclass(frozen=True, eq=False)
+class Tokens:
+    """Every patch token of one split, left on the disk: what a probe that attends to tokens reads batch by batch.
+
+    fp16, for there are many: those of ImageNet's training set from a ViT-B/16 take 386 GB so. After a norm, numbers lie far
+    inside its range, and its 11 significant bits are more than the 8 of an encoder under bf16.
+
+    Args:
+        values: fp16 [n, L, C], memory-mapped or in memory.
+        what: which tokens these are, in words.
+
+    Raises:
+        BadInput: the shape or type is another.
+    """
+
+    values: np.ndarray
+    what: str = "patch tokens as given"
+
+    def __post_init__(self):
+        if self.values.ndim != 3 or not self.values.size or self.values.dtype != np.float16:
+            raise BadInput(f"tokens must be a non-empty fp16 [n, L, C], not {self.values.dtype} {self.values.shape}.")
+
+    def rows(self, rows_B: np.ndarray, device: torch.device | str = "cpu") -> Tensor:
+        """fp32 [B, L, C]: the tokens of these images, on `device`; nothing else is read."""
+        return torch.from_numpy(self.values[rows_B]).to(device).float()
+
+
+@dataclass(frozen=True, eq=False)
 class Features:
     """One split as a frozen encoder sees it.
 
@@ -41,6 +72,7 @@ class Features:
         classes: class names, label i is classes[i]; None names them by number.
         paths: the n image paths, relative to the data set's root; split files refer to them.
         pooling: what one row is (class token, mean of patch tokens, pixels).
+        tokens: the n images' patch tokens, where a protocol wants them.
 
     Raises:
         BadInput: the shapes disagree, the set is empty, or a value is NaN or infinite.
@@ -52,6 +84,7 @@ class Features:
     classes: tuple[str, ...] | None = None
     paths: tuple[str, ...] | None = None
     pooling: str = "as given"
+    tokens: Tokens | None = None
 
     def __post_init__(self):
         if self.values.ndim != 2 or not self.values.numel():
@@ -59,11 +92,13 @@ class Features:
         n = len(self.values)
         if (self.labels is not None and len(self.labels) != n) or (self.paths is not None and len(self.paths) != n):
             raise BadInput(f"features of {self.name} have {n} rows but another number of labels or paths.")
+        if self.tokens is not None and len(self.tokens.values) != n:
+            raise BadInput(f"features of {self.name} have {n} rows but tokens of {len(self.tokens.values)} images.")
         if not torch.isfinite(self.values).all():
             raise BadInput(f"features of {self.name} contain NaN or infinity: these weights cannot be evaluated.")
 
     def to(self, device: torch.device | str) -> "Features":
-        """The same features on `device`, where the protocols will then compute."""
+        """The same features on `device`, where the protocols will then compute. Tokens stay where they are."""
         labels = None if self.labels is None else self.labels.to(device)
         return replace(self, values=self.values.to(device), labels=labels)
 
@@ -148,33 +183,48 @@ class Encoder:
         size: (H, W) in pixels that `encode` wants.
         pooling: what one feature row is, in words.
         fingerprint: identifies the function for the cache; None is never cached.
+        tokens: [B, 3, H, W] normalised images -> [B, L, C], the patch tokens; None where there are none.
     """
 
     encode: Callable[[Tensor], Tensor]
     size: tuple[int, int]
     pooling: str
     fingerprint: str | None = None
+    tokens: Callable[[Tensor], Tensor] | None = None
 
 
+TOKENS = "patch tokens after the final norm, without class token and registers"
 _POOLING = {"token": "class token after the final norm", "avg": "mean of patch tokens after the final norm"}
 
 
 def encoder_of(model: VisionTransformer) -> Encoder:
-    """A VisionTransformer as an encoder; its own `global_pool` decides the feature. Evaluates in eval mode."""
+    """A VisionTransformer as an encoder; its own `global_pool` decides the feature. Evaluates in eval mode.
 
-    def encode(images_B3HW: Tensor) -> Tensor:
-        training = model.training
-        model.eval()
-        try:
-            return model.pool(model(images_B3HW))
-        finally:
-            model.train(training)
+    Where the final norm follows the pooling (fc_norm), it is applied to each patch token.
+    """
+
+    def frozen(read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def encode(images_B3HW: Tensor) -> Tensor:
+            training = model.training
+            model.eval()
+            try:
+                return read(model(images_B3HW))
+            finally:
+                model.train(training)
+
+        return encode
 
     digest = hashlib.sha256(repr(model.architecture).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return Encoder(encode, model.img_size, _POOLING[model.global_pool], digest.hexdigest())
+    return Encoder(
+        frozen(model.pool),
+        model.img_size,
+        _POOLING[model.global_pool],
+        digest.hexdigest(),
+        frozen(lambda tokens_BLC: model.fc_norm(tokens_BLC[:, model.num_prefix_tokens :])),
+    )
 
 
 def raw_pixels(size: tuple[int, int] = (32, 32)) -> Encoder:
@@ -192,6 +242,7 @@ def extract(
     precision: str = "fp32",
     threads: int | None = None,
     cache: Path | None = None,
+    tokens: bool = False,
 ) -> Features:
     """Encode every readable image once, in order, resized and centre-cropped.
 
@@ -200,16 +251,22 @@ def extract(
     Args:
         precision: "fp32", or "bf16" for autocast.
         cache: folder of extracted features, keyed by weights, image listing and settings; None keeps nothing.
+        tokens: patch tokens as well, in a second pass over the images. They are written as they come, into a folder beside the
+            cached features, or a temporary one that goes with the Tokens; one batch of them is in memory at a time.
 
     Returns:
         Features on the CPU.
 
     Raises:
-        BadInput: a value is NaN or infinite, or a cached file is damaged.
+        BadInput: a value is NaN or infinite, a cached file is damaged, or `tokens` of an encoder that has none or of more
+            than the disk can hold.
     """
+    if tokens:
+        check_tokens(encoder, name)
     device = torch.device(device)
+    how, home = (batch_size, device, precision, threads), None
     if cache is None or encoder.fingerprint is None:
-        rows, values = _encode_all(encoder, images, batch_size, device, precision, threads)
+        rows, values = _encode_all(encoder, images, *how)
     else:
         settings = [encoder.fingerprint, encoder.size, encoder.pooling, batch_size, precision, device.type]
         environment = [torch.__version__, kernels.describe(device)]
@@ -217,8 +274,9 @@ def extract(
         path = Path(cache) / f"{key}.safetensors"
         with user_cache.locked(path):
             if not path.exists():
-                _write(path, *_encode_all(encoder, images, batch_size, device, precision, threads))
+                _write(path, *_encode_all(encoder, images, *how))
         rows, values = _read(path)
+        home = path.with_name(f"{key}-tokens")
     return Features(
         values=values,
         labels=None if images.labels is None else torch.from_numpy(images.labels)[rows],
@@ -226,25 +284,100 @@ def extract(
         classes=images.classes,
         paths=tuple(images.paths[row] for row in rows.tolist()),
         pooling=encoder.pooling,
+        tokens=_extract_tokens(encoder, images, rows, name, how, home) if tokens else None,
     )
 
 
-def _encode_all(encoder, images, batch_size, device, precision, threads) -> tuple[Tensor, Tensor]:
+def check_tokens(encoder: Encoder, name: str) -> None:
+    """Refuse an encoder without patch tokens.
+
+    Raises:
+        BadInput: see above.
+    """
+    if encoder.tokens is None:
+        raise BadInput(f"{name} ({encoder.pooling}) have no patch tokens to attend to; give the weights of a ViT.")
+
+
+def _encode_all(encoder, images, *how) -> tuple[Tensor, Tensor]:
     """Ids int64 [n] of the readable images, ascending, and their features fp32 [n, C]."""
-    ids, values = [], []
+    ids, values = zip(*_encoded(encoder.encode, encoder.size, images, *how))
+    return torch.cat(ids), torch.cat(values)
+
+
+def _encoded(encode, size, images, batch_size, device, precision, threads) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batch by batch: ids int64 [B] of readable images, ascending, and what `encode` makes of them, fp32 on the CPU."""
     batches = track(
-        eval_batches(images, encoder.size, batch_size, device=device, threads=threads),
+        eval_batches(images, size, batch_size, device=device, threads=threads),
         f"encoding {images.split}",
         total=-(-len(images) // batch_size),
         console=Console(stderr=True),
         transient=True,
         disable=not sys.stderr.isatty(),
     )
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        for batch in batches:
-            ids.append(batch.ids)
-            values.append(encoder.encode(batch.images[0]).float().cpu())
-    return torch.cat(ids), torch.cat(values)
+    for batch in batches:
+        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            values = encode(batch.images[0]).float().cpu()
+        yield batch.ids, values
+
+
+def _extract_tokens(encoder, images, rows, name, how, home: Path | None) -> Tokens:
+    """The tokens of the images `rows`: from the folder `home`, filled if it is not there, or a temporary one."""
+    place = Path(tempfile.gettempdir()) if home is None else home.parent
+
+    def fill(folder: Path) -> None:
+        _write_tokens(folder, place, _encoded(encoder.tokens, encoder.size, images, *how), images, name)
+
+    if home is None:
+        folder = Path(tempfile.mkdtemp(prefix="tokens-"))
+        try:
+            fill(folder)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise BadInput(f"tokens cannot be written to {place} ({error.strerror}): set TMPDIR to another.") from error
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    else:
+        folder = user_cache.kept(home, fill)
+    ids = np.load(folder / "ids.npy")
+    tokens = Tokens(np.load(folder / "tokens.npy", mmap_mode="r")[: len(ids)], TOKENS)
+    if home is None:
+        weakref.finalize(tokens, shutil.rmtree, folder, ignore_errors=True)
+    if not np.array_equal(ids, rows):
+        remedy = "run again" if home is None else f"delete {home} and run again"
+        raise BadInput(f"{name}: other images could be read for tokens than for features; {remedy}.")
+    return tokens
+
+
+def _write_tokens(folder: Path, place: Path, batches, images: ImageSet, name: str) -> None:
+    """`tokens.npy`, fp16 [n, L, C], batch by batch, and `ids.npy`, int64: what its first rows are of. `place` is for messages."""
+    ids = []
+    with open(folder / "tokens.npy", "wb") as file:
+        for ids_B, tokens_BLC in batches:
+            if not ids:
+                shape = (int(images.good.sum()), *tokens_BLC.shape[1:])
+                _check_space(place, 2 * math.prod(shape), images)
+                header = {"descr": "<f2", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                end = file.tell() + 2 * math.prod(shape)
+            half_BLC = tokens_BLC.half()
+            if not torch.isfinite(half_BLC).all():
+                raise BadInput(
+                    f"tokens of {name} contain NaN or more than fp16 holds: these weights cannot be evaluated."
+                )
+            file.write(half_BLC.numpy().tobytes())
+            ids.append(ids_B)
+        file.truncate(end)  # longer than what was written if images were found unreadable
+    np.save(folder / "ids.npy", torch.cat(ids).numpy())
+
+
+def _check_space(place: Path, needed: int, images: ImageSet) -> None:
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise BadInput(
+            f"the tokens of {len(images):,} {images.split} images need {needed / 1e9:.1f} GB and {place} has "
+            f"{free / 1e9:.1f} GB left: set TESSERA_CACHE (or TMPDIR without a cache) to a folder with more."
+        )
 
 
 def _listing_digest(images: ImageSet) -> str:

@@ -14,8 +14,10 @@ from engine.errors import BadInput
 
 
 def test_protocols_are_the_files():
-    assert evals.protocols() == ("cluster", "knn", "linear", "lowshot")
-    with pytest.raises(BadInput, match="unknown protocol 'features'; choose from cluster, knn, linear, lowshot"):
+    assert evals.protocols() == ("attentive", "cluster", "knn", "linear", "lowshot")
+    with pytest.raises(
+        BadInput, match="unknown protocol 'features'; choose from attentive, cluster, knn, linear, lowshot"
+    ):
         evals.protocol("features")
 
 
@@ -87,9 +89,9 @@ def test_several_weights_in_one_call():
         (["--weights", "raw", "--model", "vit_micro_patch8_32"], "neither --model nor --pool"),
         (
             ["--weights", "raw", "--protocol", "knn", "tsne"],
-            "unknown protocol 'tsne'; choose from cluster, knn, linear, lowshot",
+            "unknown protocol 'tsne'; choose from attentive, cluster, knn, linear, lowshot",
         ),
-        (["--weights", "raw", "--protocol"], "choose from cluster, knn, linear, lowshot"),
+        (["--weights", "raw", "--protocol"], "choose from attentive, cluster, knn, linear, lowshot"),
         (["--weights", "raw", "--data", "/none"], "/none is no folder"),
         (["--weights", "raw", "--data", "TMP/flat"], "val"),
         (["--weights", "raw", "--device", "tpu"], "choose one of auto, cpu, cuda"),
@@ -126,10 +128,14 @@ def test_the_command_itself_exits_with_2():
         [sys.executable, "-m", "engine.eval", "--weights", "raw", "--protocol", "nope"], capture_output=True, text=True
     )
     assert done.returncode == 2 and not done.stdout
-    assert done.stderr.strip() == "error: unknown protocol 'nope'; choose from cluster, knn, linear, lowshot."
+    assert (
+        done.stderr.strip() == "error: unknown protocol 'nope'; choose from attentive, cluster, knn, linear, lowshot."
+    )
 
 
 def test_help_exits_with_0(capsys):
     with pytest.raises(SystemExit) as left:
         command.main(["--help"])
-    assert left.value.code == 0 and "--knn.temperature" in capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert left.value.code == 0 and "--knn.temperature" in shown
+    assert f"One or more of {', '.join(evals.protocols())}." in shown

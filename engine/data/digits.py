@@ -31,15 +31,15 @@ def _fill(folder: Path) -> None:
     from sklearn.datasets import load_digits  # slow to import, and wanted once
 
     digits = load_digits()
-    is_val = _is_val(digits.target)
+    held_out = is_val(digits.target)
     for index, (pixels, label) in enumerate(zip(digits.images, digits.target, strict=True)):
-        path = folder / ("val" if is_val[index] else "train") / str(label) / f"{index:04d}.png"
+        path = folder / ("val" if held_out[index] else "train") / str(label) / f"{index:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         grey = Image.fromarray(np.round(pixels * (255 / 16)).astype(np.uint8))
         grey.resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(path)
 
 
-def _is_val(labels: np.ndarray) -> np.ndarray:
+def is_val(labels: np.ndarray) -> np.ndarray:
     """bool [n]: the lowest relative ranks over all classes, each class in a fixed random order."""
     noise = np.random.Philox(np.random.SeedSequence(SPLIT_SEED)).random_raw(len(labels))
     rank = np.empty(len(labels))

@@ -1,7 +1,7 @@
 """Which images there are: lists a source, screens it once, and says what is read in place of a bad file.
 
-Image folders are listed by `engine.data.listing`, published sets by `engine.data.archives`. Other readers (WebDataset tars, COCO,
-VOC) belong beside them and return a Listing, too.
+Image folders are listed by `engine.data.listing`, published sets by `engine.data.archives`. Sets with objects have
+readers of their own, `engine.data.coco` and `engine.data.voc`, which are screened here, too.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class ImageSet:
 
     Attributes:
         root: folder that the paths are relative to.
-        split: "train" or "val".
+        split: "train" or "val"; sets with objects may have others.
         paths: n relative paths, in order of name.
         labels: int64 [n], or None where the set has no classes.
         classes: names, the label is the index; or None.
@@ -85,7 +85,13 @@ def open_images(
         raise BadInput(f"screening {screening!r} is unknown: choose auto, header or decode")
     if not 0 <= bad_limit <= 1:
         raise BadInput(f"bad_limit {bad_limit} is not a fraction between 0 and 1")
-    listed = _list(source, split)
+    return of_listing(_list(source, split), split, bad_limit, screening)
+
+
+def of_listing(
+    listed: Listing, split: str, bad_limit: float = BAD_LIMIT, screening: Literal["auto", "header", "decode"] = "auto"
+) -> ImageSet:
+    """Screens listed files; arguments as for `open_images`, any name for a split. Raises BadInput if too many are bad."""
     paths = [file.path for file in listed.files]
     decode = screening == "decode" or (screening == "auto" and len(paths) <= screen.DECODED_UP_TO)
     sizes, reasons, ledger = _screen(listed.root, listed.files, decode)

@@ -30,7 +30,7 @@ LOW_USAGE = 0.01  # one prototype in a hundred does all the work
 FEW_USED, OF_MANY = (
     3,
     0.1,
-)  # of 64 prototypes even one is more than that share: fewer than three in use of thirty or more
+)  # even one of 64 is more than LOW_USAGE: fewer than three of thirty or more are too few as well
 HALVED = 0.5  # a rank below this share of its best is a sharp drop
 LOST = 0.1  # of the k-NN accuracy above chance, and 2 points at least: less is noise of a small probe
 CACHE_BYTES = 256 * 2**20

@@ -515,6 +515,12 @@ class VisionTransformer(nn.Module):
         """
         return self.encode([View(images)]).unpack()[0]
 
+    def layer_of(self, name: str) -> int:
+        """The depth that the parameter of this name counts as: i for block i of L, L for the final norm, -1 for all else."""
+        if name.startswith("blocks."):
+            return int(name.split(".")[1])
+        return self.depth if name.startswith(("norm.", "fc_norm.")) else -1
+
     def flops(self, patches: int, start: int = 0, stop: int | None = None, *, thinned: bool = False) -> float:
         """Operations of one forward pass for one image of `patches` visible patches; embedding counts if `start` is 0.
 

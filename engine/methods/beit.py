@@ -150,8 +150,7 @@ class Beit(Method):
             self.tokenizer.draw(folder / CODEBOOK_PICTURE)
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
-        depth = {"depth": draws.seeds()} if any(self.encoder.drop_path_rates) else {}
-        return depth | {"masks": self.masks(draws)}
+        return super().draw(draws) | {"masks": self.masks(draws)}
 
     def masks(self, draws: Draws) -> Tensor:
         """Which patches are hidden, bool [b, N] on the CPU."""
@@ -167,11 +166,8 @@ class Beit(Method):
     def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         (pixels,) = images
         masked = Masked.of(drawn["masks"][:, None], self.encoder.num_prefix_tokens, pixels.device)
-        generator = None
-        if "depth" in drawn:
-            generator = torch.Generator(pixels.device).manual_seed(int(drawn["depth"][0]))
         view = View(pixels, hidden=masked.hidden[0], blank=self.mask_token[0])
-        tokens_MC = masked.rows_of(self.encoder.encode([view], generator).unpack())
+        tokens_MC = masked.rows_of(self.encode([view], drawn))
         codes_M = self.tokenizer(pixels, masked.patches)
         loss, right = self.code_loss(tokens_MC, codes_M, masked.weights)
         used = usage(codes_M, self.settings.codes) if len(codes_M) else loss.new_zeros(())
@@ -199,9 +195,6 @@ class Beit(Method):
         return 3 * (seen + head) + self.tokenizer.flops(self.encoder.grid)
 
     def ragged_regions(self) -> Iterator[tuple[object, str]]:
-        """How many patches are masked changes from step to step; so does what stochastic depth keeps of a block."""
+        """How many patches are masked changes from step to step, too."""
         yield self, "code_loss"
-        for block, rate in zip(self.encoder.blocks, self.encoder.drop_path_rates, strict=True):
-            if rate:
-                yield block, "attend"
-                yield block, "feed"
+        yield from super().ragged_regions()

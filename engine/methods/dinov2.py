@@ -123,8 +123,6 @@ class Dinov2(Ibot):
             yield from with_decay(named, rate * peak_lr, s.weight_decay, frozen_epochs=frozen)
 
     def _layer(self, name: str) -> int:
-        """The depth a parameter counts as: block k of 0 to L - 1, -1 for what comes before them, L for what comes after."""
-        if name.startswith("encoder.blocks."):
-            return int(name.split(".")[2])
-        before = name.startswith("encoder.") and not name.startswith(("encoder.norm.", "encoder.fc_norm."))
-        return -1 if before else self.encoder.depth
+        """The depth a parameter counts as: the heads lie where the encoder ends."""
+        own = name.startswith("encoder.")
+        return self.encoder.layer_of(name.removeprefix("encoder.")) if own else self.encoder.depth

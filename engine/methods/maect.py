@@ -74,10 +74,8 @@ class Maect(Nnclr):
             parameter.requires_grad_(self.layer_of(name) >= self.frozen and name != "pos_embed")
 
     def layer_of(self, name: str) -> int:
-        """The depth an encoder parameter counts as: its block, 0 for what comes before the blocks, L for the final norm."""
-        if name.startswith("blocks."):
-            return int(name.split(".")[1])
-        return len(self.encoder.blocks) if name.startswith(("norm.", "fc_norm.")) else 0
+        """The depth an encoder parameter counts as; what comes before the blocks goes with the first one."""
+        return max(0, self.encoder.layer_of(name))
 
     @property
     def reuse(self) -> int:

@@ -10,7 +10,6 @@ from engine.methods.mim_heads import Settings as HeadSettings
 from engine.optim import Group, scaled_lr, with_decay
 from engine.vit import VisionTransformer
 
-STEM = -1  # the depth of what comes before the blocks
 PREFIX = ("encoder.cls_token", "encoder.reg_token")  # without weight decay, as in MIM-Refiner
 
 
@@ -57,19 +56,13 @@ class MimRefiner(MimHeads):
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
         for name, parameter in encoder.named_parameters():
-            parameter.requires_grad_(max(self.layer_of(name), 0) >= settings.frozen_blocks and name != "pos_embed")
-
-    def layer_of(self, name: str) -> int:
-        """The depth an encoder parameter counts as: its block, STEM for what comes before the blocks, L for the final norm."""
-        if name.startswith("blocks."):
-            return int(name.split(".")[1])
-        return self.encoder.depth if name.startswith(("norm.", "fc_norm.")) else STEM
+            parameter.requires_grad_(max(encoder.layer_of(name), 0) >= settings.frozen_blocks and name != "pos_embed")
 
     def groups(self, images_per_step: int) -> Iterator[Group]:
         settings, depth = self.settings, self.encoder.depth
         peak_lr = scaled_lr(settings.base_lr, images_per_step)
-        for layer in range(STEM, depth + 1):
-            named = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if self.layer_of(n) == layer}
+        for layer in range(-1, depth + 1):
+            named = {f"encoder.{n}": p for n, p in self.encoder.named_parameters() if self.encoder.layer_of(n) == layer}
             prefix = {name: named.pop(name) for name in PREFIX if name in named}
             rate = peak_lr * settings.layer_decay ** (depth - layer)
             yield from with_decay(named.items(), rate, settings.weight_decay)

@@ -4,7 +4,6 @@ baselines.
 Shapes: b images of this rank, L tokens of an image, K classes.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -141,11 +140,10 @@ class Supervised(Method):
 
     def height(self, name: str) -> int:
         """How far up the parameter of this name lies: 0 for patches, prefix tokens and absolute positions, i + 1 for block i,
-        depth + 1 for all else."""
-        if block := re.match(r"encoder\.blocks\.(\d+)\.", name):
-            return int(block[1]) + 1
-        low = ("patch_embed.", "cls_token", "reg_token", "pos_embed", "norm_pre.")
-        return 0 if name.removeprefix("encoder.").startswith(low) else self.encoder.depth + 1
+        depth + 1 for all else, relative positions among it."""
+        if not name.startswith("encoder.") or name.startswith("encoder.rel_pos_bias."):
+            return self.encoder.depth + 1
+        return self.encoder.layer_of(name.removeprefix("encoder.")) + 1
 
     def flops_per_image(self) -> float:
         patches = self.encoder.grid[0] * self.encoder.grid[1]

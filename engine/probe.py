@@ -27,10 +27,8 @@ from engine.data.subsets import subset
 LOW_STD = 0.05  # 1 is isotropic; SimSiam's collapsed runs are at 0 (Chen & He 2021, figure 2)
 LOW_RANK = 2.0  # all features on one line have rank 1
 LOW_USAGE = 0.01  # one prototype in a hundred does all the work
-FEW_USED, OF_MANY = (
-    3,
-    0.1,
-)  # even one of 64 is more than LOW_USAGE: fewer than three of thirty or more are too few as well
+# even one of 64 is more than LOW_USAGE: fewer than three of thirty or more are too few as well
+FEW_USED, OF_MANY = 3, 0.1
 HALVED = 0.5  # a rank below this share of its best is a sharp drop
 LOST = 0.1  # of the k-NN accuracy above chance, and 2 points at least: less is noise of a small probe
 CACHE_BYTES = 256 * 2**20

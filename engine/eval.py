@@ -1,4 +1,4 @@
-"""`python -m engine.eval`: judge frozen weights by the papers' protocols, print a table, leave a folder of results."""
+"""`python -m engine.eval`: judge weights by the papers' protocols, print a table, leave a report."""
 
 import os
 import sys
@@ -15,29 +15,38 @@ from rich.console import Console
 import kernels
 from engine import dist, evals, vit, weights
 from engine.data import cache
-from engine.data.sources import open_images
 from engine.errors import BadInput
-from engine.evals import report
+from engine.evals import Sets, report
 from engine.evals.features import Encoder, encoder_of, raw_pixels
 from engine.flags import read
 
 RAW = "raw"
-WEIGHTS = "a run folder, an exported folder, a file with --model, timm:NAME or raw"
+RANDOM = "random:"
+WEIGHTS = "a run folder, an exported folder, a file with --model, timm:NAME, random:NAME or raw"
 RAW_SIZE = (32, 32)
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Judge frozen weights. Flags with a dot belong to the protocol that is named before the dot."""
+    """Judge weights. Flags with a dot belong to the protocol that is named before the dot."""
 
-    weights: str = ""
-    """A run folder, an exported folder, a file (with --model), timm:NAME, or raw for the pixels themselves."""
-    protocol: Annotated[tuple[str, ...], tyro.conf.arg(help=f"One or more of {', '.join(evals.protocols())}.")] = (
-        "knn",
-    )
+    weights: tuple[str, ...] = ()
+    """A run folder, an exported folder, a file (with --model), timm:NAME (published weights), random:NAME (as initialised by
+    --seed), or raw for the pixels themselves. Several are put side by side, with the differences to the first."""
+    compare: tuple[str, ...] = ()
+    """Further weights: --weights A --compare B C is --weights A B C."""
+    protocol: Annotated[
+        tuple[str, ...], tyro.conf.arg(help=f"One or more of {', '.join((*evals.protocols(), evals.ALL))}.")
+    ] = ("knn",)
     data: str = ""
-    """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg; or NAME:DIR, a published set as it lies in DIR, with NAME one of
+    """For protocols that read classes: an image folder, train/CLASS/*.jpg and val/CLASS/*.jpg; or NAME:DIR, a published set as it
+    lies in DIR, with NAME one of
     cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100. Default: the embedded digits."""
+    objects: str = ""
+    """For protocols that read objects, masks or classes of pixels: NAME:DIR with NAME one of coco, voc (DIR as published).
+    Default: the embedded scenes."""
+    video: str = ""
+    """For protocols that read videos. Default: the embedded clips."""
     out: str = ""
     """Folder for results.json, results.md and pictures; an earlier evaluation there is replaced. Default: runs/eval-NAME-TIME."""
     model: str = ""
@@ -62,7 +71,9 @@ class Eval:
     bad_limit: float = 0.001
     """Largest share of unreadable images that is accepted; they are left out."""
     seed: int = 0
-    """Draws low-shot splits, probe weights, probe order and k-means starts."""
+    """Draws splits, first weights and orders of whatever a protocol trains, and k-means starts."""
+    seeds: int = 1
+    """Runs of each protocol that draws, with seed, seed + 1, ...; figures are their mean and spread."""
 
     def check(self) -> None:
         """Raise BadInput for a value that cannot be meant."""
@@ -75,17 +86,24 @@ class Eval:
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 raise BadInput(f"--{name} is {getattr(self, name)!r}; choose one of {', '.join(filter(None, valid))}.")
-        for name, least in {"batch_size": 1, "threads": 0, "seed": 0}.items():
+        for name, least in {"batch_size": 1, "threads": 0, "seed": 0, "seeds": 1}.items():
             if getattr(self, name) < least:
                 raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more.")
         if len(self.image_size) > 2 or any(side < 1 for side in self.image_size):
             raise BadInput("--image-size takes one positive number, or height and width.")
-        if not self.weights:
+        if not self.judged:
             raise BadInput(f"--weights is missing; give {WEIGHTS}.")
+        if len(set(self.judged)) < len(self.judged):
+            raise BadInput("--weights names the same weights twice.")
         if not 0 <= self.bad_limit <= 1:
             raise BadInput(f"--bad-limit is {self.bad_limit}; it must be a share from 0 to 1.")
-        if self.weights == RAW and (self.model or self.pool):
+        if self.judged == (RAW,) and (self.model or self.pool):
             raise BadInput("--weights raw is the pixels themselves and takes neither --model nor --pool.")
+
+    @property
+    def judged(self) -> tuple[str, ...]:
+        """All weights, in the order given."""
+        return (*self.weights, *self.compare)
 
 
 def parse(arguments: Sequence[str]) -> tuple[Eval, dict]:
@@ -110,31 +128,42 @@ def parse(arguments: Sequence[str]) -> tuple[Eval, dict]:
     return chosen, evals.settings_for(chosen.protocol, given, chosen.seed)
 
 
-def encoder(flags: Eval, device: torch.device) -> tuple[str, Encoder]:
-    """The name and the encoder that --weights, --model, --pool and --image-size describe.
+def encoder(source: str, flags: Eval, device: torch.device) -> tuple[str, Encoder]:
+    """The name and the encoder that a source of weights, --model, --pool and --image-size describe.
 
     Raises:
         BadInput: no such weights or model, or they do not fit each other.
     """
     size = (flags.image_size * 2)[:2]
-    if flags.weights == RAW:
-        return "raw pixels", raw_pixels(size or RAW_SIZE)
-    path = Path(flags.weights).expanduser()
-    if not path.exists() and not flags.weights.startswith("timm:"):
-        raise BadInput(f"--weights {flags.weights} does not exist; give {WEIGHTS}.")
-    if path.is_dir() and not any((folder / "model.safetensors").is_file() for folder in (path, path / "export")):
-        raise BadInput(f"--weights {flags.weights} holds no exported model; give {WEIGHTS}.")
-    if path.is_file() and not flags.model:
-        raise BadInput(f"--weights {flags.weights} is a file and needs --model NAME, such as vit_large_patch16_224.")
-    if flags.model and not path.is_file():
-        raise BadInput(f"--model belongs to a file; {flags.weights} says itself what it holds.")
     overrides = ({"global_pool": flags.pool} if flags.pool else {}) | ({"img_size": size} if size else {})
+    if source == RAW:
+        return "raw pixels", raw_pixels(size or RAW_SIZE)
+    if source.startswith(RANDOM):
+        name = source.removeprefix(RANDOM)
+        model = vit.create(name, generator=torch.Generator().manual_seed(flags.seed), **overrides)
+        return f"random {name}", encoder_of(model.to(device))
+    path = Path(source).expanduser()
+    if not path.exists() and not source.startswith("timm:"):
+        raise BadInput(f"--weights {source} does not exist; give {WEIGHTS}.")
+    if path.is_dir() and not any((folder / "model.safetensors").is_file() for folder in (path, path / "export")):
+        raise BadInput(f"--weights {source} holds no exported model; give {WEIGHTS}.")
+    if path.is_file() and not flags.model:
+        raise BadInput(f"--weights {source} is a file and needs --model NAME, such as vit_large_patch16_224.")
+    if flags.model and not any(Path(judged).expanduser().is_file() for judged in flags.judged):
+        raise BadInput(f"--model belongs to a file; {source} says itself what it holds.")
     if path.is_file():
         model = vit.create(flags.model, **overrides)
         weights.load(model, path)
     else:
-        model, _ = weights.create(flags.weights, **overrides)
+        model, _ = weights.create(source, **overrides)
     return path.stem if path.is_file() else path.resolve().name, encoder_of(model.to(device))
+
+
+def encoders(flags: Eval, device: torch.device) -> dict[str, Encoder]:
+    """All weights by name; those of one name are told apart by what stands before it."""
+    found = [(source, *encoder(source, flags, device)) for source in flags.judged]
+    names = [name for _, name, _ in found]
+    return {name if names.count(name) == 1 else source: encoder for source, name, encoder in found}
 
 
 def run(flags: Eval, settings: dict) -> list[evals.Result]:
@@ -146,20 +175,22 @@ def run(flags: Eval, settings: dict) -> list[evals.Result]:
     if os.environ.get("WORLD_SIZE", "1") != "1":
         raise BadInput("engine.eval runs in a single process; start it without torchrun.")
     device = dist.start(flags.device).device
-    images = [open_images(flags.data or None, split, flags.bad_limit) for split in ("train", "val")]
+    sets = Sets(flags.bad_limit, data=flags.data or None, objects=flags.objects or None, video=flags.video or None)
     for name, chosen in settings.items():
-        evals.protocol(name).check(*images, chosen)
-    name, judged = encoder(flags, device)
-    out = Path(flags.out or f"runs/eval-{name.replace(' ', '-')}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+        evals.protocol(name).check(*sets.pair(evals.reads(name)), chosen)
+    judged = encoders(flags, device)
+    first = next(iter(judged)).replace(" ", "-").replace("/", "-")
+    out = Path(flags.out or f"runs/eval-{first}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     report.check_folder(out)
     precision = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(flags.precision, flags.precision)
     features: dict = {}
     results = evals.evaluate(
-        {name: judged},
-        images,
+        judged,
+        sets,
         tuple(settings),
         settings=settings,
         seed=flags.seed,
+        seeds=flags.seeds,
         device=device,
         precision=precision,
         batch_size=flags.batch_size,
@@ -169,16 +200,15 @@ def run(flags: Eval, settings: dict) -> list[evals.Result]:
     )
     about = asdict(flags) | {
         "out": str(out),
-        "data": str(images[0].root),
+        "sets": {kind: sets.name(kind) for kind in sets.opened},
         "device": str(device),
         "precision": precision,
         "kernels": kernels.describe(device).splitlines(),
-        "unreadable images left out": [list(bad) for split in images for bad in split.bad],
+        "unreadable images left out": _left_out(sets),
     }
     report.write(out, results, about, features, flags.map)
     console = Console()
-    counts = f"{len(images[0]):,} training and {len(images[1]):,} test images"
-    console.print(report.table(results, f"{flags.data or 'digits'}: {counts}"))
+    console.print(report.table(results, ", ".join(dict.fromkeys(sets.name(kind) for kind in sets.opened))))
     for result in results:
         for sweep in report.sweeps(result):
             console.print(sweep)
@@ -186,6 +216,12 @@ def run(flags: Eval, settings: dict) -> list[evals.Result]:
         console.print(f"{result.protocol}: {report.sentence(result)}", style="dim", highlight=False)
     console.print(f"results and pictures: {out}", highlight=False)
     return results
+
+
+def _left_out(sets: Sets) -> list[tuple[str, str]]:
+    """(path, reason) of every image that could not be read."""
+    images = [getattr(split, "images", split) for pair in sets.opened.values() for split in pair if split is not None]
+    return sorted({tuple(bad) for split in images for bad in split.bad})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

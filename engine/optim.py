@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -116,6 +116,24 @@ def with_decay(
         members = {n: p for n, p in named if (p.ndim > 1) == decays}
         if members:
             yield Group(members, peak_lr, weight_decay if decays else 0.0, **others)
+
+
+def by_layer(
+    named: Iterable[tuple[str, nn.Parameter]],
+    height: Callable[[str], int],
+    top: int,
+    peak_lr: float,
+    weight_decay: float,
+    layer_decay: float,
+    decays: Callable[[str, nn.Parameter], bool] = lambda name, parameter: parameter.ndim > 1,
+) -> Iterator[Group]:
+    """Groups whose rate is peak_lr * layer_decay ** (top - height(name)), each split into what decays and what doesn't."""
+    members: dict[tuple[int, bool], dict[str, nn.Parameter]] = defaultdict(dict)
+    for name, parameter in named:
+        if parameter.requires_grad:
+            members[height(name), decays(name, parameter)][name] = parameter
+    for (layer, decaying), group in sorted(members.items()):
+        yield Group(group, peak_lr * layer_decay ** (top - layer), weight_decay if decaying else 0.0)
 
 
 def adamw(groups: Iterable[Group], betas: tuple[float, float]) -> torch.optim.AdamW:

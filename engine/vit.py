@@ -7,7 +7,7 @@ patches, L sequence length, R patch rows of a step, E elements of a patch (P * P
 import difflib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import timm
@@ -401,10 +401,14 @@ class VisionTransformer(nn.Module):
         self.norm, self.fc_norm = (nn.Identity(), norm) if a.fc_norm else (norm, nn.Identity())
         self._fixed_positions: dict[tuple[int, int], tuple[tuple[int, int], Tensor]] = {}
 
-    def copy(self) -> "VisionTransformer":
-        """Another one of equal weights on the same device, uncompiled whatever this one is."""
+    def copy(self, drop_path: float | None = None) -> "VisionTransformer":
+        """Another one of equal weights on the same device, uncompiled whatever this one is; maybe of another stochastic depth."""
+        architecture = self.architecture
+        if drop_path is not None:
+            overrides = dict(architecture.overrides) | {"drop_path": drop_path}
+            architecture = replace(architecture, drop_path=drop_path, overrides=tuple(overrides.items()))
         with torch.device(self.patch_embed.proj.weight.device):
-            twin = VisionTransformer(self.architecture)
+            twin = VisionTransformer(architecture)
         twin.load_state_dict(self.state_dict())
         return twin
 

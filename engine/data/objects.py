@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from engine.data.subsets import subset
 from engine.errors import BadInput
 
 VOID = 255  # in semantic masks, where 0 is the background and k + 1 the category k
+BACKGROUND = "background"
 MOST_CATEGORIES = VOID - 1
 BEYOND = 1.0  # pixels that a box may reach beyond its image, as published ones do by rounding; it is clipped
 
@@ -75,6 +77,11 @@ class ObjectSet(ABC):
         return len(self.objects)
 
     @property
+    def semantic_classes(self) -> tuple[str, ...]:
+        """Names of the labels that `semantic` gives."""
+        return BACKGROUND, *self.categories
+
+    @property
     def unused(self) -> tuple[str, ...]:
         """The categories that no object of the set has."""
         used = np.zeros(len(self.categories), bool)
@@ -89,6 +96,23 @@ class ObjectSet(ABC):
     @abstractmethod
     def semantic(self, index: int) -> np.ndarray:
         """uint8 [H, W] of one image: 0 background, k + 1 for category k, 255 not to be counted. Raises BadInput as masks."""
+
+
+class SemanticSet(Protocol):
+    """N readable images with a class for every pixel; an ObjectSet is one.
+
+    Attributes:
+        images: without labels.
+        semantic_classes: K names.
+    """
+
+    images: ImageSet
+    semantic_classes: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def semantic(self, index: int) -> np.ndarray:
+        """uint8 [H, W] of one image, 0 to K - 1, 255 not to be counted. Raises BadInput where there is none or a damaged one."""
 
 
 def readable(

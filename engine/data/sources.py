@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from engine.data import archives, cache, digits, listing, screen
+from engine.data import archives, cache, digits, listing, scenes, screen
 from engine.data.listing import File, Listing
 from engine.errors import BadInput
 
@@ -66,7 +66,8 @@ def open_images(
     """Lists and screens the images of a source.
 
     Args:
-        source: None or "digits" for the embedded set; NAME:DIR for a published set that lies in DIR (`engine.data.archives`
+        source: None or "digits" for the embedded set with classes, "scenes" for the training images of the one with objects,
+            without labels; NAME:DIR for a published set that lies in DIR (`engine.data.archives`
             says which); else a folder: train/CLASS/* and val/CLASS/* (images may lie deeper), or any folder of images
             without labels, searched with its subfolders. Files of other suffixes than jpg, jpeg, png, webp, bmp, tif and
             tiff are passed over, and so are hidden ones.
@@ -131,11 +132,13 @@ def check_bad(bad: tuple[tuple[str, str], ...], total: int, limit: float, ledger
 def _locate(source: str | Path | None) -> Path:
     if source is None or str(source) == "digits":
         return digits.write()
+    if str(source) == "scenes":
+        return scenes.write() / "coco" / "images" / "train"
     root = Path(source).expanduser()
     if not root.is_dir():
         raise BadInput(
-            f"{source} is no folder: give a folder of images, 'digits' (the embedded set), or NAME:DIR with NAME one of "
-            f"{', '.join(archives.NAMES)}"
+            f"{source} is no folder: give a folder of images, 'digits' or 'scenes' (the embedded sets), or NAME:DIR with NAME "
+            f"one of {', '.join(archives.NAMES)}"
         )
     if (root / "val").is_dir() and not (root / "train").is_dir():
         raise BadInput(f"{root} has a folder val/ but no train/, which names the classes")

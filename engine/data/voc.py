@@ -19,7 +19,16 @@ import numpy as np
 from PIL import Image
 
 from engine.data import sources
-from engine.data.objects import MOST_CATEGORIES, VOID, Objects, ObjectSet, check_categories, fitted, readable
+from engine.data.objects import (
+    BACKGROUND,
+    MOST_CATEGORIES,
+    VOID,
+    Objects,
+    ObjectSet,
+    check_categories,
+    fitted,
+    readable,
+)
 from engine.data.sources import ImageSet
 from engine.errors import BadInput
 
@@ -61,6 +70,10 @@ class VocMasks:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    @property
+    def semantic_classes(self) -> tuple[str, ...]:
+        return BACKGROUND, *self.categories
 
     def semantic(self, index: int) -> np.ndarray:
         """uint8 [H, W] as SegmentationClass/ has it: 0 background, k + 1 for category k, 255 not to be counted.
@@ -134,6 +147,12 @@ def open_masks(
     for index, size in enumerate(found.sizes.tolist()):
         _indices(_mask_path(found, index, "SegmentationClass"), size, len(classes), "categories", look_only=True)
     return VocMasks(found, classes)
+
+
+def splits(folder: str | Path, part: Literal["Main", "Segmentation"] = "Main") -> set[str]:
+    """The splits that have a list in ImageSets/PART/. Raises BadInput where nothing is laid out as VOC."""
+    lists = _root(folder) / "ImageSets" / part
+    return {name for name in SPLITS if (lists / f"{name}.txt").is_file()}
 
 
 def _root(folder: str | Path) -> Path:

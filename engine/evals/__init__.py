@@ -1,11 +1,13 @@
-"""Judging frozen features with the papers' protocols: k-NN, linear probe, low-shot, clustering.
+"""Judging what an encoder learned with the papers' protocols.
 
-A protocol is a file in this folder, found by its name. It has
+A protocol is a file in `protocols/`, found by its name. It has
     Settings                                   a frozen dataclass with defaults; raises BadInput for numbers that make no sense
+    READS = "objects"                          the kind of set it reads: a key of KINDS; left out, images with classes
+    WANTS = "tokens" or "model"                left out, pooled features are all that is extracted
     check(train, test, settings)               raises BadInput if these sets can't be judged, before any feature exists
-    evaluate(train, test, settings) -> Result  computes on the device that holds the features
-    WANTS = "tokens"                           if it reads Features.tokens; left out, pooled features are all that is extracted
-so adding a protocol is adding a file.
+    evaluate(train, test, settings) -> Result  of `Features`, computed on the device that holds them; with WANTS = "model"
+    evaluate(subject, train, test, settings)   of a `Subject` and the sets themselves
+so adding a protocol is adding a file. Of videos there is no training set: `train` is None.
 """
 
 import importlib
@@ -19,24 +21,30 @@ from typing import Any
 
 import torch
 
-from engine.data.sources import ImageSet, open_images
+from engine.data import annotations
+from engine.data.sources import BAD_LIMIT, ImageSet, open_images
 from engine.errors import BadInput
-from engine.evals.features import Encoder, Features, Result, Tokens, check_tokens, encoder_of, extract, raw_pixels
+from engine.evals import protocols as _protocols
+from engine.evals.features import Encoder, Features, Tokens, check_tokens, encoder_of, raw_pixels
+from engine.evals.result import Result, over_seeds
+from engine.evals.subject import Subject
 from engine.vit import VisionTransformer
 
 __all__ = [
-    "Encoder", "Features", "Result", "Tokens", "encode", "evaluate", "protocol", "protocols", "raw_pixels", "settings_for",
-    "wants_tokens",
+    "ALL", "KINDS", "Encoder", "Features", "Result", "Sets", "Subject", "Tokens", "encode", "evaluate", "protocol", "protocols",
+    "raw_pixels", "reads", "settings_for", "wants",
 ]  # fmt: skip
 
-_NOT_PROTOCOLS = {"features", "report"}
+ALL = "all"
+# kinds of sets, and the flag of engine.eval that names them
+KINDS = {"classes": "data", "objects": "objects", "masks": "objects", "semantic": "objects", "video": "video"}
 
 Pair = tuple[Features, Features]
 
 
 def protocols() -> tuple[str, ...]:
     """Names of all protocols, in alphabetical order."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_PROTOCOLS))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(_protocols.__path__)))
 
 
 def protocol(name: str) -> ModuleType:
@@ -46,28 +54,81 @@ def protocol(name: str) -> ModuleType:
         BadInput: there is none of that name.
     """
     if name not in protocols():
-        raise BadInput(f"unknown protocol {name!r}; choose from {', '.join(protocols())}.")
-    return importlib.import_module(f"{__name__}.{name}")
+        raise BadInput(f"unknown protocol {name!r}; choose from {', '.join((*protocols(), ALL))}.")
+    return importlib.import_module(f"{_protocols.__name__}.{name}")
 
 
-def wants_tokens(names: Sequence[str]) -> bool:
-    """Whether one of these protocols reads patch tokens."""
-    return any(getattr(protocol(name), "WANTS", "pooled") == "tokens" for name in names)
+def reads(name: str) -> str:
+    """The kind of set that a protocol reads."""
+    return getattr(protocol(name), "READS", "classes")
+
+
+def wants(name: str) -> str:
+    """What of the weights a protocol works on: "pooled" features, those and patch "tokens", or the "model"."""
+    return getattr(protocol(name), "WANTS", "pooled")
 
 
 def settings_for(names: Sequence[str], given: Mapping[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:
-    """Settings by protocol: those given, or the defaults; `seed` goes into each that draws anything.
+    """Settings by protocol: those given, or the defaults; `seed` goes into each that draws anything. "all" names every protocol.
 
     Raises:
         BadInput: an unknown protocol, or none at all.
     """
     if not names:
-        raise BadInput(f"no protocol is named; choose from {', '.join(protocols())}.")
+        raise BadInput(f"no protocol is named; choose from {', '.join((*protocols(), ALL))}.")
+    names = protocols() if ALL in names else names
     settings = {name: (given or {}).get(name) or protocol(name).Settings() for name in names}
-    return {
-        name: replace(chosen, seed=seed) if any(field.name == "seed" for field in fields(chosen)) else chosen
-        for name, chosen in settings.items()
-    }
+    return {name: replace(chosen, seed=seed) if _draws(chosen) else chosen for name, chosen in settings.items()}
+
+
+def _draws(settings: Any) -> bool:
+    return any(field.name == "seed" for field in fields(settings))
+
+
+class Sets:
+    """The sets that protocols read, by kind; each is opened when it is first asked for.
+
+    Args:
+        sources: by the names that KINDS gives: what `open_images` (data) or `annotations.open_pair` (the others) take, or an
+            opened pair of a training and a test set, or None for the embedded ones.
+    """
+
+    def __init__(self, bad_limit: float = BAD_LIMIT, **sources: Any):
+        self._sources, self._bad_limit, self._opened = sources, bad_limit, {}
+
+    def pair(self, kind: str) -> tuple[Any, Any]:
+        """The training and the test set of a kind. Raises BadInput as what opens them."""
+        if kind not in self._opened:
+            source = self._sources.get(KINDS[kind])
+            if isinstance(source, Sequence) and not isinstance(source, str):
+                self._opened[kind] = tuple(source)
+            elif kind == "classes":
+                self._opened[kind] = tuple(open_images(source, split, self._bad_limit) for split in ("train", "val"))
+            else:
+                self._opened[kind] = annotations.open_pair(kind, source, self._bad_limit)
+        return self._opened[kind]
+
+    def name(self, kind: str) -> str:
+        """What to call the sets of a kind."""
+        source = self._sources.get(KINDS[kind])
+        if isinstance(source, Sequence) and not isinstance(source, str):
+            return str(getattr(source[1], "images", source[1]).root)
+        return str(source or ("digits" if kind == "classes" else annotations.DEFAULTS[kind]))
+
+    @property
+    def opened(self) -> dict[str, tuple[Any, Any]]:
+        """By kind, what has been asked for."""
+        return dict(self._opened)
+
+
+def features_of(subject: Subject, images: Any, tokens: bool = False) -> Features:
+    """Features of an ImageSet, or of an ObjectSet with its targets. Raises BadInput as `features.extract`."""
+    if isinstance(images, ImageSet):
+        return subject.features(images, tokens)
+    found = subject.features(images.images, tokens)
+    row_of = {path: row for row, path in enumerate(images.images.paths)}
+    targets = torch.from_numpy(images.targets[[row_of[path] for path in found.paths]])
+    return replace(found, targets=targets.to(subject.device), classes=images.categories)
 
 
 def encode(
@@ -78,46 +139,53 @@ def encode(
     tokens: bool = False,
     **how: Any,
 ) -> dict[str, Pair]:
-    """Train and test features of each encoder; `how` goes to `features.extract`. A pair of Features passes through.
+    """Train and test features of each encoder; `how` goes to `Subject`. A pair of Features passes through.
 
     Raises:
         BadInput: with `tokens`, an encoder has none; that is found before the first image is encoded.
     """
-    known = {name: encoder_of(e) if isinstance(e, VisionTransformer) else e for name, e in encoders.items()}
-    pairs = {}
-    for name, encoder in known.items():
-        if tokens and isinstance(encoder, Encoder):
-            check_tokens(encoder, name)
-    for name, encoder in known.items():
-        if isinstance(encoder, Encoder):
-            encoder = tuple(extract(encoder, images, name=name, tokens=tokens, **how) for images in (train, test))
-        pairs[name] = encoder
-    return pairs
+    known = {
+        name: encoder if isinstance(encoder, tuple) else _subject(name, encoder, how)
+        for name, encoder in encoders.items()
+    }
+    for name, subject in known.items():
+        if tokens and isinstance(subject, Subject):
+            check_tokens(subject.encoder, name)
+    return {
+        name: subject
+        if isinstance(subject, tuple)
+        else tuple(subject.features(images, tokens) for images in (train, test))
+        for name, subject in known.items()
+    }
+
+
+def _subject(name: str, encoder: Encoder | VisionTransformer, how: Mapping[str, Any]) -> Subject:
+    encoder = encoder_of(encoder) if isinstance(encoder, VisionTransformer) else encoder
+    return Subject(name, encoder, **{**how, "device": torch.device(how.get("device", "cpu"))})
 
 
 def evaluate(
     encoders: Mapping[str, Encoder | VisionTransformer | Pair],
-    source: str | Path | Sequence[ImageSet] | None = None,
+    source: str | Path | Sequence[ImageSet] | Sets | None = None,
     protocols: Sequence[str] = ("knn", "linear", "lowshot", "cluster"),
     *,
     settings: Mapping[str, Any] | None = None,
     seed: int = 0,
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
-    batch_size: int = 256,
-    threads: int | None = None,
-    cache: Path | None = None,
+    seeds: int = 1,
     features: dict[str, Pair] | None = None,
+    **how: Any,
 ) -> list[Result]:
-    """Judge several encoders by several protocols on one data set.
+    """Judge several encoders by several protocols.
 
     Args:
-        encoders: by name; a VisionTransformer on `device`, an Encoder such as `raw_pixels()`, or (train, test) Features.
-        source: as for `open_images`, or the (train, test) sets it gave; not used when all encoders are Features.
+        encoders: by name; a VisionTransformer on the device, an Encoder such as `raw_pixels()`, or (train, test) Features.
+        source: as for `open_images`, or the (train, test) sets it gave, or Sets where protocols read other kinds than classes;
+            not used when all encoders are Features.
         settings: by protocol; the others take their defaults.
-        device: where images are encoded and protocols compute.
-        cache: folder for extracted features; None keeps nothing.
-        features: a dict that receives what was extracted, for pictures.
+        seed: of whatever a protocol draws.
+        seeds: so many runs of each protocol that draws, with seed, seed + 1, ...; their mean and spread is reported.
+        features: a dict that receives what was extracted of images with classes, for pictures.
+        how: device, precision, batch_size, threads and cache, as for `Subject`.
 
     Returns:
         One Result per encoder and protocol, encoders in the given order.
@@ -126,22 +194,60 @@ def evaluate(
         BadInput: anything that a protocol cannot work with, found before the first image is encoded where possible.
     """
     chosen = settings_for(protocols, settings, seed)
-    if all(isinstance(encoder, tuple) for encoder in encoders.values()):
-        pairs = dict(encoders)
-    else:
-        opened = isinstance(source, Sequence) and not isinstance(source, str)
-        train, test = source if opened else (open_images(source, split) for split in ("train", "val"))
+    given = {name: encoder for name, encoder in encoders.items() if isinstance(encoder, tuple)}
+    sets = source if isinstance(source, Sets) else Sets(data=source)
+    if len(given) < len(encoders):
         for name, setting in chosen.items():
-            protocol(name).check(train, test, setting)
-        how = {"device": device, "precision": precision, "batch_size": batch_size, "threads": threads, "cache": cache}
-        pairs = encode(encoders, train, test, tokens=wants_tokens(list(chosen)), **how)
-    if features is not None:
-        features.update(pairs)
+            protocol(name).check(*sets.pair(reads(name)), setting)
+    subjects = {name: _subject(name, e, how) for name, e in encoders.items() if name not in given}
+    for subject in subjects.values():
+        _check_wanted(subject, list(chosen))
     results = []
-    for weights, pair in pairs.items():
-        train_features, test_features = (split.to(device) for split in pair)
+    for weights in encoders:
+        found: dict[str, Pair] = {}
+        if weights in given:
+            found["classes"] = tuple(split.to(how.get("device", "cpu")) for split in given[weights])
         for name, setting in chosen.items():
-            start = time.perf_counter()
-            result = protocol(name).evaluate(train_features, test_features, setting)
-            results.append(replace(result, weights=weights, seconds=time.perf_counter() - start))
+            kind, judged = reads(name), (subjects.get(weights),)
+            if wants(name) == "model":
+                if weights in given:
+                    raise BadInput(f"protocol {name} works on a model, and {weights} are features.")
+                judged += sets.pair(kind)
+            else:
+                if kind not in found:
+                    tokens = any(reads(other) == kind and wants(other) == "tokens" for other in chosen)
+                    found[kind] = tuple(features_of(subjects[weights], split, tokens) for split in sets.pair(kind))
+                judged = found[kind]
+            result = _over_seeds(protocol(name), judged, setting, seeds)
+            about = {} if weights in given else {"data": sets.name(kind)}
+            if wants(name) != "model":
+                train, test = found[kind]
+                about["feature"] = result.feature or test.pooling
+                about["counts"] = {
+                    "training images": len(train.values),
+                    "test images": len(test.values),
+                } | result.counts
+            results.append(replace(result, weights=weights, **about))
+        if features is not None and "classes" in found:
+            features[weights] = found["classes"]
     return results
+
+
+def _check_wanted(subject: Subject, names: Sequence[str]) -> None:
+    """Refuse an encoder that is no ViT where a protocol needs one, before anything is encoded."""
+    wanted = {wants(name) for name in names}
+    if "tokens" in wanted:
+        check_tokens(subject.encoder, subject.name)
+    if "model" in wanted:
+        _ = subject.vit
+
+
+def _over_seeds(module: ModuleType, judged: tuple, settings: Any, seeds: int) -> Result:
+    """The result of a protocol, over several seeds where it draws anything."""
+    runs, first = [], getattr(settings, "seed", 0)
+    numbers = range(first, first + (seeds if _draws(settings) else 1))
+    for number in numbers:
+        start = time.perf_counter()
+        result = module.evaluate(*judged, replace(settings, seed=number) if _draws(settings) else settings)
+        runs.append(replace(result, seconds=time.perf_counter() - start))
+    return runs[0] if len(runs) == 1 else over_seeds(runs, numbers)

@@ -1,4 +1,4 @@
-"""What every protocol reads and returns: frozen features with their labels, extracted once and kept on disk; one result.
+"""What protocols read: frozen features with their labels, extracted once and kept on disk.
 
 Shapes: n images, C feature width, B batch, L patch tokens of an image.
 """
@@ -12,7 +12,7 @@ import tempfile
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,6 +73,7 @@ class Features:
         paths: the n image paths, relative to the data set's root; split files refer to them.
         pooling: what one row is (class token, mean of patch tokens, pixels).
         tokens: the n images' patch tokens, where a protocol wants them.
+        targets: int8 [n, K] where an image may show several classes: 1 present, 0 absent, -1 not to be counted; or None.
 
     Raises:
         BadInput: the shapes disagree, the set is empty, or a value is NaN or infinite.
@@ -85,13 +86,14 @@ class Features:
     paths: tuple[str, ...] | None = None
     pooling: str = "as given"
     tokens: Tokens | None = None
+    targets: Tensor | None = None
 
     def __post_init__(self):
         if self.values.ndim != 2 or not self.values.numel():
             raise BadInput(f"features of {self.name} must be a non-empty [n, C], not {list(self.values.shape)}.")
         n = len(self.values)
-        if (self.labels is not None and len(self.labels) != n) or (self.paths is not None and len(self.paths) != n):
-            raise BadInput(f"features of {self.name} have {n} rows but another number of labels or paths.")
+        if any(each is not None and len(each) != n for each in (self.labels, self.paths, self.targets)):
+            raise BadInput(f"features of {self.name} have {n} rows but another number of labels, targets or paths.")
         if self.tokens is not None and len(self.tokens.values) != n:
             raise BadInput(f"features of {self.name} have {n} rows but tokens of {len(self.tokens.values)} images.")
         if not torch.isfinite(self.values).all():
@@ -99,34 +101,8 @@ class Features:
 
     def to(self, device: torch.device | str) -> "Features":
         """The same features on `device`, where the protocols will then compute. Tokens stay where they are."""
-        labels = None if self.labels is None else self.labels.to(device)
-        return replace(self, values=self.values.to(device), labels=labels)
-
-
-@dataclass(frozen=True, eq=False)
-class Result:
-    """What one protocol found.
-
-    Args:
-        protocol: its name, the stem of its file.
-        values: figures by name; fractions of one unless listed in `plain`. "X std" is the spread of "X".
-        settings: everything that was chosen, JSON-able.
-        details: more of it (JSON-able), and numpy arrays for pictures (kept out of results.json). A list of dicts is a
-            table that the command prints: its first column and whole numbers as they are, fractions in percent.
-        headline: the values a summary shows; empty for all.
-        plain: values that are no fractions, shown as they are.
-        weights: whose features were judged.
-        seconds: time the protocol took, without extraction.
-    """
-
-    protocol: str
-    values: dict[str, float]
-    settings: dict[str, Any]
-    details: dict[str, Any] = field(default_factory=dict)
-    headline: tuple[str, ...] = ()
-    plain: frozenset[str] = frozenset()
-    weights: str = ""
-    seconds: float = 0.0
+        labels, targets = (None if each is None else each.to(device) for each in (self.labels, self.targets))
+        return replace(self, values=self.values.to(device), labels=labels, targets=targets)
 
 
 class Labelled(Protocol):
@@ -184,6 +160,7 @@ class Encoder:
         pooling: what one feature row is, in words.
         fingerprint: identifies the function for the cache; None is never cached.
         tokens: [B, 3, H, W] normalised images -> [B, L, C], the patch tokens; None where there are none.
+        model: that encodes; None where it is no ViT.
     """
 
     encode: Callable[[Tensor], Tensor]
@@ -191,6 +168,7 @@ class Encoder:
     pooling: str
     fingerprint: str | None = None
     tokens: Callable[[Tensor], Tensor] | None = None
+    model: VisionTransformer | None = None
 
 
 TOKENS = "patch tokens after the final norm, without class token and registers"
@@ -224,6 +202,7 @@ def encoder_of(model: VisionTransformer) -> Encoder:
         _POOLING[model.global_pool],
         digest.hexdigest(),
         frozen(lambda tokens_BLC: model.fc_norm(tokens_BLC[:, model.num_prefix_tokens :])),
+        model,
     )
 
 

@@ -16,7 +16,8 @@ from sklearn.manifold import TSNE
 
 from engine.durable import write_folder
 from engine.errors import BadInput
-from engine.evals.features import Features, Result, as_numpy, threads_for
+from engine.evals.features import Features, as_numpy, threads_for
+from engine.evals.result import Result
 
 PACKAGES = ("torch", "torchmetrics", "scikit-learn", "scipy", "numpy")
 MAPS = {"pca": "principal components", "tsne": "t-SNE"}

@@ -4,7 +4,6 @@ baselines.
 Shapes: b images of this rank, L tokens of an image, K classes.
 """
 
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -16,7 +15,7 @@ from engine.data.pipeline import Augmentation, minimal
 from engine.draws import Draws
 from engine.heads import Classifier, head_flops
 from engine.methods.base import LabelledSettings, Labels, Method
-from engine.optim import Group, scaled_lr
+from engine.optim import Group, by_layer, scaled_lr
 from engine.tokens import View
 from engine.vit import VisionTransformer
 
@@ -129,14 +128,12 @@ class Supervised(Method):
 
     def groups(self, images_per_step: int) -> Iterator[Group]:
         s, peak_lr = self.settings, scaled_lr(self.settings.base_lr, images_per_step)
-        members: dict[tuple[int, bool], dict[str, nn.Parameter]] = defaultdict(dict)
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                listed = parameter.ndim == 1 or name.endswith(("pos_embed", "_token"))
-                members[self.height(name), s.decay_all or not listed][name] = parameter
-        for (height, decays), named in sorted(members.items()):
-            scale = s.layer_decay ** (self.encoder.depth + 1 - height)
-            yield Group(named, scale * peak_lr, s.weight_decay if decays else 0.0)
+
+        def decays(name: str, parameter: nn.Parameter) -> bool:
+            return s.decay_all or not (parameter.ndim == 1 or name.endswith(("pos_embed", "_token")))
+
+        top = self.encoder.depth + 1
+        yield from by_layer(self.named_parameters(), self.height, top, peak_lr, s.weight_decay, s.layer_decay, decays)
 
     def height(self, name: str) -> int:
         """How far up the parameter of this name lies: 0 for patches, prefix tokens and absolute positions, i + 1 for block i,

@@ -9,7 +9,7 @@ import torch
 from engine.data.sources import ImageSet, open_images
 from engine.data.subsets import few_per_class, subset
 from engine.errors import BadInput
-from engine.evals import lowshot
+from engine.evals.protocols import lowshot
 
 
 @pytest.fixture(scope="module")

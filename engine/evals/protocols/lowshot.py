@@ -24,13 +24,13 @@ from engine.errors import BadInput
 from engine.evals.features import (
     Features,
     Labelled,
-    Result,
     as_numpy,
     check_labelled,
     class_counts,
     number_of_classes,
     threads_for,
 )
+from engine.evals.result import Result
 
 _PREPROCESSING = "rows centred by their own mean and L2-normalised, test rows too"
 

@@ -14,7 +14,8 @@ from torchmetrics.functional.classification import multiclass_accuracy, multicla
 
 import kernels
 from engine.errors import BadInput
-from engine.evals.features import Features, Labelled, Result, check_labelled, number_of_classes
+from engine.evals.features import Features, Labelled, check_labelled, number_of_classes
+from engine.evals.result import Result
 
 _QUERIES = 4096  # at a time: bounds what the reference kernel holds
 

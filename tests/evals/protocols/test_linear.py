@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from engine.errors import BadInput
-from engine.evals import linear
 from engine.evals.features import Features
+from engine.evals.protocols import linear
 
 LRS = (0.5, 1.0, 2.0, 5.0, 10.0)  # far too large, so that accuracy rises and falls
 

@@ -8,8 +8,8 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from engine.errors import BadInput
-from engine.evals import lowshot
 from engine.evals.features import Features
+from engine.evals.protocols import lowshot
 
 EXACT = lowshot.Settings(tolerance=1e-11, max_iterations=20000)
 

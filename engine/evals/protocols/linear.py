@@ -17,7 +17,8 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from tyro.conf import Suppress
 
 from engine.errors import BadInput
-from engine.evals.features import Features, Labelled, Result, check_labelled, number_of_classes, threads_for
+from engine.evals.features import Features, Labelled, check_labelled, number_of_classes, threads_for
+from engine.evals.result import Result
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ from torch.nn.functional import normalize
 from tyro.conf import Suppress
 
 from engine.errors import BadInput
-from engine.evals.features import Features, Labelled, Result, as_numpy, check_labelled, threads_for
+from engine.evals.features import Features, Labelled, as_numpy, check_labelled, threads_for
+from engine.evals.result import Result
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from engine import evals, vit, weights
 from engine.data import cache as user_cache
 from engine.data.sources import open_images
 from engine.errors import BadInput
-from engine.evals import attentive, features, linear
+from engine.evals import features
 from engine.evals.features import Features, Tokens, encoder_of, extract, raw_pixels
+from engine.evals.protocols import attentive, linear
 
 CLASSES, WIDTH = 6, 24
 

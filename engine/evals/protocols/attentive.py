@@ -24,8 +24,9 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from tyro.conf import Suppress
 
 from engine.errors import BadInput
-from engine.evals.features import Features, Labelled, Result, check_labelled, number_of_classes, threads_for
-from engine.evals.linear import schedule
+from engine.evals.features import Features, Labelled, check_labelled, number_of_classes, threads_for
+from engine.evals.protocols.linear import schedule
+from engine.evals.result import Result
 
 WANTS = "tokens"
 

@@ -9,8 +9,8 @@ import torch
 from sklearn.metrics import silhouette_samples
 
 from engine.errors import BadInput
-from engine.evals import cluster
 from engine.evals.features import Features
+from engine.evals.protocols import cluster
 
 
 def blobs(spread: float, n: int = 60, classes: int = 4) -> Features:

@@ -6,8 +6,8 @@ import torch
 from sklearn.neighbors import KNeighborsClassifier
 
 from engine.errors import BadInput
-from engine.evals import knn
 from engine.evals.features import Features
+from engine.evals.protocols import knn
 
 
 def features(values, labels, **more) -> Features:

@@ -1,0 +1,67 @@
+"""Training something on top of an encoder, or with it, to judge it: one loop for classifiers, segmenters and detectors.
+
+What is trained here is judged and thrown away, so there are no checkpoints; `engine.loop` is for what is kept.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from engine.errors import BadInput
+from engine.optim import set_lr
+
+
+def train(
+    batches: Iterator[Any],
+    loss_of: Callable[[Any], Tensor],
+    optimiser: torch.optim.Optimizer,
+    steps: int,
+    share_of_peak: Callable[[int], float],
+    *,
+    title: str,
+    device: torch.device,
+    precision: str = "fp32",
+    every: int = 0,
+    meanwhile: Callable[[int], None] | None = None,
+) -> list[float]:
+    """`steps` updates, with progress and the time left on the screen.
+
+    Args:
+        batches: endless, or at least `steps` long.
+        loss_of: the loss of a batch, a scalar with gradients.
+        optimiser: of `engine.optim.adamw`, whose groups know their peak lr.
+        share_of_peak: of the learning rate at a step.
+        title: of the progress bar, and of messages.
+        precision: "bf16" for autocast.
+        every, meanwhile: called with the number of finished steps after each `every` of them.
+
+    Returns:
+        The loss of every step.
+
+    Raises:
+        BadInput: the loss did not stay finite.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    losses: list[Tensor] = []
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
+        bar = progress.add_task(title, total=steps)
+        for step in range(steps):
+            set_lr(optimiser, share_of_peak(step))
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+                loss = loss_of(next(batches))
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            optimiser.step()
+            losses.append(loss.detach())
+            progress.advance(bar)
+            # looked at now and then: each look waits for the device
+            if (step % 50 == 49 or step == steps - 1) and not torch.isfinite(torch.stack(losses[-50:])).all():
+                raise BadInput(f"{title}: the loss did not stay finite; lower the learning rate.")
+            if every and meanwhile and (step + 1) % every == 0:
+                meanwhile(step + 1)
+    return torch.stack(losses).float().cpu().tolist()

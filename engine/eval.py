@@ -1,6 +1,5 @@
 """`python -m engine.eval`: judge weights by the papers' protocols, print a table, leave a report."""
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -43,10 +42,11 @@ class Eval:
     lies in DIR, with NAME one of
     cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100. Default: the embedded digits."""
     objects: str = ""
-    """For protocols that read objects, masks or classes of pixels: NAME:DIR with NAME one of coco, voc (DIR as published).
-    Default: the embedded scenes."""
+    """For protocols that read objects, masks or classes of pixels: NAME:DIR with NAME one of coco, voc, and for classes of
+    pixels ade20k, coco-stuff too (DIR as published). Default: the embedded scenes."""
     video: str = ""
-    """For protocols that read videos. Default: the embedded clips."""
+    """For protocols that read videos: davis:DIR, DAVIS-2017 at 480p as published (its val list is read). Default: the embedded
+    clips."""
     out: str = ""
     """Folder for results.json, results.md and pictures; an earlier evaluation there is replaced. Default: runs/eval-NAME-TIME."""
     model: str = ""
@@ -169,12 +169,13 @@ def encoders(flags: Eval, device: torch.device) -> dict[str, Encoder]:
 def run(flags: Eval, settings: dict) -> list[evals.Result]:
     """Evaluate as the flags say, print the table, write the folder.
 
+    Under torchrun all ranks extract features, and the first does the rest; the others return nothing.
+
     Raises:
         BadInput: data, weights, settings or the output folder cannot be used; nothing is written then.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        raise BadInput("engine.eval runs in a single process; start it without torchrun.")
-    device = dist.start(flags.device).device
+    ranks = dist.start(flags.device)
+    device = ranks.device
     sets = Sets(flags.bad_limit, data=flags.data or None, objects=flags.objects or None, video=flags.video or None)
     for name, chosen in settings.items():
         evals.protocol(name).check(*sets.pair(evals.reads(name)), chosen)
@@ -183,20 +184,21 @@ def run(flags: Eval, settings: dict) -> list[evals.Result]:
     out = Path(flags.out or f"runs/eval-{first}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
     report.check_folder(out)
     precision = {"auto": "bf16" if device.type == "cuda" else "fp32"}.get(flags.precision, flags.precision)
+    how = {
+        "device": device,
+        "precision": precision,
+        "batch_size": flags.batch_size,
+        "threads": flags.threads or None,
+        "cache": cache.folder() / "features" if flags.cache else None,
+    }
+    if ranks.world > 1:
+        evals.extract_together(judged, sets, settings, **how)
+        dist.stop()
+        if not ranks.first:
+            return []
     features: dict = {}
     results = evals.evaluate(
-        judged,
-        sets,
-        tuple(settings),
-        settings=settings,
-        seed=flags.seed,
-        seeds=flags.seeds,
-        device=device,
-        precision=precision,
-        batch_size=flags.batch_size,
-        threads=flags.threads or None,
-        cache=cache.folder() / "features" if flags.cache else None,
-        features=features,
+        judged, sets, tuple(settings), settings=settings, seed=flags.seed, seeds=flags.seeds, features=features, **how
     )
     about = asdict(flags) | {
         "out": str(out),

@@ -15,10 +15,12 @@ FLOORS = [
     {"state"},
     {"step", "probe", "evals"},
     {"methods"},
+    {"detection", "segmentation"},
     {"heads", "relations", "collapse", "corruption", "mixing", "patch_augmentation", "tokenizers"},
     {"vit"},
     {"tokens"},
     {"data"},
+    {"metrics"},
     {"kernels"},
 ]
 # Leaves import no other part, but errors and durable; whoever wants may import them.

@@ -13,7 +13,7 @@ so adding a protocol is adding a file. Of videos there is no training set: `trai
 import importlib
 import pkgutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -31,8 +31,8 @@ from engine.evals.subject import Subject
 from engine.vit import VisionTransformer
 
 __all__ = [
-    "ALL", "KINDS", "Encoder", "Features", "Result", "Sets", "Subject", "Tokens", "encode", "evaluate", "protocol", "protocols",
-    "raw_pixels", "reads", "settings_for", "wants",
+    "ALL", "KINDS", "Encoder", "Features", "Result", "Sets", "Subject", "Tokens", "encode", "evaluate",
+    "extract_together", "protocol", "protocols", "raw_pixels", "reads", "settings_for", "wants",
 ]  # fmt: skip
 
 ALL = "all"
@@ -164,6 +164,24 @@ def _subject(name: str, encoder: Encoder | VisionTransformer, how: Mapping[str, 
     return Subject(name, encoder, **{**how, "device": torch.device(how.get("device", "cpu"))})
 
 
+def extract_together(
+    encoders: Mapping[str, Encoder | VisionTransformer], source: Sets, settings: Mapping[str, Any], **how: Any
+) -> None:
+    """Fill the cache with the features that these protocols want, shared out over ranks; each rank calls this.
+
+    `how` is as for `evaluate`.
+
+    Raises:
+        BadInput: as `evaluate`, or there is no cache.
+    """
+    for name, encoder in encoders.items():
+        subject = _subject(name, encoder, how)
+        _check_wanted(subject, list(settings))
+        for kind in dict.fromkeys(reads(protocol) for protocol in settings if wants(protocol) != "model"):
+            for split in source.pair(kind):
+                features_of(subject, split, _tokens_wanted(kind, settings))
+
+
 def evaluate(
     encoders: Mapping[str, Encoder | VisionTransformer | Pair],
     source: str | Path | Sequence[ImageSet] | Sets | None = None,
@@ -215,7 +233,7 @@ def evaluate(
                 judged += sets.pair(kind)
             else:
                 if kind not in found:
-                    tokens = any(reads(other) == kind and wants(other) == "tokens" for other in chosen)
+                    tokens = _tokens_wanted(kind, chosen)
                     found[kind] = tuple(features_of(subjects[weights], split, tokens) for split in sets.pair(kind))
                 judged = found[kind]
             result = _over_seeds(protocol(name), judged, setting, seeds)
@@ -231,6 +249,11 @@ def evaluate(
         if features is not None and "classes" in found:
             features[weights] = found["classes"]
     return results
+
+
+def _tokens_wanted(kind: str, protocols: Iterable[str]) -> bool:
+    """Whether one of these protocols reads patch tokens of a kind of set."""
+    return any(reads(name) == kind and wants(name) == "tokens" for name in protocols)
 
 
 def _check_wanted(subject: Subject, names: Sequence[str]) -> None:

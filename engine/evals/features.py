@@ -4,32 +4,16 @@ Shapes: n images, C feature width, B batch, L patch tokens of an image.
 """
 
 import hashlib
-import json
-import math
-import shutil
-import sys
-import tempfile
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import track
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-import kernels
-from engine.data import cache as user_cache
-from engine.data.pipeline import eval_batches
-from engine.data.sources import ImageSet
-from engine.durable import write_file
 from engine.errors import BadInput
 from engine.vit import VisionTransformer
 
@@ -211,62 +195,6 @@ def raw_pixels(size: tuple[int, int] = (32, 32)) -> Encoder:
     return Encoder(lambda images_B3HW: images_B3HW.flatten(1), size, f"{size[0]}x{size[1]} pixels", "raw")
 
 
-def extract(
-    encoder: Encoder,
-    images: ImageSet,
-    *,
-    name: str,
-    batch_size: int = 256,
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
-    threads: int | None = None,
-    cache: Path | None = None,
-    tokens: bool = False,
-) -> Features:
-    """Encode every readable image once, in order, resized and centre-cropped.
-
-    An image that cannot be read is left out: its substitute would carry a wrong label.
-
-    Args:
-        precision: "fp32", or "bf16" for autocast.
-        cache: folder of extracted features, keyed by weights, image listing and settings; None keeps nothing.
-        tokens: patch tokens as well, in a second pass over the images. They are written as they come, into a folder beside the
-            cached features, or a temporary one that goes with the Tokens; one batch of them is in memory at a time.
-
-    Returns:
-        Features on the CPU.
-
-    Raises:
-        BadInput: a value is NaN or infinite, a cached file is damaged, or `tokens` of an encoder that has none or of more
-            than the disk can hold.
-    """
-    if tokens:
-        check_tokens(encoder, name)
-    device = torch.device(device)
-    how, home = (batch_size, device, precision, threads), None
-    if cache is None or encoder.fingerprint is None:
-        rows, values = _encode_all(encoder, images, *how)
-    else:
-        settings = [encoder.fingerprint, encoder.size, encoder.pooling, batch_size, precision, device.type]
-        environment = [torch.__version__, kernels.describe(device)]
-        key = hashlib.sha256(json.dumps([settings, environment, _listing_digest(images)]).encode()).hexdigest()
-        path = Path(cache) / f"{key}.safetensors"
-        with user_cache.locked(path):
-            if not path.exists():
-                _write(path, *_encode_all(encoder, images, *how))
-        rows, values = _read(path)
-        home = path.with_name(f"{key}-tokens")
-    return Features(
-        values=values,
-        labels=None if images.labels is None else torch.from_numpy(images.labels)[rows],
-        name=name,
-        classes=images.classes,
-        paths=tuple(images.paths[row] for row in rows.tolist()),
-        pooling=encoder.pooling,
-        tokens=_extract_tokens(encoder, images, rows, name, how, home) if tokens else None,
-    )
-
-
 def check_tokens(encoder: Encoder, name: str) -> None:
     """Refuse an encoder without patch tokens.
 
@@ -275,108 +203,6 @@ def check_tokens(encoder: Encoder, name: str) -> None:
     """
     if encoder.tokens is None:
         raise BadInput(f"{name} ({encoder.pooling}) have no patch tokens to attend to; give the weights of a ViT.")
-
-
-def _encode_all(encoder, images, *how) -> tuple[Tensor, Tensor]:
-    """Ids int64 [n] of the readable images, ascending, and their features fp32 [n, C]."""
-    ids, values = zip(*_encoded(encoder.encode, encoder.size, images, *how))
-    return torch.cat(ids), torch.cat(values)
-
-
-def _encoded(encode, size, images, batch_size, device, precision, threads) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batch by batch: ids int64 [B] of readable images, ascending, and what `encode` makes of them, fp32 on the CPU."""
-    batches = track(
-        eval_batches(images, size, batch_size, device=device, threads=threads),
-        f"encoding {images.split}",
-        total=-(-len(images) // batch_size),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not sys.stderr.isatty(),
-    )
-    for batch in batches:
-        with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            values = encode(batch.images[0]).float().cpu()
-        yield batch.ids, values
-
-
-def _extract_tokens(encoder, images, rows, name, how, home: Path | None) -> Tokens:
-    """The tokens of the images `rows`: from the folder `home`, filled if it is not there, or a temporary one."""
-    place = Path(tempfile.gettempdir()) if home is None else home.parent
-
-    def fill(folder: Path) -> None:
-        _write_tokens(folder, place, _encoded(encoder.tokens, encoder.size, images, *how), images, name)
-
-    if home is None:
-        folder = Path(tempfile.mkdtemp(prefix="tokens-"))
-        try:
-            fill(folder)
-        except OSError as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise BadInput(f"tokens cannot be written to {place} ({error.strerror}): set TMPDIR to another.") from error
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-    else:
-        folder = user_cache.kept(home, fill)
-    ids = np.load(folder / "ids.npy")
-    tokens = Tokens(np.load(folder / "tokens.npy", mmap_mode="r")[: len(ids)], TOKENS)
-    if home is None:
-        weakref.finalize(tokens, shutil.rmtree, folder, ignore_errors=True)
-    if not np.array_equal(ids, rows):
-        remedy = "run again" if home is None else f"delete {home} and run again"
-        raise BadInput(f"{name}: other images could be read for tokens than for features; {remedy}.")
-    return tokens
-
-
-def _write_tokens(folder: Path, place: Path, batches, images: ImageSet, name: str) -> None:
-    """`tokens.npy`, fp16 [n, L, C], batch by batch, and `ids.npy`, int64: what its first rows are of. `place` is for messages."""
-    ids = []
-    with open(folder / "tokens.npy", "wb") as file:
-        for ids_B, tokens_BLC in batches:
-            if not ids:
-                shape = (int(images.good.sum()), *tokens_BLC.shape[1:])
-                _check_space(place, 2 * math.prod(shape), images)
-                header = {"descr": "<f2", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                end = file.tell() + 2 * math.prod(shape)
-            half_BLC = tokens_BLC.half()
-            if not torch.isfinite(half_BLC).all():
-                raise BadInput(
-                    f"tokens of {name} contain NaN or more than fp16 holds: these weights cannot be evaluated."
-                )
-            file.write(half_BLC.numpy().tobytes())
-            ids.append(ids_B)
-        file.truncate(end)  # longer than what was written if images were found unreadable
-    np.save(folder / "ids.npy", torch.cat(ids).numpy())
-
-
-def _check_space(place: Path, needed: int, images: ImageSet) -> None:
-    free = shutil.disk_usage(place).free
-    if needed > free:
-        raise BadInput(
-            f"the tokens of {len(images):,} {images.split} images need {needed / 1e9:.1f} GB and {place} has "
-            f"{free / 1e9:.1f} GB left: set TESSERA_CACHE (or TMPDIR without a cache) to a folder with more."
-        )
-
-
-def _listing_digest(images: ImageSet) -> str:
-    digest = hashlib.sha256(f"{images.root}\n".encode())
-    for path, good in zip(images.paths, images.good.tolist()):
-        stat = (images.root / path).stat() if good else None
-        digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
-def _read(path: Path) -> tuple[Tensor, Tensor]:
-    try:
-        stored = load_file(path)
-        return stored["ids"], stored["values"]
-    except (SafetensorError, KeyError) as error:
-        raise BadInput(f"cached features {path} are damaged ({error}); delete that file.") from error
-
-
-def _write(path: Path, ids: Tensor, values: Tensor) -> None:
-    write_file(path, lambda aside: save_file({"ids": ids, "values": values}, aside))
 
 
 @contextmanager

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from engine.data.sources import ImageSet
 from engine.errors import BadInput
-from engine.evals.features import Encoder, Features, extract
+from engine.evals.extraction import extract
+from engine.evals.features import Encoder, Features
 from engine.tokens import Packed, View
 from engine.vit import VisionTransformer
 

@@ -130,9 +130,7 @@ def test_the_command_itself_exits_with_2():
         [sys.executable, "-m", "engine.eval", "--weights", "raw", "--protocol", "nope"], capture_output=True, text=True
     )
     assert done.returncode == 2 and not done.stdout
-    assert (
-        done.stderr.strip() == "error: unknown protocol 'nope'; choose from attentive, cluster, knn, linear, lowshot."
-    )
+    assert done.stderr.strip() == f"error: unknown protocol 'nope'; choose from {', '.join(evals.protocols())}, all."
 
 
 def test_help_exits_with_0(capsys):
@@ -140,4 +138,4 @@ def test_help_exits_with_0(capsys):
         command.main(["--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert left.value.code == 0 and "--knn.temperature" in shown
-    assert f"One or more of {', '.join(evals.protocols())}." in shown
+    assert f"One or more of {', '.join(evals.protocols())}, all." in shown

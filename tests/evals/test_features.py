@@ -1,5 +1,10 @@
 """Extraction of features: the real loader, the cache, unreadable images."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +13,11 @@ from PIL import Image
 from engine import vit
 from engine.data.sources import open_images
 from engine.errors import BadInput
-from engine.evals import features
-from engine.evals.features import Encoder, Features, encoder_of, extract, raw_pixels
+from engine.evals import extraction, features
+from engine.evals.extraction import extract
+from engine.evals.features import Encoder, Features, encoder_of, raw_pixels
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -65,15 +73,19 @@ def test_the_cache_answers_only_for_the_same_weights_images_and_settings(folder,
     Image.new("RGB", (32, 32)).save(folder / "train" / "dark" / "00.png")
     other = Counting("a")
     assert not torch.equal(extract(other.encoder, open_images(folder, "train"), name="x", cache=cache).values, values)
-    assert not list(cache.glob(".*.safetensors"))
+    assert not list(cache.rglob(".*")) and len(list(cache.rglob("*.npy"))) == 5
 
 
-def test_a_damaged_cache_file_is_named(folder, tmp_path):
+@pytest.mark.parametrize("damage", ["values", "note", "missing"])
+def test_a_damaged_store_is_named(folder, tmp_path, damage):
     cache = tmp_path / "features"
     extract(raw_pixels(), open_images(folder, "train"), name="x", cache=cache)
-    (path,) = cache.glob("*.safetensors")
-    path.write_bytes(b"nonsense")
-    with pytest.raises(BadInput, match=f"{path.name} are damaged"):
+    (path,) = cache.rglob("features.npy")
+    if damage == "missing":
+        path.unlink()
+    else:
+        (path if damage == "values" else path.with_name("complete.json")).write_bytes(b"nonsense")
+    with pytest.raises(BadInput, match=f"{path.parent.name} are damaged"):
         extract(raw_pixels(), open_images(folder, "train"), name="x", cache=cache)
 
 
@@ -83,7 +95,64 @@ def test_a_failing_encoder_leaves_nothing_in_the_cache(folder, tmp_path):
 
     with pytest.raises(RuntimeError, match="out of memory"):
         extract(Encoder(fail, (32, 32), "x", "x"), open_images(folder, "train"), name="x", cache=tmp_path / "features")
-    assert not list((tmp_path / "features").glob("*.safetensors"))
+    assert not list((tmp_path / "features").rglob("*.npy"))
+
+
+@pytest.mark.parametrize("stop", range(0, 8))
+def test_a_stopped_extraction_goes_on_where_its_last_whole_shard_ends(folder, tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(extraction, "SHARD", 2)
+    (folder / "train" / "dark" / "05.png").write_bytes(b"no image")
+    images = open_images(folder, "train", bad_limit=0.1)
+    whole = extract(raw_pixels(), images, name="x").values
+    counting, how = Counting("a"), {"name": "x", "cache": tmp_path / "features", "batch_size": 3}
+
+    def encode(images_B3HW):
+        if counting.images == 3 * stop:
+            raise KeyboardInterrupt
+        return counting.encode(images_B3HW)
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(Encoder(encode, (32, 32), "pixels", "a"), images, **how)
+    before, counting.images = counting.images, 0
+    # a shard of two batches is noted once the batch after it has been encoded
+    kept = 6 * max(0, (before // 3 - 1) // 2)
+    found = extract(counting.encoder, images, **how)
+    assert torch.equal(found.values, whole) and counting.images == 23 - kept
+    assert len(found.labels) == len(found.paths) == 23
+
+
+def test_features_are_mapped_from_the_disk(folder, tmp_path):
+    found = extract(raw_pixels(), open_images(folder, "train"), name="x", cache=tmp_path / "features")
+    (path,) = (tmp_path / "features").rglob("features.npy")
+    assert str(path) in Path("/proc/self/maps").read_text() and found.values.shape == (24, 3072)
+
+
+def test_an_image_that_goes_bad_while_encoding_is_left_out(folder, tmp_path):
+    images = open_images(folder, "train", bad_limit=0.1)
+    (folder / "train" / "light" / "02.png").write_bytes(b"no image")
+    found = extract(raw_pixels(), images, name="x", cache=tmp_path / "features", batch_size=5)
+    assert "train/light/02.png" not in found.paths and found.values.shape == (23, 3072)
+    assert found.labels.tolist() == [0] * 12 + [1] * 11
+    again = extract(raw_pixels(), images, name="x", cache=tmp_path / "features", batch_size=5)
+    assert torch.equal(found.values, again.values) and again.paths == found.paths
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_share_out_the_shards_and_give_the_same_features(folder, tmp_path, ranks):
+    port = str(30000 + os.getpid() % 20000 + ranks)
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port, "-m")
+    command = [sys.executable, *launcher, "tests.evals.extract_by_ranks", str(folder), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    alone = extract(raw_pixels(), open_images(folder, "train"), name="x", batch_size=3).values
+    encoded = []
+    for rank in range(ranks):
+        values, images = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert torch.equal(values, alone)
+        encoded.append(images)
+    assert sum(encoded) == 24 and min(encoded) >= 6
 
 
 def test_unreadable_images_are_left_out(folder):
@@ -99,7 +168,7 @@ def test_a_model_is_evaluated_in_eval_mode_with_its_own_pooling(folder):
         model = vit.create("vit_micro_patch8_32", global_pool=pool).train()
         found = extract(encoder_of(model), images, name="vit", batch_size=10)
         assert model.training and found.values.shape == (24, 128) and not found.values.requires_grad
-        batch = next(iter(features.eval_batches(images, (32, 32), 24))).images[0]
+        batch = next(iter(extraction.eval_batches(images, (32, 32), 24))).images[0]
         with torch.no_grad():
             tokens = model.eval()(batch)
         expected = tokens[:, 0] if pool == "token" else tokens[:, 1:].mean(1)

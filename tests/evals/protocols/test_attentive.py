@@ -18,8 +18,9 @@ from engine import evals, vit, weights
 from engine.data import cache as user_cache
 from engine.data.sources import open_images
 from engine.errors import BadInput
-from engine.evals import features
-from engine.evals.features import Features, Tokens, encoder_of, extract, raw_pixels
+from engine.evals import extraction, features
+from engine.evals.extraction import extract
+from engine.evals.features import Features, Tokens, encoder_of, raw_pixels
 from engine.evals.protocols import attentive, linear
 
 CLASSES, WIDTH = 6, 24
@@ -230,7 +231,7 @@ def test_tokens_on_the_disk_are_the_patch_tokens(folder, tmp_path, monkeypatch, 
     pool = "avg" if fc_norm else "token"
     model = vit.create("vit_micro_patch8_32", reg_tokens=reg_tokens, fc_norm=fc_norm, global_pool=pool)
     found = extract(encoder_of(model), images, name="vit", batch_size=10, tokens=True)
-    batch = next(iter(features.eval_batches(images, (32, 32), 24))).images[0]
+    batch = next(iter(extraction.eval_batches(images, (32, 32), 24))).images[0]
     with torch.no_grad():
         tokens_BLC = model.eval()(batch)
         expected_BLC = model.fc_norm(tokens_BLC[:, 1 + reg_tokens :])
@@ -258,7 +259,7 @@ def test_tokens_in_memory_and_from_the_cache_give_the_same_figures(folder, tmp_p
     (again,) = evals.evaluate({"vit": in_memory}, protocols=("attentive",), settings=settings)
     assert again.details == mapped.details
     before = {path: path.stat().st_mtime_ns for path in cache.rglob("*.np*")}
-    assert sorted(path.name for path in before) == ["ids.npy", "ids.npy", "tokens.npy", "tokens.npy"]
+    assert sorted(path.name for path in before) == ["features.npy", "features.npy", "tokens.npy", "tokens.npy"]
     (cached,) = evals.evaluate({"vit": model}, images, ("attentive",), **how)
     assert cached.details == mapped.details
     assert {path: path.stat().st_mtime_ns for path in cache.rglob("*.np*")} == before
@@ -269,8 +270,8 @@ def test_tokens_are_extracted_only_where_a_protocol_wants_them(folder, tmp_path)
     images = [open_images(folder, split) for split in ("train", "val")]
     model = vit.create("vit_micro_patch8_32")
     evals.evaluate({"vit": model}, images, ("linear",), cache=tmp_path / "features", features=kept)
-    assert kept["vit"][0].tokens is None and not list((tmp_path / "features").rglob("*.npy"))
-    assert evals.wants_tokens(["knn", "attentive"]) and not evals.wants_tokens(["knn", "linear", "lowshot", "cluster"])
+    assert kept["vit"][0].tokens is None and not list((tmp_path / "features").rglob("tokens.npy"))
+    assert evals.wants("attentive") == "tokens" and evals.wants("linear") == "pooled"
 
 
 def test_pixels_and_a_full_disk_and_broken_weights_get_a_sentence(folder, tmp_path, monkeypatch):
@@ -284,8 +285,8 @@ def test_pixels_and_a_full_disk_and_broken_weights_get_a_sentence(folder, tmp_pa
     with pytest.raises(BadInput, match=r"tokens of 24 train images need 0\.0 GB and .*/features has 0\.0 GB left"):
         evals.evaluate({"vit": model}, images, ("attentive",), cache=tmp_path / "features")
     with pytest.raises(BadInput, match=r"need 385\.7 GB and .* has 0\.0 GB left: set TESSERA_CACHE"):
-        features._check_space(tmp_path, 2 * 1_281_167 * 196 * 768, images[0])
-    assert not list((tmp_path / "features").rglob("*.npy"))
+        extraction._check_space(tmp_path, "tokens", 2 * 1_281_167 * 196 * 768, images[0])
+    assert not list((tmp_path / "features").rglob("tokens.npy"))
     monkeypatch.undo()
     with torch.no_grad():
         model.norm.weight.fill_(1e5)

@@ -143,6 +143,21 @@ class Classifier(nn.Linear):
         return F.cross_entropy(scores_BK, targets_BK)
 
 
+class MultiLabelClassifier(Classifier):
+    """As Classifier, where an image may show several classes, each judged on its own: binary cross-entropy per class."""
+
+    def targets(self, classes_BK: Tensor) -> Tensor:
+        """int8 [B, K]: 1 present, 0 absent, -1 not to be counted -> the same in fp32, smoothed towards one half."""
+        targets_BK = classes_BK.float()
+        return torch.where(targets_BK < 0, targets_BK, targets_BK * (1 - self.smoothing) + self.smoothing / 2)
+
+    def loss(self, scores_BK: Tensor, targets_BK: Tensor) -> Tensor:
+        """Mean over what counts; 0 where nothing does."""
+        counted_BK = targets_BK >= 0
+        each_BK = F.binary_cross_entropy_with_logits(scores_BK, targets_BK.clamp_min(0), reduction="none")
+        return (each_BK * counted_BK).sum() / counted_BK.sum().clamp_min(1)
+
+
 def head_flops(head: nn.Module) -> float:
     """Operations of one forward pass of a head for one row: matrix products only."""
     layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear | WeightNormed)]

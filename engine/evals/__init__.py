@@ -125,7 +125,9 @@ def features_of(subject: Subject, images: Any, tokens: bool = False) -> Features
     """Features of an ImageSet, or of an ObjectSet with its targets. Raises BadInput as `features.extract`."""
     if isinstance(images, ImageSet):
         return subject.features(images, tokens)
-    found = subject.features(images.images, tokens)
+    # pixels as features have one size, whatever is asked
+    size = subject.object_size if subject.encoder.model else None
+    found = subject.features(images.images, tokens, size)
     row_of = {path: row for row, path in enumerate(images.images.paths)}
     targets = torch.from_numpy(images.targets[[row_of[path] for path in found.paths]])
     return replace(found, targets=targets.to(subject.device), classes=images.categories)

@@ -4,7 +4,7 @@ Shapes: B batch, C width, h x w patches of an image, N = h * w.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,7 @@ class Subject:
         batch_size: images encoded at a time.
         threads: of loaders; None takes what the machine has.
         cache: folder of extracted features; None keeps nothing.
+        object_size: (H, W) of the input made of images of a set with objects; None takes the encoder's.
     """
 
     name: str
@@ -41,11 +42,12 @@ class Subject:
     batch_size: int = 256
     threads: int | None = None
     cache: Path | None = None
+    object_size: tuple[int, int] | None = None
 
-    def features(self, images: ImageSet, tokens: bool = False) -> Features:
-        """Pooled features of a set, on the device, and its patch tokens; raises BadInput as `features.extract`."""
+    def features(self, images: ImageSet, tokens: bool = False, size: tuple[int, int] | None = None) -> Features:
+        """Pooled features of a set, on the device, and its patch tokens, of inputs of `size`; raises BadInput as `extract`."""
         return extract(
-            self.encoder,
+            replace(self.encoder, size=size) if size else self.encoder,
             images,
             name=self.name,
             tokens=tokens,

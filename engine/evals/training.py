@@ -5,6 +5,7 @@ What is trained here is judged and thrown away, so there are no checkpoints; `en
 
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,6 +15,19 @@ from torch import Tensor
 
 from engine.errors import BadInput
 from engine.optim import set_lr
+
+
+class Diverged(BadInput):
+    """The loss did not stay finite."""
+
+
+@contextmanager
+def progress(title: str, steps: int) -> Iterator[Callable[[], None]]:
+    """Shows how far `steps` are, and the time left, where someone looks; gives the function to call after each."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as shown:
+        bar = shown.add_task(title, total=steps)
+        yield lambda: shown.advance(bar)
 
 
 def train(
@@ -44,12 +58,10 @@ def train(
         The loss of every step.
 
     Raises:
-        BadInput: the loss did not stay finite.
+        Diverged: the loss did not stay finite.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     losses: list[Tensor] = []
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as progress:
-        bar = progress.add_task(title, total=steps)
+    with progress(title, steps) as advance:
         for step in range(steps):
             set_lr(optimiser, share_of_peak(step))
             with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
@@ -58,10 +70,10 @@ def train(
             loss.backward()
             optimiser.step()
             losses.append(loss.detach())
-            progress.advance(bar)
+            advance()
             # looked at now and then: each look waits for the device
             if (step % 50 == 49 or step == steps - 1) and not torch.isfinite(torch.stack(losses[-50:])).all():
-                raise BadInput(f"{title}: the loss did not stay finite; lower the learning rate.")
+                raise Diverged(f"{title}: the loss did not stay finite; lower the learning rate.")
             if every and meanwhile and (step + 1) % every == 0:
                 meanwhile(step + 1)
     return torch.stack(losses).float().cpu().tolist()

@@ -150,7 +150,7 @@ class Labels:
     """The classes of a stage's images.
 
     Attributes:
-        of_id: int64 [n], by dataset id.
+        of_id: int64 [n], by dataset id; where an image may show several, int8 [n, K]: 1 present, 0 absent, -1 not to be counted.
         names: of all classes, also of those that the stage has no image of.
     """
 

@@ -13,7 +13,7 @@ from engine import mixing
 from engine.data.augment import MAX_OPERATIONS
 from engine.data.pipeline import Augmentation, minimal
 from engine.draws import Draws
-from engine.heads import Classifier, head_flops
+from engine.heads import Classifier, MultiLabelClassifier, head_flops
 from engine.methods.base import LabelledSettings, Labels, Method
 from engine.optim import Group, by_layer, scaled_lr
 from engine.tokens import View
@@ -78,7 +78,8 @@ class Supervised(Method):
     """Cross-entropy of a linear classifier on the pooled tokens.
 
     Images are mixed in pairs of neighbours in the batch, whose order is random anyway, with one share for the whole batch; so
-    ranks and micro-batches, each of an even number of images, see what one process would.
+    ranks and micro-batches, each of an even number of images, see what one process would. Where an image may show several
+    classes, each is learned by itself, and images are not mixed.
     """
 
     name = "supervised"
@@ -87,7 +88,8 @@ class Supervised(Method):
     def __init__(self, encoder: VisionTransformer, settings: Settings, labels: Labels):
         super().__init__(encoder, settings)
         s = settings
-        self.classifier = Classifier(encoder.embed_dim, len(labels.names), s.label_smoothing, s.head_std)
+        kind = MultiLabelClassifier if labels.of_id.ndim == 2 else Classifier
+        self.classifier = kind(encoder.embed_dim, len(labels.names), s.label_smoothing, s.head_std)
         self.register_buffer("classes_of_id", labels.of_id, persistent=False)
 
     def views(self) -> tuple[Augmentation, ...]:
@@ -97,7 +99,7 @@ class Supervised(Method):
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         s, drawn = self.settings, super().draw(draws)
-        if s.mixup or s.cutmix:
+        if (s.mixup or s.cutmix) and not isinstance(self.classifier, MultiLabelClassifier):
             drawn["mix"] = draws.shared("mix", 4)
         if s.erase:
             drawn["erase"] = draws.uniform(mixing.ERASING)

@@ -103,7 +103,7 @@ def _fill(folder: Path) -> None:
     scenes: dict[str, list[_Scene]] = {}
     first = 1
     for place, (split, count) in enumerate(COUNTS.items()):
-        photographs = [_photograph(*file) for file in PHOTOGRAPHS[split]]
+        photographs = [photograph(*file) for file in PHOTOGRAPHS[split]]
         chosen = np.flatnonzero(is_val == (split == "val"))
         scenes[split] = []
         for number in range(first, first + count):
@@ -115,7 +115,8 @@ def _fill(folder: Path) -> None:
     _write_voc(folder / "voc", scenes)
 
 
-def _photograph(package: str, name: str) -> Image.Image:
+def photograph(package: str, name: str) -> Image.Image:
+    """A file of an installed package, in RGB. Raises BadInput where it is missing."""
     try:
         with (importlib.resources.files(package) / name).open("rb") as file, Image.open(file) as image:
             return image.convert("RGB")
@@ -155,10 +156,15 @@ def _cover(rng: np.random.RandomState, ink: np.ndarray) -> np.ndarray:
     width = round(height * (0.75 + 0.25 * rng.random_sample()))
     large = Image.fromarray(ink).resize((width, height), Image.Resampling.BICUBIC)
     x, y = rng.randint(SIDE - width + 1), rng.randint(SIDE - height + 1)
-    low, high = EDGE
     cover = np.zeros((SIDE, SIDE), np.float32)
-    cover[y : y + height, x : x + width] = ((np.asarray(large, np.float32) / 255 - low) / (high - low)).clip(0, 1)
+    cover[y : y + height, x : x + width] = covered(large)
     return cover
+
+
+def covered(ink: Image.Image) -> np.ndarray:
+    """float32 [H, W] from 0 to 1, how much of what lies beneath the ink of a grey image covers."""
+    low, high = EDGE
+    return ((np.asarray(ink, np.float32) / 255 - low) / (high - low)).clip(0, 1)
 
 
 def _under(drawn: _Drawn, solid: np.ndarray) -> _Drawn:
@@ -168,11 +174,14 @@ def _under(drawn: _Drawn, solid: np.ndarray) -> _Drawn:
 
 
 def _painted(rng: np.random.RandomState, pixels: np.ndarray, cover: np.ndarray) -> np.ndarray:
-    """float32 [SIDE, SIDE, 3], with the digit in that of eight colours that differs most from what lies beneath."""
+    """float32 [SIDE, SIDE, 3], with the digit in a colour that stands out."""
+    return pixels + cover[:, :, None] * (colour_on(rng, pixels[cover >= 0.5].mean(0)) - pixels)
+
+
+def colour_on(rng: np.random.RandomState, beneath: np.ndarray) -> np.ndarray:
+    """float32 [3], that of eight colours which differs most from what lies beneath."""
     colours = rng.randint(0, 256, (8, 3)).astype(np.float32)
-    beneath = pixels[cover >= 0.5].mean(0)
-    colour = colours[np.square(colours - beneath).sum(1).argmax()]
-    return pixels + cover[:, :, None] * (colour - pixels)
+    return colours[np.square(colours - beneath).sum(1).argmax()]
 
 
 def _write_coco(folder: Path, scenes: dict[str, list[_Scene]]) -> None:
@@ -225,7 +234,7 @@ def _write_voc(folder: Path, scenes: dict[str, list[_Scene]]) -> None:
             classes[drawn.visible], objects[drawn.visible] = drawn.label + 1, place + 1
         for kind, indices in (("SegmentationClass", classes), ("SegmentationObject", objects)):
             image = Image.fromarray(indices)
-            image.putpalette(_palette())
+            image.putpalette(palette())
             image.save(folder / kind / f"{scene.name}.png")
     for part in ("Main", "Segmentation"):
         lists = folder / "ImageSets" / part
@@ -264,7 +273,7 @@ def _xml(scene: _Scene) -> str:
     return ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-def _palette() -> list[int]:
+def palette() -> list[int]:
     """VOC's colours: of an index's bits, every third belongs to red, green or blue, the lowest to the highest bit there."""
     return [
         sum(((index >> (3 * bit + channel)) & 1) << (7 - bit) for bit in range(3))

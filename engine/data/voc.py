@@ -16,9 +16,8 @@ from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
-from PIL import Image
 
-from engine.data import sources
+from engine.data import index_masks, sources
 from engine.data.objects import (
     BACKGROUND,
     MOST_CATEGORIES,
@@ -48,7 +47,7 @@ class VocObjects(ObjectSet):
     def masks(self, index: int) -> np.ndarray:
         """bool [n, H, W] from SegmentationObject/; pixels of the border belong to no object."""
         path = _mask_path(self.images, index, "SegmentationObject")
-        indices = _indices(path, self.images.sizes[index].tolist(), len(self.objects[index]), "objects")
+        indices = read_indices(path, self.images.sizes[index].tolist(), len(self.objects[index]), "objects")
         return indices == np.arange(1, len(self.objects[index]) + 1)[:, None, None]
 
     def semantic(self, index: int) -> np.ndarray:
@@ -145,7 +144,7 @@ def open_masks(
     root, names = _root(folder), _names(_root(folder), split, "Segmentation")
     found, _, classes = _listed(root, names, split, "Segmentation", categories, bad_limit, screening)
     for index, size in enumerate(found.sizes.tolist()):
-        _indices(_mask_path(found, index, "SegmentationClass"), size, len(classes), "categories", look_only=True)
+        read_indices(_mask_path(found, index, "SegmentationClass"), size, len(classes), "categories", look_only=True)
     return VocMasks(found, classes)
 
 
@@ -178,10 +177,11 @@ def _names(root: Path, split: str, part: str) -> list[str]:
         raise BadInput(
             f"{lists / split}.txt is missing: {lists} has lists for {', '.join(there) or 'none of ' + ', '.join(SPLITS)}"
         )
-    return [" ".join(words) for words in _lines(lists / f"{split}.txt")]
+    return [" ".join(words) for words in read_lines(lists / f"{split}.txt")]
 
 
-def _lines(path: Path) -> list[list[str]]:
+def read_lines(path: Path) -> list[list[str]]:
+    """The words of every line that has any. Raises BadInput for what cannot be read."""
     try:
         return [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except OSError as error:
@@ -216,7 +216,7 @@ def _listed(
 def _presence(path: Path, names: list[str]) -> np.ndarray:
     """int8 [len(names)] from a category's list, whose lines are NAME and 1, 0 for difficult or -1 for absent."""
     stated: dict[str, int] = {}
-    for number, words in enumerate(_lines(path), 1):
+    for number, words in enumerate(read_lines(path), 1):
         if len(words) != 2 or words[1] not in PRESENCE:
             raise BadInput(
                 f"{path} has {' '.join(words)[:60]!r} in line {number}, where an image and 1, 0 or -1 belong"
@@ -274,28 +274,16 @@ def _mask_path(images: ImageSet, index: int, kind: str) -> Path:
 
 def _semantic(images: ImageSet, categories: tuple[str, ...], index: int) -> np.ndarray:
     path = _mask_path(images, index, "SegmentationClass")
-    return _indices(path, images.sizes[index].tolist(), len(categories), "categories")
+    return read_indices(path, images.sizes[index].tolist(), len(categories), "categories")
 
 
-def _indices(path: Path, size: list[int], most: int, what: str, look_only: bool = False) -> np.ndarray:
-    """uint8 [H, W], each 0 to `most` or 255; empty where only the header was looked at."""
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            if list(image.size) != size:
-                raise BadInput(f"{path} has {image.width}x{image.height} pixels, but its image has {size[0]}x{size[1]}")
-            if image.mode not in ("P", "L"):
-                raise BadInput(
-                    f"{path} has pixels of type {image.mode}, where indices belong (a PNG with a palette, or grey)"
-                )
-            if look_only:
-                return np.zeros((0, 0), np.uint8)
-            indices = np.asarray(image)
-    except FileNotFoundError as error:
-        raise BadInput(f"the mask {path} is missing") from error
-    except BadInput:
-        raise
-    except Exception as error:  # decoders raise anything on hostile bytes; whatever it is, the file is bad
-        raise BadInput(f"the mask {path} cannot be read: {str(error)[:200] or type(error).__name__}") from error
+def read_indices(path: Path, size: list[int], most: int, what: str, look_only: bool = False) -> np.ndarray:
+    """uint8 [H, W], each 0 to `most` or 255, of a mask; empty where only the header was looked at.
+
+    Raises:
+        BadInput: it is missing, damaged, not of `size` (width, height), has no indices, or one that none of `what` has.
+    """
+    indices = index_masks.read(path, size, look_only)
     outside = indices[(indices > most) & (indices != VOID)]
     if len(outside):
         raise BadInput(f"{path} has the index {outside[0]}, but there are {most} {what}")

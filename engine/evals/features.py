@@ -17,6 +17,8 @@ from torch import Tensor
 from engine.errors import BadInput
 from engine.vit import VisionTransformer
 
+_ROWS = 65_536  # looked at together: features may be mapped from a file larger than memory
+
 
 @dataclass(frozen=True, eq=False)
 class Tokens:
@@ -80,7 +82,7 @@ class Features:
             raise BadInput(f"features of {self.name} have {n} rows but another number of labels, targets or paths.")
         if self.tokens is not None and len(self.tokens.values) != n:
             raise BadInput(f"features of {self.name} have {n} rows but tokens of {len(self.tokens.values)} images.")
-        if not torch.isfinite(self.values).all():
+        if not all(torch.isfinite(some).all() for some in self.values.split(_ROWS)):
             raise BadInput(f"features of {self.name} contain NaN or infinity: these weights cannot be evaluated.")
 
     def to(self, device: torch.device | str) -> "Features":
@@ -156,14 +158,31 @@ class Encoder:
 
 
 TOKENS = "patch tokens after the final norm, without class token and registers"
-_POOLING = {"token": "class token after the final norm", "avg": "mean of patch tokens after the final norm"}
+BOTH = "both"
+_POOLING = {
+    "token": "class token after the final norm",
+    "avg": "mean of patch tokens after the final norm",
+    BOTH: "class token and mean of patch tokens after the final norm, side by side",
+}
 
 
-def encoder_of(model: VisionTransformer) -> Encoder:
-    """A VisionTransformer as an encoder; its own `global_pool` decides the feature. Evaluates in eval mode.
+def encoder_of(model: VisionTransformer, pool: str = "") -> Encoder:
+    """A VisionTransformer as an encoder. Evaluates in eval mode.
 
     Where the final norm follows the pooling (fc_norm), it is applied to each patch token.
+
+    Args:
+        pool: "" for the feature that the model's own `global_pool` decides, or "both": class token and mean of patch tokens, 2 C.
+
+    Raises:
+        BadInput: "both" of a model without class token.
     """
+    if pool == BOTH and model.cls_token is None:
+        raise BadInput(f"{model.architecture.name} has no class token: choose the pooling avg, not {BOTH}.")
+
+    def both(tokens_BLC: Tensor) -> Tensor:
+        halves = tokens_BLC[:, 0], tokens_BLC[:, model.num_prefix_tokens :].mean(1)
+        return torch.cat([model.fc_norm(half_BC) for half_BC in halves], 1)
 
     def frozen(read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def encode(images_B3HW: Tensor) -> Tensor:
@@ -181,9 +200,9 @@ def encoder_of(model: VisionTransformer) -> Encoder:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return Encoder(
-        frozen(model.pool),
+        frozen(both if pool == BOTH else model.pool),
         model.img_size,
-        _POOLING[model.global_pool],
+        _POOLING[pool or model.global_pool],
         digest.hexdigest(),
         frozen(lambda tokens_BLC: model.fc_norm(tokens_BLC[:, model.num_prefix_tokens :])),
         model,

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from timm.optim import Lars
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy
 from tyro.conf import Suppress
 
 from engine.errors import BadInput
@@ -208,12 +207,12 @@ def optimiser_for(probe: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 
 @torch.no_grad()
-def accuracy(probe: nn.Module, features: Features, batch: int, classes: int) -> float:
-    """Top-1 of a head."""
+def correct(probe: nn.Module, features: Features, batch: int) -> np.ndarray:
+    """float64 [m]: 1 where a head names an image's class, else 0."""
     probe.eval()
     device, rows_m = features.values.device, np.arange(len(features.values))
     found = [probe(features.tokens.rows(rows_m[i : i + batch], device)).argmax(1) for i in range(0, len(rows_m), batch)]
-    return float(multiclass_accuracy(torch.cat(found), features.labels, classes, average="micro"))
+    return (torch.cat(found) == features.labels).double().cpu().numpy()
 
 
 def evaluate(train: Features, test: Features, settings: Settings = Settings()) -> Result:
@@ -253,7 +252,8 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
-            top1_E.append(accuracy(probe, test, batch, classes))
+            correct_m = correct(probe, test, batch)
+            top1_E.append(float(correct_m.mean()))
     if not all(torch.isfinite(parameter).all() for parameter in probe.parameters()):
         raise BadInput(f"attentive: the head did not stay finite; choose an lr below {lr:g}.")
     used = {
@@ -280,6 +280,7 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
             "best epoch": int(np.argmax(top1_E)) + 1,
             "best-epoch top-1 is": "over epochs, on the test set",
         },
+        samples={"last-epoch top-1": correct_m},
     )
 
 

@@ -96,4 +96,5 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
         settings=asdict(settings) | {"seeds": seeds, "clusters": clusters, "features": "L2-normalised"},
         details={"runs": figures},
         plain=frozenset({"silhouette", "silhouette std"}),
+        spread="k-means seeds",
     )

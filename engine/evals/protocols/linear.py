@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchmetrics.functional.classification import multiclass_accuracy
 from tyro.conf import Suppress
 
 from engine.errors import BadInput
@@ -92,14 +91,11 @@ class Probe:
             velocity.mul_(self.momentum).add_(gradient)
             parameter.sub_(velocity * (share * self.lrs_L).view(-1, *[1] * (parameter.ndim - 1)))
 
-    def accuracies(self, features: Features) -> np.ndarray:
-        """[L]: top-1 of each classifier."""
+    def correct(self, features: Features) -> np.ndarray:
+        """bool [m, L]: whether each classifier names an image's class."""
         self.norm.eval()
         predicted_mL = torch.cat([self.logits(self.norm(x_BC)).argmax(-1) for x_BC in features.values.split(8192)])
-        labels_Lm = features.labels.expand(predicted_mL.shape[1], -1)
-        classes = self.bias_LK.shape[1]
-        top1_L = multiclass_accuracy(predicted_mL.T, labels_Lm, classes, average="micro", multidim_average="samplewise")
-        return top1_L.cpu().numpy()
+        return (predicted_mL == features.labels[:, None]).cpu().numpy()
 
 
 @torch.no_grad()
@@ -124,9 +120,11 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
                 rows = order[i * batch : (i + 1) * batch]
                 share = schedule(epoch * per_epoch + i, settings.epochs * per_epoch, settings.warmup)
                 probe.step(train.values[rows], train.labels[rows], share)
-            history.append(probe.accuracies(test))
+            correct_mL = probe.correct(test)
+            history.append(correct_mL.mean(0))
     top1_EL = np.array(history)
-    top1_EL[:, ~torch.isfinite(probe.weight_LKC).flatten(1).all(1).cpu().numpy()] = 0.0  # diverged: counts as wrong
+    finite_L = torch.isfinite(probe.weight_LKC).flatten(1).all(1).cpu().numpy()
+    top1_EL[:, ~finite_L] = 0.0  # diverged: counts as wrong
     if not top1_EL.any():
         raise BadInput(f"linear: no classifier stayed finite; lower base_lrs = {settings.base_lrs}.")
     last = int(top1_EL[-1].argmax())
@@ -147,4 +145,5 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
             "top-1 by learning rate": table,
             "best-epoch top-1 is": "over learning rates and epochs, on the test set",
         },
+        samples={"last-epoch top-1 (best lr)": (correct_mL & finite_L)[:, last].astype(float)},
     )

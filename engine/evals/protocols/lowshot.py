@@ -13,23 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
+from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import normalize
-from torchmetrics.functional.classification import multiclass_accuracy
 from tyro.conf import Suppress
 
-from engine.data.subsets import class_orders
+from engine.data.subsets import class_orders, listed
 from engine.errors import BadInput
-from engine.evals.features import (
-    Features,
-    Labelled,
-    as_numpy,
-    check_labelled,
-    class_counts,
-    number_of_classes,
-    threads_for,
-)
+from engine.evals import logistic
+from engine.evals.features import Features, Labelled, as_numpy, check_labelled, class_counts
 from engine.evals.result import Result
 
 _PREPROCESSING = "rows centred by their own mean and L2-normalised, test rows too"
@@ -87,7 +79,12 @@ def subsets(train: Labelled, settings: Settings) -> dict[str, list[np.ndarray]]:
         BadInput: a class has too few images for disjoint splits, or a split file names no or unknown images.
     """
     if settings.files:
-        return _published(train, settings.files)
+        published = listed(settings.files, train.paths, "lowshot")
+        splits = {name: iter(splits) for name, splits in published.items()}
+        for file in settings.files:
+            if len(np.unique(as_numpy(train.labels)[next(splits[file.stem])])) < 2:
+                raise BadInput(f"lowshot split file {file} names images of one class only; it needs at least two.")
+        return published
     labels_n, counts_K = as_numpy(train.labels), class_counts(train)
     present = np.flatnonzero(counts_K)
     orders = class_orders(labels_n, settings.seed)
@@ -120,71 +117,38 @@ def _stratified(counts_K: np.ndarray, share: float) -> np.ndarray:
     return take
 
 
-def _published(train: Labelled, files: tuple[Path, ...]) -> dict[str, list[np.ndarray]]:
-    if train.paths is None:
-        raise BadInput("lowshot split files need features that know their image paths; leave files empty.")
-    row_of: dict[str, int | None] = {}
-    for row, path in enumerate(train.paths):
-        for name in {path, path.partition("/")[2], Path(path).name}:
-            row_of[name] = None if name in row_of else row  # None: several images share this name
-    drawn: dict[str, list[np.ndarray]] = {}
-    for file in files:
-        try:
-            names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise BadInput(f"lowshot split file {file} cannot be read; give a text file of image names.") from error
-        unclear = [name for name in names if row_of.get(name) is None]
-        if unclear or not names:
-            wrong = f"{unclear[0]}, which is not one training image" if unclear else "no image"
-            raise BadInput(f"lowshot split file {file} names {wrong}; give one training image per line.")
-        rows = np.unique([row_of[name] for name in names])
-        if len(np.unique(as_numpy(train.labels)[rows])) < 2:
-            raise BadInput(f"lowshot split file {file} names images of one class only; it needs at least two.")
-        drawn.setdefault(file.stem, []).append(rows)
-    return drawn
-
-
 def preprocess(values_nC: Tensor) -> Tensor:
     """fp64 [n, C]: every row minus its own mean, then L2-normalised (MSN; the `cyanure` package's row centring)."""
     values_nC = values_nC.double()
     return normalize(values_nC - values_nC.mean(1, keepdim=True))
 
 
-def fit(x_nC: Tensor, labels_n: Tensor, penalty: float, start_CK: Tensor | None, settings: Settings) -> Tensor:
-    """fp64 [C, K] minimising mean cross-entropy + penalty / (2 n) |W|^2, by L-BFGS; labels are 0 ... K-1, all present."""
-    n, classes = len(x_nC), int(labels_n.max()) + 1
-    shape, decay = (x_nC.shape[1], classes), penalty / n
-    truth_nK = torch.nn.functional.one_hot(labels_n, classes).to(x_nC)
-
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weight_CK = torch.from_numpy(flat).to(x_nC).view(shape)
-        log_p_nK = (x_nC @ weight_CK).log_softmax(1)
-        loss = -(log_p_nK * truth_nK).sum() / n + decay / 2 * weight_CK.square().sum()
-        gradient_CK = x_nC.T @ ((log_p_nK.exp() - truth_nK) / n) + decay * weight_CK
-        return loss.item(), gradient_CK.flatten().cpu().numpy()
-
-    start = np.zeros(shape) if start_CK is None else start_CK.cpu().numpy()
-    most, tolerance = settings.max_iterations, settings.tolerance
-    options = {"maxiter": most, "maxfun": 2 * most, "gtol": tolerance, "ftol": 0.0}
-    found = minimize(objective, start.ravel(), jac=True, method="L-BFGS-B", options=options)
-    return torch.from_numpy(found.x).to(x_nC).view(shape)
-
-
 def regularisation_path(
     x_nC: Tensor, labels_n: Tensor, penalties: tuple[float, ...], settings: Settings
-) -> dict[float, Tensor]:
-    """One [C, K] per penalty. Each starts from the next stronger one's solution; the problem is convex, so only faster."""
-    basis = None
-    if len(x_nC) < x_nC.shape[1]:
-        # the optimum is a combination of the rows: solving in their span is exact, and n wide instead of C
-        basis, triangle = torch.linalg.qr(x_nC.T)
-        x_nC = triangle.T
-    weights, weight = {}, None
-    with threads_for(2 * x_nC.numel() * (int(labels_n.max()) + 1)):
-        for penalty in sorted(set(penalties), reverse=True):
-            weight = fit(x_nC, labels_n, penalty, weight, settings)
-            weights[penalty] = weight if basis is None else basis @ weight
-    return weights
+) -> dict[float, logistic.Fit]:
+    """One fit per penalty, [C, K] each; labels are 0 ... K-1, all present."""
+    how = {"iterations": settings.max_iterations, "tolerance": settings.tolerance}
+    return logistic.path(x_nC, torch.nn.functional.one_hot(labels_n), logistic.softmax, penalties, **how)
+
+
+def draw_curve(title: str, figure: str, names: list[str], images: list[float], runs: list[list[float]]) -> Figure:
+    """A picture of a figure over the images of each subset: mean and deviation of its runs, in percent, and each run."""
+    order = np.argsort(images, kind="stable")
+    picture = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    axes = picture.add_subplot()
+    means, spreads = zip(*((100 * np.mean(runs[i]), 100 * np.std(runs[i])) for i in order))
+    axes.errorbar([images[i] for i in order], means, spreads, marker="o", capsize=3)
+    for i in order:
+        axes.plot([images[i]] * len(runs[i]), 100 * np.array(runs[i]), ".", color="grey", markersize=3)
+        axes.annotate(names[i], (images[i], 100 * np.mean(runs[i])), (4, 6), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.margins(x=0.1)
+    ticks = np.unique(images)
+    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(title=title, xlabel="labelled images", ylabel=f"{figure}, %")
+    axes.grid(alpha=0.3)
+    return picture
 
 
 def evaluate(train: Features, test: Features, settings: Settings = Settings()) -> Result:
@@ -194,34 +158,44 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
         BadInput: labels are missing, a class has too few images, or a split file does not fit the training set.
     """
     check(train, test, settings)
-    classes, drawn = number_of_classes(train, test), subsets(train, settings)
+    drawn = subsets(train, settings)
     test_mC, labels_m = preprocess(test.values), test.labels
     penalties = (settings.penalty, *settings.sweep)
-    values, sweeps = {}, {}
+    values, sweeps, samples, unfinished = {}, {}, {}, 0
     for name, splits in drawn.items():
-        top1 = {penalty: [] for penalty in sorted(penalties)}
+        correct = {penalty: [] for penalty in sorted(penalties)}
         for rows in splits:
             present, labels_n = train.labels[rows].unique(return_inverse=True)
-            solutions = regularisation_path(preprocess(train.values[rows]), labels_n, penalties, settings)
-            for penalty, weight_CK in solutions.items():
-                predicted_m = present[(test_mC @ weight_CK).argmax(1)]
-                top1[penalty].append(float(multiclass_accuracy(predicted_m, labels_m, classes, average="micro")))
+            fits = regularisation_path(preprocess(train.values[rows]), labels_n, penalties, settings)
+            unfinished += sum(not found.converged for found in fits.values())
+            for penalty, found in fits.items():
+                predicted_m = present[(test_mC @ found.weight_CK).argmax(1)]
+                correct[penalty].append((predicted_m == labels_m).double().cpu().numpy())
+        top1 = {penalty: [float(correct_m.mean()) for correct_m in runs] for penalty, runs in correct.items()}
         values |= {name: float(np.mean(top1[settings.penalty])), f"{name} std": float(np.std(top1[settings.penalty]))}
         values[f"{name} sweep-best"] = max(float(np.mean(runs)) for runs in top1.values())
+        samples[name] = np.mean(correct[settings.penalty], 0)
         sweeps[name] = {f"{penalty:g}": runs for penalty, runs in top1.items()}
     means = [
         {"lambda": penalty} | {name: float(np.mean(sweep[f"{penalty:g}"])) for name, sweep in sweeps.items()}
         for penalty in sorted(penalties)
     ]
+    sizes = {name: [len(rows) for rows in splits] for name, splits in drawn.items()}
+    runs = [sweep[f"{settings.penalty:g}"] for sweep in sweeps.values()]
+    curve = draw_curve("low-shot", "top-1", list(drawn), [float(np.mean(size)) for size in sizes.values()], runs)
     return Result(
         protocol="lowshot",
         values=values,
         settings=asdict(settings) | {"files": [str(file) for file in settings.files], "features": _PREPROCESSING},
         details={
-            "images per split": {name: [len(rows) for rows in splits] for name, splits in drawn.items()},
+            "images per split": sizes,
             "top-1 by lambda, mean over splits": means,
             "top-1 by lambda": sweeps,
             "sweep-best is": "the lambda whose mean over splits is best on the test set",
+            "fits that did not reach the tolerance": unfinished,
         },
         headline=tuple(drawn),
+        spread="splits",
+        samples=samples,
+        pictures={"low-shot curve": curve},
     )

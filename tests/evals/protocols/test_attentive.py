@@ -130,7 +130,8 @@ def test_last_and_best_epoch_settings_and_source_are_given():
     result = attentive.evaluate(train, test, attentive.Settings(form="aim", epochs=4))
     curve = result.details["top-1 by epoch"]
     assert list(result.values) == ["last-epoch top-1", "best-epoch top-1"] and len(curve) == 4
-    assert result.values["last-epoch top-1"] == curve[-1]
+    assert result.values["last-epoch top-1"] == curve[-1] == result.samples["last-epoch top-1"].mean()
+    assert result.samples["last-epoch top-1"].shape == (60,) and set(result.samples["last-epoch top-1"]) <= {0, 1}
     assert result.values["best-epoch top-1"] == max(curve) == curve[result.details["best epoch"] - 1]
     assert result.settings["recipe"] == (
         "ours, after V-JEPA's: AIM's was not found; epochs as chosen; batch cut from 1024 to 16 for a small set, lr kept"

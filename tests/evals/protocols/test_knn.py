@@ -36,6 +36,7 @@ def test_predictions_equal_sklearn(k, temperature, standardise):
     np.testing.assert_array_equal(knn.predict(train, test, settings, 5).numpy(), expected)
     result = knn.evaluate(train, test, settings)
     assert result.values == {"top-1": pytest.approx(np.mean(expected == test.labels.numpy()))}
+    np.testing.assert_array_equal(result.samples["top-1"], expected == test.labels.numpy())
     assert result.settings == {"k": k, "temperature": temperature, "standardise": standardise}
     expected_confusion = np.zeros((5, 5), int)
     np.add.at(expected_confusion, (test.labels.numpy(), expected), 1)
@@ -80,3 +81,15 @@ def test_refusals(train, match):
 def test_settings_are_checked(wrong):
     with pytest.raises(BadInput, match=next(iter(wrong))):
         knn.Settings(**wrong)
+
+
+@pytest.mark.parametrize("keys, queries", [(7, 5), (50, 3), (64, 100)])
+def test_pieces_of_a_large_set_give_the_neighbours_of_the_whole(monkeypatch, keys, queries):
+    generator = torch.Generator().manual_seed(0)
+    train, test = torch.randn(101, 16, generator=generator), torch.randn(13, 16, generator=generator)
+    whole = knn.neighbours(train, test, 20, train.mean(0), train.std(0))
+    monkeypatch.setattr(knn, "_KEYS", keys)
+    monkeypatch.setattr(knn, "_QUERIES", queries)
+    similarity, index = knn.neighbours(train, test, 20, train.mean(0), train.std(0))
+    torch.testing.assert_close(similarity, whole[0])
+    assert torch.equal(index, whole[1])

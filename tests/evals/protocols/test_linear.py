@@ -45,7 +45,7 @@ def test_every_learning_rate_is_what_torch_trains_alone():
     for i, (model, _) in enumerate(alone):
         torch.testing.assert_close(logits_BLK[:, i], model.eval()(train.values), rtol=1e-4, atol=1e-4)
         accuracy = (model(train.values).argmax(1) == train.labels).float().mean()
-        assert probe.accuracies(train)[i] == pytest.approx(float(accuracy), abs=1e-6)
+        assert probe.correct(train)[:, i].mean() == pytest.approx(float(accuracy), abs=1e-6)
 
 
 def test_schedule_warms_up_and_ends_near_zero():
@@ -68,6 +68,8 @@ def test_last_and_best_epoch_are_both_given_and_named():
     assert result.settings["batch used"] == 30
     chosen = next(row for row in table if row["base lr"] == result.settings["base lr of last-epoch figure"])
     assert chosen["last-epoch top-1"] == last
+    (samples,) = result.samples.values()
+    assert samples.shape == (120,) and set(samples) == {0, 1} and samples.mean() == last
 
 
 def test_the_same_seed_gives_the_same_result_and_another_does_not():

@@ -11,6 +11,7 @@ from engine.errors import BadInput
 from engine.evals.features import Features
 from engine.evals.protocols import lowshot
 
+SUBSETS = ("1-shot", "2-shot", "5-shot", "1%", "10%")
 EXACT = lowshot.Settings(tolerance=1e-11, max_iterations=20000)
 
 
@@ -26,7 +27,7 @@ def blobs(seed: int, n: int = 300, classes: int = 5, width: int = 8, **more) -> 
 def test_solution_equals_sklearn(n, width, penalty):
     train = blobs(0, n=n, width=width)
     x_nC = lowshot.preprocess(train.values)
-    ours = lowshot.regularisation_path(x_nC, train.labels, (penalty, 10.0), EXACT)[penalty]
+    ours = lowshot.regularisation_path(x_nC, train.labels, (penalty, 10.0), EXACT)[penalty].weight_CK
     model = LogisticRegression(C=1 / penalty, fit_intercept=False, solver="newton-cg", tol=1e-10, max_iter=10000)
     theirs = model.fit(x_nC.numpy(), train.labels.numpy()).coef_
 
@@ -46,8 +47,8 @@ def test_default_tolerance_predicts_as_the_exact_solution():
     solve = lowshot.regularisation_path
     loose, exact = (solve(x_nC, train.labels, penalties, settings) for settings in (lowshot.Settings(), EXACT))
     for penalty in penalties:
-        same = (test @ loose[penalty]).argmax(1) == (test @ exact[penalty]).argmax(1)
-        assert same.float().mean() > 0.99
+        same = (test @ loose[penalty].weight_CK).argmax(1) == (test @ exact[penalty].weight_CK).argmax(1)
+        assert loose[penalty].converged and same.float().mean() > 0.99
 
 
 def test_rows_are_centred_by_their_own_mean_and_normalised():
@@ -90,18 +91,33 @@ def test_shares_follow_the_class_sizes(counts, share):
 
 def test_figures_are_means_over_splits_at_the_published_lambda():
     result = lowshot.evaluate(blobs(0), blobs(1))
-    assert result.headline == ("1-shot", "2-shot", "5-shot", "1%", "10%")
+    assert result.headline == SUBSETS
     for name in result.headline:
         sweep = result.details["top-1 by lambda"][name]
         assert list(sweep) == ["0.00025", "0.0025", "0.01", "0.075", "0.1", "0.25"]
         assert result.values[name] == pytest.approx(np.mean(sweep["0.00025"]))
         assert result.values[f"{name} std"] == pytest.approx(np.std(sweep["0.00025"]))
         assert result.values[f"{name} sweep-best"] == pytest.approx(max(np.mean(runs) for runs in sweep.values()))
+        assert result.samples[name].shape == (300,) and set(np.unique(3 * result.samples[name])) <= {0, 1, 2, 3}
+        assert result.samples[name].mean() == pytest.approx(result.values[name])
     means = result.details["top-1 by lambda, mean over splits"]
     assert [row["lambda"] for row in means] == [0.00025, 0.0025, 0.01, 0.075, 0.1, 0.25]
     assert means[0] == {"lambda": 0.00025} | {name: result.values[name] for name in result.headline}
     assert result.values["5-shot"] > result.values["1-shot"] > 0.3
     assert result.details["images per split"]["5-shot"] == [25, 25, 25]
+    assert result.details["fits that did not reach the tolerance"] == 0
+    (axes,) = result.pictures["low-shot curve"].axes
+    (line,) = axes.containers[0].lines[:1]
+    expected = {
+        name: (np.mean(result.details["images per split"][name]), 100 * result.values[name]) for name in SUBSETS
+    }
+    assert sorted(map(tuple, line.get_xydata())) == [pytest.approx(point) for point in sorted(expected.values())]
+    assert {text.get_text() for text in axes.texts} == set(SUBSETS)
+
+
+def test_fits_that_end_early_are_counted():
+    settings = lowshot.Settings(shots=(5,), percents=(), sweep=(), max_iterations=2)
+    assert lowshot.evaluate(blobs(0), blobs(1), settings).details["fits that did not reach the tolerance"] == 3
 
 
 def test_published_split_files(tmp_path):

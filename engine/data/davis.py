@@ -1,0 +1,148 @@
+"""Videos with objects that are followed from the first frame on, in the layout of DAVIS-2017 at its resolution 480p.
+
+Pont-Tuset et al., The 2017 DAVIS Challenge on Video Object Segmentation, arXiv 1704.00675. JPEGImages/480p/VIDEO/NNNNN.jpg has
+the frames, Annotations/480p/VIDEO/NNNNN.png an object id for every pixel of each (0 none, 255 not to be counted), and
+ImageSets/2017/SPLIT.txt the videos. DAVIS itself was not available where this was written: it was run on small sets in its
+layout.
+
+Shapes: H x W pixels of a frame.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from engine.data import sources
+from engine.data.objects import VOID, readable
+from engine.data.sources import ImageSet
+from engine.data.subsets import subset
+from engine.data.voc import read_indices, read_lines
+from engine.errors import BadInput
+
+RESOLUTION, YEAR = "480p", "2017"
+PLACES = (".", "DAVIS")
+SPLITS = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video.
+
+    Attributes:
+        name: its folder's.
+        images: its frames, in order, all of one size; without those that cannot be read.
+        objects: the highest id of the first frame's mask. Ids above it, objects that appear later, are not judged, as in the
+            benchmark's toolkit.
+    """
+
+    name: str
+    images: ImageSet
+    objects: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def masks(self, index: int) -> np.ndarray:
+        """uint8 [H, W] of frame `index`: 0, an object's id, or 255. Raises BadInput where there is none or a damaged one."""
+        return _ids(self.images, index)
+
+
+@dataclass(frozen=True)
+class VideoSet:
+    """Videos of a split.
+
+    Attributes:
+        images: the readable frames of all of them; `images.bad` says which were left out.
+        videos: in the order of the split's list.
+    """
+
+    images: ImageSet
+    videos: tuple[Video, ...]
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+
+def open_videos(
+    folder: str | Path,
+    split: str = "val",
+    bad_limit: float = sources.BAD_LIMIT,
+    screening: Literal["auto", "header", "decode"] = "auto",
+) -> VideoSet:
+    """Reads ImageSets/2017/SPLIT.txt with the frames and the masks of its videos.
+
+    Args:
+        folder: that has JPEGImages/480p/ in it, or in DAVIS/.
+        split: train or val, or another file of ImageSets/2017/ without .txt.
+        bad_limit, screening: as for `engine.data.sources.open_images`.
+
+    Raises:
+        BadInput: a list is missing, a video has no frames or frames of several sizes, a frame has no mask or a mask no frame, a
+            mask has another size than its frame or no ids, the first one has no object, or too many frames are bad.
+    """
+    root = _root(folder)
+    source = root / "ImageSets" / YEAR / f"{split}.txt"
+    if not source.is_file():
+        there = [name for name in SPLITS if source.with_name(f"{name}.txt").is_file()]
+        raise BadInput(
+            f"{source} is missing: {source.parent} has lists for {', '.join(there) or 'none of ' + ', '.join(SPLITS)}"
+        )
+    names = [" ".join(words) for words in read_lines(source)]
+    frames = [(name, stem) for name in names for stem in _frames(root, name, source)]
+    paths = [f"JPEGImages/{RESOLUTION}/{name}/{stem}.jpg" for name, stem in frames]
+    images, kept = readable(root, paths, split, source, bad_limit, screening)
+    video_of = np.array([name for name, _ in frames])[kept]
+    return VideoSet(images, tuple(_video(name, images, np.flatnonzero(video_of == name)) for name in names))
+
+
+def _root(folder: str | Path) -> Path:
+    folder = Path(folder).expanduser()
+    for place in PLACES:
+        if all((folder / place / kind / RESOLUTION).is_dir() for kind in ("JPEGImages", "Annotations")):
+            return (folder / place).resolve()
+    raise BadInput(
+        f"{folder} is not laid out as DAVIS-{YEAR}: it needs JPEGImages/{RESOLUTION}/, Annotations/{RESOLUTION}/ and "
+        f"ImageSets/{YEAR}/, maybe in DAVIS/"
+    )
+
+
+def _frames(root: Path, name: str, source: Path) -> list[str]:
+    """The frames of a video without .jpg, in order."""
+    images, masks = (
+        {path.stem for path in (root / kind / RESOLUTION / name).glob(f"*{suffix}") if path.name[0] != "."}
+        for kind, suffix in (("JPEGImages", ".jpg"), ("Annotations", ".png"))
+    )
+    if not images:
+        raise BadInput(f"{source} lists {name}, but {root / 'JPEGImages' / RESOLUTION / name} has no frames (*.jpg)")
+    if alone := sorted(images ^ masks):
+        missing = ("Annotations", ".png") if alone[0] in images else ("JPEGImages", ".jpg")
+        where = root / missing[0] / RESOLUTION / name / f"{alone[0]}{missing[1]}"
+        raise BadInput(f"{where} is missing: every frame of {name} needs a mask and every mask its frame")
+    return sorted(images)
+
+
+def _video(name: str, images: ImageSet, members: np.ndarray) -> Video:
+    if not len(members):
+        raise BadInput(f"no frame of {name} in {images.root} can be read ({images.bad[0][0]}: {images.bad[0][1]})")
+    found = subset(images, members)
+    if len(sizes := np.unique(found.sizes, axis=0)) > 1:
+        one, other = (f"{width}x{height}" for width, height in sizes[:2])
+        raise BadInput(f"{name} in {images.root} has frames of {one} and of {other} pixels; a video has one size")
+    for index in range(len(found)):
+        _ids(found, index, look_only=True)
+    first = _ids(found, 0)
+    objects = int(first[first != VOID].max(initial=0))
+    if not objects:
+        raise BadInput(f"{_mask_path(found, 0)} has no object; the first frame's are numbered from 1")
+    return Video(name, found, objects)
+
+
+def _mask_path(images: ImageSet, index: int) -> Path:
+    path = Path(images.paths[index])
+    return images.root / "Annotations" / path.relative_to("JPEGImages").with_suffix(".png")
+
+
+def _ids(images: ImageSet, index: int, look_only: bool = False) -> np.ndarray:
+    return read_indices(_mask_path(images, index), images.sizes[index].tolist(), VOID, "ids", look_only)

@@ -1,11 +1,12 @@
 """`python -m engine.eval`: judge weights by the papers' protocols, print a table, leave a report."""
 
+import shlex
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, make_dataclass
+from dataclasses import asdict, dataclass, field, make_dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import tyro
@@ -15,14 +16,15 @@ import kernels
 from engine import dist, evals, vit, weights
 from engine.data import cache
 from engine.errors import BadInput
-from engine.evals import Sets, report
-from engine.evals.features import Encoder, encoder_of, raw_pixels
-from engine.flags import read
+from engine.evals import Course, Sets, report
+from engine.evals.features import BOTH, Encoder, encoder_of, raw_pixels
+from engine.flags import read, written
 
 RAW = "raw"
 RANDOM = "random:"
 WEIGHTS = "a run folder, an exported folder, a file with --model, timm:NAME, random:NAME or raw"
 RAW_SIZE = (32, 32)
+SCENES_SIZE = (128, 128)
 
 
 @dataclass(frozen=True)
@@ -43,18 +45,23 @@ class Eval:
     cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100. Default: the embedded digits."""
     objects: str = ""
     """For protocols that read objects, masks or classes of pixels: NAME:DIR with NAME one of coco, voc, and for classes of
-    pixels ade20k, coco-stuff too (DIR as published). Default: the embedded scenes."""
+    pixels ade20k, coco-stuff too (DIR as published); voc-regions is voc with each class of pixels as one object. Default: the
+    embedded scenes."""
     video: str = ""
     """For protocols that read videos: davis:DIR, DAVIS-2017 at 480p as published (its val list is read). Default: the embedded
     clips."""
     out: str = ""
-    """Folder for results.json, results.md and pictures; an earlier evaluation there is replaced. Default: runs/eval-NAME-TIME."""
+    """Folder for report.html, results.md, results.json and pictures; an earlier evaluation there is replaced. Default:
+    runs/eval-NAME-TIME."""
     model: str = ""
     """A timm ViT name; needed for a file, which does not say what it holds."""
     pool: str = ""
-    """token (CLS) or avg (mean of patches); default: what the weights' export says."""
+    """token (CLS), avg (mean of patches) or both (one beside the other); default: what the weights' export says."""
     image_size: tuple[int, ...] = ()
     """Height and width of the input, or one number for both; default: the model's, 32 for raw."""
+    objects_size: tuple[int, ...] = ()
+    """The same for whole images of sets with objects, where features are pooled or a model is fine-tuned; default: the model's,
+    128 for the embedded scenes."""
     map: str = "pca"
     """The 2-D map of test features: pca or tsne."""
     device: str = "auto"
@@ -78,7 +85,7 @@ class Eval:
     def check(self) -> None:
         """Raise BadInput for a value that cannot be meant."""
         choices = {
-            "pool": ("", "token", "avg"),
+            "pool": ("", "token", "avg", BOTH),
             "map": tuple(report.MAPS),
             "device": ("auto", "cpu", "cuda"),
             "precision": ("auto", "fp32", "bf16"),
@@ -89,10 +96,13 @@ class Eval:
         for name, least in {"batch_size": 1, "threads": 0, "seed": 0, "seeds": 1}.items():
             if getattr(self, name) < least:
                 raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more.")
-        if len(self.image_size) > 2 or any(side < 1 for side in self.image_size):
-            raise BadInput("--image-size takes one positive number, or height and width.")
+        for name in ("image_size", "objects_size"):
+            if len(getattr(self, name)) > 2 or any(side < 1 for side in getattr(self, name)):
+                raise BadInput(f"--{name.replace('_', '-')} takes one positive number, or height and width.")
         if not self.judged:
             raise BadInput(f"--weights is missing; give {WEIGHTS}.")
+        if self.compare and len(self.judged) < 2:
+            raise BadInput(f"--compare has nothing to put {self.compare[0]} beside; give --weights, or more.")
         if len(set(self.judged)) < len(self.judged):
             raise BadInput("--weights names the same weights twice.")
         if not 0 <= self.bad_limit <= 1:
@@ -135,13 +145,14 @@ def encoder(source: str, flags: Eval, device: torch.device) -> tuple[str, Encode
         BadInput: no such weights or model, or they do not fit each other.
     """
     size = (flags.image_size * 2)[:2]
-    overrides = ({"global_pool": flags.pool} if flags.pool else {}) | ({"img_size": size} if size else {})
+    both = BOTH if flags.pool == BOTH else ""
+    overrides = ({"global_pool": flags.pool} if flags.pool and not both else {}) | ({"img_size": size} if size else {})
     if source == RAW:
         return "raw pixels", raw_pixels(size or RAW_SIZE)
     if source.startswith(RANDOM):
         name = source.removeprefix(RANDOM)
         model = vit.create(name, generator=torch.Generator().manual_seed(flags.seed), **overrides)
-        return f"random {name}", encoder_of(model.to(device))
+        return f"random {name}", encoder_of(model.to(device), both)
     path = Path(source).expanduser()
     if not path.exists() and not source.startswith("timm:"):
         raise BadInput(f"--weights {source} does not exist; give {WEIGHTS}.")
@@ -156,7 +167,7 @@ def encoder(source: str, flags: Eval, device: torch.device) -> tuple[str, Encode
         weights.load(model, path)
     else:
         model, _ = weights.create(source, **overrides)
-    return path.stem if path.is_file() else path.resolve().name, encoder_of(model.to(device))
+    return path.stem if path.is_file() else path.resolve().name, encoder_of(model.to(device), both)
 
 
 def encoders(flags: Eval, device: torch.device) -> dict[str, Encoder]:
@@ -166,13 +177,34 @@ def encoders(flags: Eval, device: torch.device) -> dict[str, Encoder]:
     return {name if names.count(name) == 1 else source: encoder for source, name, encoder in found}
 
 
+def command(flags: Eval, source: str, protocol: str, settings: Any) -> str:
+    """What repeats the result of one source of weights by one protocol: both, and every other flag that matters to it."""
+    kinds = {flag: "" for flag in evals.KINDS.values() if flag != evals.KINDS[evals.reads(protocol)]}
+    only = replace(
+        flags,
+        weights=(),
+        compare=(),
+        protocol=Eval.protocol,
+        out="",
+        map=Eval.map,
+        model=flags.model if Path(source).expanduser().is_file() else "",
+        pool="" if source == RAW else flags.pool,
+        **kinds,
+    )
+    words = ["python", "-m", "engine.eval", "--weights", source, "--protocol", protocol]
+    return shlex.join([*words, *written(only), *written(settings, f"{protocol.replace('_', '-')}.")])
+
+
 def run(flags: Eval, settings: dict) -> list[evals.Result]:
     """Evaluate as the flags say, print the table, write the folder.
 
-    Under torchrun all ranks extract features, and the first does the rest; the others return nothing.
+    Under torchrun all ranks extract features, and the first does the rest; the others return nothing. What was found before a
+    protocol failed, or before Ctrl-C, is written.
 
     Raises:
-        BadInput: data, weights, settings or the output folder cannot be used; nothing is written then.
+        BadInput: data, weights, settings or the output folder cannot be used, and nothing is written; or a protocol failed, and
+            the others' results are.
+        KeyboardInterrupt: with what became of the results.
     """
     ranks = dist.start(flags.device)
     device = ranks.device
@@ -190,34 +222,71 @@ def run(flags: Eval, settings: dict) -> list[evals.Result]:
         "batch_size": flags.batch_size,
         "threads": flags.threads or None,
         "cache": cache.folder() / "features" if flags.cache else None,
+        "object_size": (flags.objects_size * 2)[:2] or (None if flags.objects else SCENES_SIZE),
     }
+    # "all" means all that go with the weights
+    course = Course(lenient=evals.ALL in flags.protocol, tell=_tell)
     if ranks.world > 1:
-        evals.extract_together(judged, sets, settings, **how)
+        evals.extract_together(judged, sets, settings, course, **how)
         dist.stop()
         if not ranks.first:
             return []
     features: dict = {}
-    results = evals.evaluate(
-        judged, sets, tuple(settings), settings=settings, seed=flags.seed, seeds=flags.seeds, features=features, **how
-    )
-    about = asdict(flags) | {
-        "out": str(out),
-        "sets": {kind: sets.name(kind) for kind in sets.opened},
-        "device": str(device),
-        "precision": precision,
-        "kernels": kernels.describe(device).splitlines(),
-        "unreadable images left out": _left_out(sets),
-    }
-    report.write(out, results, about, features, flags.map)
+    try:
+        evals.evaluate(
+            judged,
+            sets,
+            tuple(settings),
+            settings=settings,
+            seed=flags.seed,
+            seeds=flags.seeds,
+            features=features,
+            course=course,
+            **how,
+        )
+    except KeyboardInterrupt:
+        kept = f"{out / 'report.html'} has what was finished" if course.results else "nothing was finished"
+        raise KeyboardInterrupt(kept) from None
+    finally:
+        if course.results:
+            about = asdict(flags) | {
+                "out": str(out),
+                "sets": {kind: sets.name(kind) for kind in sets.opened},
+                "device": str(device),
+                "precision": precision,
+                "kernels": kernels.describe(device).splitlines(),
+                "without a result": course.missing,
+                "unreadable images left out": _left_out(sets),
+            }
+            commands = {
+                (name, protocol): command(flags, source, protocol, chosen)
+                for name, source in zip(judged, flags.judged, strict=True)
+                for protocol, chosen in settings.items()
+            }
+            report.write(out, course.results, about, features, flags.map, commands)
+            _show(course.results, sets, out)
+    if failed := list(course.failures.items()):
+        (weights, protocol), why = failed[0]
+        others = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
+        raise BadInput(f"{protocol} of {weights} failed{others}: {why}" if course.results else why)
+    return course.results
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _show(results: list[evals.Result], sets: Sets, out: Path) -> None:
     console = Console()
     console.print(report.table(results, ", ".join(dict.fromkeys(sets.name(kind) for kind in sets.opened))))
     for result in results:
         for sweep in report.sweeps(result):
             console.print(sweep)
-    for result in results:
-        console.print(f"{result.protocol}: {report.sentence(result)}", style="dim", highlight=False)
-    console.print(f"results and pictures: {out}", highlight=False)
-    return results
+    if differences := report.compared(results):
+        console.print(report.differences(differences, results[0].weights))
+    for line in dict.fromkeys(f"{result.protocol}: {report.sentence(result)}" for result in results):
+        console.print(line, style="dim", highlight=False, markup=False)
+    console.print(f"report: {out / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _left_out(sets: Sets) -> list[tuple[str, str]]:
@@ -227,13 +296,16 @@ def _left_out(sets: Sets) -> list[tuple[str, str]]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 for input that cannot be used."""
+    """The command. Returns the exit status: 0, 2 for input that cannot be used, or 130 after Ctrl-C."""
     try:
         run(*parse(sys.argv[1:] if arguments is None else arguments))
         return 0
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stopped:
+        print(f"stopped; {stopped or 'nothing was finished'}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

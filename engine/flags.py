@@ -4,11 +4,14 @@ import contextlib
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
 
 import tyro
 
 from engine.errors import BadInput
+
+_SUPPRESSED = tyro.conf.Suppress[int].__metadata__[0]
 
 
 def read(kind: Any, arguments: Sequence[str], **options: Any) -> Any:
@@ -26,6 +29,26 @@ def read(kind: Any, arguments: Sequence[str], **options: Any) -> Any:
         if leave.code:
             raise BadInput(_one_sentence(said.getvalue())) from None
         raise
+
+
+def written(chosen: Any, prefix: str = "") -> list[str]:
+    """The arguments that `read` makes this dataclass of again: every flag whose value is not its default, after `prefix`."""
+    arguments: list[str] = []
+    for field in fields(chosen):
+        value = getattr(chosen, field.name)
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if value == default or _SUPPRESSED in getattr(field.type, "__metadata__", ()):
+            continue
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        if is_dataclass(value):
+            arguments += written(value, f"{name}.")
+        elif isinstance(value, bool):
+            # tyro writes the "no" behind the last dot
+            before, dot, last = name.rpartition(".")
+            arguments.append(f"--{name}" if value else f"--{before}{dot}no-{last}")
+        else:
+            arguments += [f"--{name}", *(map(str, value) if isinstance(value, (tuple, list)) else [str(value)])]
+    return arguments
 
 
 def _one_sentence(box: str) -> str:

@@ -9,9 +9,9 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -494,12 +494,36 @@ def _evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[st
         return {}
     features = evals.encode(encoders, parts.train_images, parts.val_images, **how)
     results = evals.evaluate(features, protocols=fitting, seed=parts.plan.train.seed, device=parts.ranks.device)
-    report.write(folder / "evaluation", results, {"command": command}, features)
+    results = [replace(result, data=parts.plan.train.data or "digits") for result in results]
+    report.write(
+        folder / "evaluation",
+        results,
+        {"device": str(parts.ranks.device), "precision": parts.precision},
+        features,
+        commands=_commands(parts, sources, fitting),
+    )
     Console().print(report.table(results, f"held-out {parts.val_images.split} split, {len(parts.val_images):,} images"))
     figures: dict[str, dict[str, float]] = {}
     for result in results:
         figures.setdefault(result.weights, {}).update({f"{result.protocol} {k}": v for k, v in result.values.items()})
     return figures
+
+
+def _commands(parts: Parts, sources: Mapping[str, str | Path], fitting: Sequence[str]) -> dict[tuple[str, str], str]:
+    """By weights and protocol, what `engine.eval` repeats the figures of this run with."""
+    from engine import eval as judge
+    from engine import evals
+
+    train = parts.plan.train
+    shared = {name: getattr(train, name) for name in ("data", "seed", "bad_limit", "precision", "device")}
+    settings = evals.settings_for(fitting, seed=train.seed)
+    found = {}
+    for name, source in {"raw pixels": judge.RAW, **sources}.items():
+        own = {"image_size": train.image_size, "model": parts.plan.model} if name == "given weights" else {}
+        flags = judge.Eval(weights=(str(source),), **shared, **own)
+        for protocol, chosen in settings.items():
+            found[name, protocol] = judge.command(flags, str(source), protocol, chosen)
+    return found
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What all tests share: a core each, a cache of their own, GPU tests only where there is a GPU, nvcc's only where it is."""
+"""What all tests share: a core each, a cache of their own; tests of a GPU, of nvcc, of a browser only where there is one."""
 
 import importlib
 import os
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels.choice import AVAILABLE
+from tests import browsers
 
 # Where no GPU is, Triton's kernels are interpreted, on CPU tensors. That is settled when a function is defined, Triton's
 # own library included, so it comes before anything else that brings Triton in.
@@ -29,7 +30,11 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    present = {"gpu": torch.cuda.is_available(), "nvcc": shutil.which("nvcc") is not None}
+    present = {
+        "gpu": torch.cuda.is_available(),
+        "nvcc": shutil.which("nvcc") is not None,
+        "browser": browsers.installed() is not None,
+    }
     missing = [marker for marker, is_there in present.items() if not is_there]
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in missing)]
     if left_out:

@@ -7,6 +7,8 @@ A protocol is a file in `protocols/`, found by its name. It has
     check(train, test, settings)               raises BadInput if these sets can't be judged, before any feature exists
     evaluate(train, test, settings) -> Result  of `Features`, computed on the device that holds them; with WANTS = "model"
     evaluate(subject, train, test, settings)   of a `Subject` and the sets themselves
+and maybe
+    check_model(subject, train, test, settings)  raises BadInput if these weights can't be judged, before anything is encoded
 so adding a protocol is adding a file. Of videos there is no training set: `train` is None.
 """
 
@@ -14,6 +16,7 @@ import importlib
 import pkgutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -25,13 +28,14 @@ from engine.data import annotations
 from engine.data.sources import BAD_LIMIT, ImageSet, open_images
 from engine.errors import BadInput
 from engine.evals import protocols as _protocols
+from engine.evals.course import Course
 from engine.evals.features import Encoder, Features, Tokens, check_tokens, encoder_of, raw_pixels
 from engine.evals.result import Result, over_seeds
 from engine.evals.subject import Subject
 from engine.vit import VisionTransformer
 
 __all__ = [
-    "ALL", "KINDS", "Encoder", "Features", "Result", "Sets", "Subject", "Tokens", "encode", "evaluate",
+    "ALL", "KINDS", "Course", "Encoder", "Features", "Result", "Sets", "Subject", "Tokens", "encode", "evaluate",
     "extract_together", "protocol", "protocols", "raw_pixels", "reads", "settings_for", "wants",
 ]  # fmt: skip
 
@@ -167,21 +171,26 @@ def _subject(name: str, encoder: Encoder | VisionTransformer, how: Mapping[str, 
 
 
 def extract_together(
-    encoders: Mapping[str, Encoder | VisionTransformer], source: Sets, settings: Mapping[str, Any], **how: Any
+    encoders: Mapping[str, Encoder | VisionTransformer],
+    source: Sets,
+    settings: Mapping[str, Any],
+    course: Course | None = None,
+    **how: Any,
 ) -> None:
     """Fill the cache with the features that these protocols want, shared out over ranks; each rank calls this.
 
-    `how` is as for `evaluate`.
+    `how` and `course` are as for `evaluate`.
 
     Raises:
         BadInput: as `evaluate`, or there is no cache.
     """
-    for name, encoder in encoders.items():
-        subject = _subject(name, encoder, how)
-        _check_wanted(subject, list(settings))
-        for kind in dict.fromkeys(reads(protocol) for protocol in settings if wants(protocol) != "model"):
+    subjects = {name: _subject(name, encoder, how) for name, encoder in encoders.items()}
+    left_out = _left_out(subjects, source, settings, course)
+    for name, subject in subjects.items():
+        fitting = [protocol for protocol in settings if (name, protocol) not in left_out]
+        for kind in dict.fromkeys(reads(protocol) for protocol in fitting if wants(protocol) != "model"):
             for split in source.pair(kind):
-                features_of(subject, split, _tokens_wanted(kind, settings))
+                features_of(subject, split, _tokens_wanted(kind, fitting))
 
 
 def evaluate(
@@ -193,6 +202,7 @@ def evaluate(
     seed: int = 0,
     seeds: int = 1,
     features: dict[str, Pair] | None = None,
+    course: Course | None = None,
     **how: Any,
 ) -> list[Result]:
     """Judge several encoders by several protocols.
@@ -205,6 +215,7 @@ def evaluate(
         seed: of whatever a protocol draws.
         seeds: so many runs of each protocol that draws, with seed, seed + 1, ...; their mean and spread is reported.
         features: a dict that receives what was extracted of images with classes, for pictures.
+        course: receives results as they are found; one protocol's failure is then noted there, and the others go on.
         how: device, precision, batch_size, threads and cache, as for `Subject`.
 
     Returns:
@@ -220,36 +231,45 @@ def evaluate(
         for name, setting in chosen.items():
             protocol(name).check(*sets.pair(reads(name)), setting)
     subjects = {name: _subject(name, e, how) for name, e in encoders.items() if name not in given}
-    for subject in subjects.values():
-        _check_wanted(subject, list(chosen))
-    results = []
+    left_out = _left_out(subjects, sets, chosen, course)
+    plan = {
+        (weights, name): "features as given" if weights in given else sets.name(reads(name))
+        for weights in encoders
+        for name in chosen
+        if (weights, name) not in left_out
+    }
+    if course:
+        course.announce(plan)
+    results = course.results if course else []
     for weights in encoders:
         found: dict[str, Pair] = {}
         if weights in given:
             found["classes"] = tuple(split.to(how.get("device", "cpu")) for split in given[weights])
-        for name, setting in chosen.items():
+        fitting = {name: setting for name, setting in chosen.items() if (weights, name) in plan}
+        for name, setting in fitting.items():
             kind, judged = reads(name), (subjects.get(weights),)
-            if wants(name) == "model":
-                if weights in given:
-                    raise BadInput(f"protocol {name} works on a model, and {weights} are features.")
-                judged += sets.pair(kind)
-            else:
-                if kind not in found:
-                    tokens = _tokens_wanted(kind, chosen)
-                    found[kind] = tuple(features_of(subjects[weights], split, tokens) for split in sets.pair(kind))
-                judged = found[kind]
-            result = _over_seeds(protocol(name), judged, setting, seeds)
-            about = {} if weights in given else {"data": sets.name(kind)}
-            if wants(name) != "model":
-                train, test = found[kind]
-                about["feature"] = result.feature or test.pooling
-                about["counts"] = {
-                    "training images": len(train.values),
-                    "test images": len(test.values),
-                } | result.counts
-            results.append(replace(result, weights=weights, **about))
-        if features is not None and "classes" in found:
-            features[weights] = found["classes"]
+            with course.step(plan, weights, name) if course else nullcontext():
+                if wants(name) == "model":
+                    if weights in given:
+                        raise BadInput(f"protocol {name} works on a model, and {weights} are features.")
+                    judged += sets.pair(kind)
+                else:
+                    if kind not in found:
+                        tokens = _tokens_wanted(kind, fitting)
+                        found[kind] = tuple(features_of(subjects[weights], split, tokens) for split in sets.pair(kind))
+                    judged = found[kind]
+                result = _over_seeds(protocol(name), judged, setting, seeds)
+                about = {} if weights in given else {"data": sets.name(kind)}
+                if wants(name) != "model":
+                    train, test = found[kind]
+                    about["feature"] = result.feature or test.pooling
+                    about["counts"] = {
+                        "training images": len(train.values),
+                        "test images": len(test.values),
+                    } | result.counts
+                results.append(replace(result, weights=weights, **about))
+            if features is not None and "classes" in found:
+                features[weights] = found["classes"]
     return results
 
 
@@ -258,13 +278,48 @@ def _tokens_wanted(kind: str, protocols: Iterable[str]) -> bool:
     return any(reads(name) == kind and wants(name) == "tokens" for name in protocols)
 
 
-def _check_wanted(subject: Subject, names: Sequence[str]) -> None:
-    """Refuse an encoder that is no ViT where a protocol needs one, before anything is encoded."""
-    wanted = {wants(name) for name in names}
-    if "tokens" in wanted:
+def _left_out(
+    subjects: Mapping[str, Subject], sets: Sets, settings: Mapping[str, Any], course: Course | None
+) -> dict[tuple[str, str], str]:
+    """By weights and protocol, why they do not go together; before anything is encoded.
+
+    Raises:
+        BadInput: some do not, and the course is not lenient; or none do; or weights are not finite.
+    """
+    found: dict[tuple[str, str], str] = {}
+    for subject in subjects.values():
+        _check_finite(subject)
+    for weights, subject in subjects.items():
+        for name, setting in settings.items():
+            try:
+                _check_model(subject, name, sets, setting)
+            except BadInput as error:
+                if not (course and course.lenient):
+                    raise
+                found[weights, name] = str(error)
+    if found and len(found) == len(subjects) * len(settings):
+        raise BadInput(next(iter(found.values())))
+    if course:
+        course.left_out.update(found)
+    return found
+
+
+def _check_finite(subject: Subject) -> None:
+    for name, tensor in subject.encoder.model.state_dict().items() if subject.encoder.model else ():
+        if not torch.isfinite(tensor).all():
+            raise BadInput(f"{subject.name} contain NaN or infinity in {name}: these weights cannot be evaluated.")
+
+
+def _check_model(subject: Subject, name: str, sets: Sets, setting: Any) -> None:
+    """Raise BadInput for weights that a protocol cannot judge: pixels where it needs a ViT, a size that the ViT does not take."""
+    if wants(name) == "tokens":
         check_tokens(subject.encoder, subject.name)
-    if "model" in wanted:
+    if wants(name) == "model":
         _ = subject.vit
+    elif reads(name) != "classes" and subject.encoder.model is not None and subject.object_size:
+        subject.check_input(*subject.object_size)
+    if hasattr(protocol(name), "check_model"):
+        protocol(name).check_model(subject, *sets.pair(reads(name)), setting)
 
 
 def _over_seeds(module: ModuleType, judged: tuple, settings: Any, seeds: int) -> Result:

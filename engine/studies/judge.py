@@ -64,8 +64,9 @@ class Judge:
                 {name: encoder}, self.images, tuple(self.settings), settings=self.settings, seed=SPLITS_SEED,
                 device=self.device, precision=self.precision, threads=self.threads, features=features,
             )  # fmt: skip
-            about = {"command": self.command(source) if source else None, "judged": judged}
-            report.write(folder, found, about, features)
+            command = self.command(source) if source else None
+            commands = {(name, protocol): command for protocol in self.settings if command}
+            report.write(folder, found, {"command": command, "judged": judged}, features, commands=commands)
             stored = json.loads((folder / "results.json").read_text())
         return self._by_name({result["protocol"]: result for result in stored["results"]})
 

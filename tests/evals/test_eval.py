@@ -69,6 +69,9 @@ def test_exports_run_folders_and_files_give_the_same_figure(tmp_path):
         figures.append(whole["results"][0]["values"])
     assert figures[0] == figures[1] == figures[2]
     assert figures[0]["top-1"] > 0.3
+    assert command.main(["--weights", str(tmp_path / "run"), "--pool", "both", "--out", str(tmp_path / "both")]) == 0
+    (about,) = json.loads((tmp_path / "both" / "results.json").read_text())["features"].values()
+    assert about["feature"].startswith("class token and mean of patch tokens") and about["width"] == 256
 
 
 def test_several_weights_in_one_call():
@@ -91,9 +94,9 @@ def test_several_weights_in_one_call():
         (["--weights", "raw", "--model", "vit_micro_patch8_32"], "neither --model nor --pool"),
         (
             ["--weights", "raw", "--protocol", "knn", "tsne"],
-            "unknown protocol 'tsne'; choose from attentive, cluster, knn, linear, lowshot",
+            "unknown protocol 'tsne'; choose from attentive, cluster, ",
         ),
-        (["--weights", "raw", "--protocol"], "choose from attentive, cluster, knn, linear, lowshot"),
+        (["--weights", "raw", "--protocol"], "no protocol is named; choose from attentive, cluster, "),
         (["--weights", "raw", "--data", "/none"], "/none is no folder"),
         (["--weights", "raw", "--data", "TMP/flat"], "val"),
         (["--weights", "raw", "--device", "tpu"], "choose one of auto, cpu, cuda"),

@@ -12,25 +12,21 @@ losses and gradients equal. lightly has its own, with the same optimiser and rat
 by block and head by head, lightly's towers and loss as wholes. All are timed in turn (see `benchmarks.rounds`); the share of the
 matrix product counts the operations that ours makes.
 
-Peak memory is that of a step, above what there was before the form was built: on GPUs what torch allocated; on CPUs the largest
-resident set of a process of the form's own.
+Peak memory is that of a step (see `benchmarks.rounds.prepared`).
 """
 
 import importlib.util
-import multiprocessing
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import rounds
 from benchmarks.peers.plain_dino import PlainDino
-from benchmarks.rounds import Step, seconds
+from benchmarks.rounds import Make, Step
 from benchmarks.steps import published, training_step
 from engine.errors import BadInput
 from engine.methods.dino import Dino, Settings
@@ -96,7 +92,7 @@ def _lightly(options: Options, device: torch.device, precision: str) -> Step:
     return step
 
 
-FORMS: dict[str, Callable[[Options, torch.device, str], Step]] = {
+FORMS: dict[str, Make] = {
     OURS: _ours,
     USUAL: partial(_plain, padded=False),
     "padded": partial(_plain, padded=True),
@@ -113,65 +109,15 @@ def measure(options: Options) -> dict[str, Any]:
     student, settings = _parts(options)
     with torch.device("meta"):
         flops = Dino(student.to("meta"), settings).flops_per_image()
-    candidates: dict[str, Step] = {}
-    first: dict[str, float] = {}
-    memory: dict[str, int] = {}
     left_out: dict[str, str] = {}
-    for form in options.forms or FORMS:
-        if form == "lightly" and importlib.util.find_spec("lightly") is None:
-            left_out[form] = "it is not installed; the dependency group peers has it"
-            continue
-        try:
-            if device.type == "cuda" or not options.memory:
-                candidates[form], first[form], memory[form] = build(form, options, device, precision)
-            else:
-                first[form], memory[form] = _alone(form, options, device, precision)
-                candidates[form] = FORMS[form](options, device, precision)
-                seconds(candidates[form], 1, device)
-        except Exception as error:
-            if form == OURS:
-                raise
-            left_out[form] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
-            candidates.pop(form, None)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+    chosen = {form: FORMS[form] for form in options.forms or FORMS}
+    if "lightly" in chosen and importlib.util.find_spec("lightly") is None:
+        left_out["lightly"] = "it is not installed; the dependency group peers has it"
+        del chosen["lightly"]
+    candidates, first, memory, failed = rounds.prepared(chosen, options, device, precision, OURS, options.memory)
     record = rounds.in_turn(candidates, options, device, precision, flops, base=USUAL)
-    record |= {"first_step_seconds": first, "left_out": left_out}
+    record |= {"first_step_seconds": first, "left_out": left_out | failed}
     return record | ({"peak_memory": memory} if options.memory else {})
-
-
-def build(form: str, options: Options, device: torch.device, precision: str) -> tuple[Step, float, int]:
-    """A form's step, the seconds of its first call, and the bytes it needs."""
-    before = _memory(device, "VmRSS")
-    step = FORMS[form](options, device, precision)
-    first = seconds(step, 1, device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    seconds(step, 1, device)
-    return step, first, _memory(device, "VmHWM") - before
-
-
-def _alone(form: str, options: Options, device: torch.device, precision: str) -> tuple[float, int]:
-    """First step and memory of a form in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_in_this_process, form, options, device, precision).result()
-
-
-def _in_this_process(form: str, options: Options, device: torch.device, precision: str) -> tuple[float, int]:
-    rounds.machine(options)
-    if options.compile:  # so that the compiler itself counts as there before
-        tiny = torch.compile(torch.nn.Linear(8, 8))
-        tiny(torch.ones(8, 8)).sum().backward()
-    return build(form, options, device, precision)[1:]
-
-
-def _memory(device: torch.device, line: str) -> int:
-    """Bytes: on a GPU what torch has allocated, now or at most; else a line of this process's status, VmRSS (now) or VmHWM (at
-    most)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated() if line == "VmRSS" else torch.cuda.max_memory_allocated()
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(found for found in lines if found.startswith(line)).split()[1])
 
 
 def show(record: dict[str, Any]) -> None:

@@ -4,11 +4,13 @@ A machine whose speed drifts slows all candidates of a round alike, so ratios ar
 """
 
 import json
+import multiprocessing
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +26,7 @@ from engine.flags import read
 from engine.step import AUTOCAST
 
 Step = Callable[[], Any]
+Make = Callable[[Any, torch.device, str], Step]  # of options, device and precision
 
 
 @dataclass(frozen=True)
@@ -87,6 +90,77 @@ def matrix_product(device: torch.device, precision: str) -> tuple[Step, float]:
     dtype = AUTOCAST[precision] or torch.float32
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     return lambda: torch.mm(a, b), 2.0 * side**3
+
+
+def prepared(
+    makes: Mapping[str, Make], options: Options, device: torch.device, precision: str, ours: str, memory: bool
+) -> tuple[dict[str, Step], dict[str, float], dict[str, int], dict[str, str]]:
+    """Candidates that have made their first step.
+
+    Args:
+        makes: how each is made; functions of modules, which another process can be told.
+        ours: the one whose failure is the benchmark's own.
+        memory: whether peak memory is measured: that of a step, above what there was before the candidate was built. On GPUs it
+            is what torch allocated; on CPUs the largest resident set of a process of the candidate's own.
+
+    Returns:
+        By candidate: the step, the seconds of its first call, peak memory in bytes, and why one was left out.
+    """
+    steps: dict[str, Step] = {}
+    first: dict[str, float] = {}
+    peaks: dict[str, int] = {}
+    left_out: dict[str, str] = {}
+    for name, make in makes.items():
+        try:
+            if device.type == "cuda" or not memory:
+                steps[name], first[name], peaks[name] = _build(make, options, device, precision)
+            else:
+                first[name], peaks[name] = _alone(make, options, device, precision)
+                steps[name] = make(options, device, precision)
+                seconds(steps[name], 1, device)
+        except Exception as error:
+            if name == ours:
+                raise
+            left_out[name] = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+            for found in (steps, first, peaks):
+                found.pop(name, None)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    return steps, first, peaks, left_out
+
+
+def _build(make: Make, options: Options, device: torch.device, precision: str) -> tuple[Step, float, int]:
+    """A candidate's step, the seconds of its first call, and the bytes it needs."""
+    before = _memory(device, "VmRSS")
+    step = make(options, device, precision)
+    first = seconds(step, 1, device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    seconds(step, 1, device)
+    return step, first, _memory(device, "VmHWM") - before
+
+
+def _alone(make: Make, options: Options, device: torch.device, precision: str) -> tuple[float, int]:
+    """First step and memory of a candidate in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_in_this_process, make, options, device, precision).result()
+
+
+def _in_this_process(make: Make, options: Options, device: torch.device, precision: str) -> tuple[float, int]:
+    machine(options)
+    if options.compile:  # so that the compiler itself counts as there before
+        tiny = torch.compile(torch.nn.Linear(8, 8))
+        tiny(torch.ones(8, 8)).sum().backward()
+    return _build(make, options, device, precision)[1:]
+
+
+def _memory(device: torch.device, line: str) -> int:
+    """Bytes: on a GPU what torch has allocated, now or at most; else a line of this process's status, VmRSS (now) or VmHWM (at
+    most)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated() if line == "VmRSS" else torch.cuda.max_memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(found for found in lines if found.startswith(line)).split()[1])
 
 
 def in_turn(

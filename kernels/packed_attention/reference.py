@@ -57,7 +57,7 @@ def forward(
         if len(out_rows) == tokens and isinstance(group.rows, slice):
             return out_rows.contiguous(), lse_rows.contiguous()
         out_THD[group.rows] = out_rows
-        lse_HT[:, group.rows] = lse_rows
+        lse_HT[:, group.rows] = lse_rows.to(lse_HT.dtype)  # autocast reaches into the formula
     return out_THD, lse_HT
 
 

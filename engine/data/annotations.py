@@ -2,7 +2,7 @@
 
 A source is "scenes" or "clips" (embedded), or NAME:DIR, a published set as it lies in DIR. What can be read from it has a kind:
     objects     boxes and what an image shows (`ObjectSet`)
-    masks       objects with a mask each (`ObjectSet`)
+    masks       objects with a mask each (`ObjectSet`); in ade20k, coco-stuff and voc-regions, the classes of pixels of an image
     semantic    the class of every pixel (`SemanticSet`)
     video       objects followed through frames (`engine.data.davis`)
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from engine.data import coco, scenes, sources, voc
+from engine.data import ade20k, clips, coco, coco_stuff, davis, regions, scenes, sources, voc
 from engine.errors import BadInput
 
 Pair = tuple[Any, Any]  # a training and a test set; of videos, None and the set
@@ -45,7 +45,24 @@ def _voc_masks(folder: Path, bad_limit: float) -> Pair:
     return tuple(voc.open_masks(folder, split, bad_limit=bad_limit) for split in (train, test))
 
 
+def _ade20k(folder: Path, bad_limit: float) -> Pair:
+    return tuple(ade20k.open_masks(folder, split, bad_limit) for split in ("train", "val"))
+
+
+def _coco_stuff(folder: Path, bad_limit: float) -> Pair:
+    return tuple(coco_stuff.open_masks(folder, split, bad_limit) for split in ("train", "val"))
+
+
+def _regions(semantic: Opener) -> Opener:
+    return lambda folder, bad_limit: tuple(regions.of_classes(masks) for masks in semantic(folder, bad_limit))
+
+
+def _davis(folder: Path, bad_limit: float) -> Pair:
+    return None, davis.open_videos(folder, "val", bad_limit)
+
+
 EMBEDDED = {
+    "clips": {"video": lambda limit: _davis(clips.write(), limit)},
     "scenes": {
         "objects": lambda limit: _coco(scenes.write() / "coco", limit),
         "masks": lambda limit: _coco(scenes.write() / "coco", limit),
@@ -53,10 +70,14 @@ EMBEDDED = {
     },
 }
 PUBLISHED: dict[str, dict[str, Opener]] = {
+    "davis": {"video": _davis},
     "coco": {"objects": _coco, "masks": _coco, "semantic": _coco},
     "voc": {"objects": _voc("Main"), "masks": _voc("Segmentation"), "semantic": _voc_masks},
+    "voc-regions": {"masks": _regions(_voc_masks)},
+    "ade20k": {"semantic": _ade20k, "masks": _regions(_ade20k)},
+    "coco-stuff": {"semantic": _coco_stuff, "masks": _regions(_coco_stuff)},
 }
-DEFAULTS = {"objects": "scenes", "masks": "scenes", "semantic": "scenes"}
+DEFAULTS = {"objects": "scenes", "masks": "scenes", "semantic": "scenes", "video": "clips"}
 
 
 def open_pair(kind: str, source: str | None = None, bad_limit: float = sources.BAD_LIMIT) -> Pair:

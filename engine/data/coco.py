@@ -42,6 +42,13 @@ class CocoObjects(ObjectSet):
     outlines: tuple[tuple[MASK, ...], ...]
     left_out: tuple[tuple[int, str], ...]
 
+    def check_masks(self) -> None:
+        for index, ((width, height), outlines) in enumerate(zip(self.images.sizes.tolist(), self.outlines, strict=True)):
+            for place, outline in enumerate(outlines):
+                runs = outline["counts"] if isinstance(outline, dict) else None
+                if outline is None or (isinstance(runs, np.ndarray) and runs.sum() != height * width):
+                    self.mask(index, place)  # its own sentence
+
     def mask(self, index: int, place: int) -> np.ndarray:
         """bool [H, W] of one object of an image.
 

@@ -90,6 +90,10 @@ class ObjectSet(ABC):
         return tuple(name for name, is_used in zip(self.categories, used, strict=True) if not is_used)
 
     @abstractmethod
+    def check_masks(self) -> None:
+        """Raises BadInput for a mask that is missing or of another size, as far as that shows without decoding it."""
+
+    @abstractmethod
     def masks(self, index: int) -> np.ndarray:
         """bool [n, H, W] of one image, in the order of its objects. Raises BadInput where there are none or damaged ones."""
 

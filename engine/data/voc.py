@@ -44,6 +44,11 @@ PRESENCE = {"1": 1, "0": -1, "-1": 0}  # in the lists of a category; ours is 1, 
 class VocObjects(ObjectSet):
     """As ObjectSet; where all objects of a category are difficult, its target is -1."""
 
+    def check_masks(self) -> None:
+        for index, size in enumerate(self.images.sizes.tolist()):
+            most = len(self.objects[index])
+            read_indices(_mask_path(self.images, index, "SegmentationObject"), size, most, "objects", look_only=True)
+
     def masks(self, index: int) -> np.ndarray:
         """bool [n, H, W] from SegmentationObject/; pixels of the border belong to no object."""
         path = _mask_path(self.images, index, "SegmentationObject")

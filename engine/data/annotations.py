@@ -2,7 +2,8 @@
 
 A source is "scenes" or "clips" (embedded), or NAME:DIR, a published set as it lies in DIR. What can be read from it has a kind:
     objects     boxes and what an image shows (`ObjectSet`)
-    masks       objects with a mask each (`ObjectSet`); in ade20k, coco-stuff and voc-regions, the classes of pixels of an image
+    masks       objects with a mask each (`ObjectSet`); in ade20k, coco-stuff and voc-regions, the classes of pixels of an image;
+                in davis-frames, the objects of each video's first frame
     semantic    the class of every pixel (`SemanticSet`)
     video       objects followed through frames (`engine.data.davis`)
 """
@@ -61,6 +62,10 @@ def _davis(folder: Path, bad_limit: float) -> Pair:
     return None, davis.open_videos(folder, "val", bad_limit)
 
 
+def _davis_frames(folder: Path, bad_limit: float) -> Pair:
+    return tuple(davis.open_frames(folder, split, bad_limit) for split in ("train", "val"))
+
+
 EMBEDDED = {
     "clips": {"video": lambda limit: _davis(clips.write(), limit)},
     "scenes": {
@@ -71,6 +76,7 @@ EMBEDDED = {
 }
 PUBLISHED: dict[str, dict[str, Opener]] = {
     "davis": {"video": _davis},
+    "davis-frames": {"masks": _davis_frames},
     "coco": {"objects": _coco, "masks": _coco, "semantic": _coco},
     "voc": {"objects": _voc("Main"), "masks": _voc("Segmentation"), "semantic": _voc_masks},
     "voc-regions": {"masks": _regions(_voc_masks)},
@@ -95,7 +101,7 @@ def open_pair(kind: str, source: str | None = None, bad_limit: float = sources.B
     known = PUBLISHED if colon else EMBEDDED
     if name not in known:
         all_names = [*EMBEDDED, *(f"{name}:DIR" for name in PUBLISHED)]
-        near = difflib.get_close_matches(source, all_names, n=1)
+        near = difflib.get_close_matches(f"{name}:DIR" if colon else name, all_names, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
         raise BadInput(f"{source!r} is no annotated set{hint}; choose from {', '.join(all_names)}.")
     if kind not in known[name]:
@@ -105,6 +111,6 @@ def open_pair(kind: str, source: str | None = None, bad_limit: float = sources.B
     if not colon:
         return known[name][kind](bad_limit)
     root = Path(folder).expanduser()
-    if not root.is_dir():
+    if not folder or not root.is_dir():
         raise BadInput(f"{folder or 'nothing'} after {name}: is no folder; give the one that {name} lies in.")
     return known[name][kind](root.resolve(), bad_limit)

@@ -9,13 +9,15 @@ Shapes: H x W pixels of a frame.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from engine.data import sources
+from engine.data import regions, sources
 from engine.data.objects import VOID, readable
+from engine.data.regions import Regions
 from engine.data.sources import ImageSet
 from engine.data.subsets import subset
 from engine.data.voc import read_indices, read_lines
@@ -24,6 +26,7 @@ from engine.errors import BadInput
 RESOLUTION, YEAR = "480p", "2017"
 PLACES = (".", "DAVIS")
 SPLITS = ("train", "val")
+CATEGORY = "object"  # of all objects: DAVIS does not say what they are
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,34 @@ def open_videos(
         BadInput: a list is missing, a video has no frames or frames of several sizes, a frame has no mask or a mask no frame, a
             mask has another size than its frame or no ids, the first one has no object, or too many frames are bad.
     """
+    root, source, frames = _listed(folder, split)
+    paths = [path for of_video in frames.values() for path in of_video]
+    images, kept = readable(root, paths, split, source, bad_limit, screening)
+    video_of = np.repeat(list(frames), [len(of_video) for of_video in frames.values()])[kept]
+    return VideoSet(images, tuple(_video(name, images, np.flatnonzero(video_of == name)) for name in frames))
+
+
+def open_frames(
+    folder: str | Path,
+    split: str = "val",
+    bad_limit: float = sources.BAD_LIMIT,
+    screening: Literal["auto", "header", "decode"] = "auto",
+) -> Regions:
+    """The first frame of every video as an image with its objects; arguments are those of `open_videos`.
+
+    Raises:
+        BadInput: as `open_videos`, but nothing is looked into beyond first frames and their masks.
+    """
+    root, source, frames = _listed(folder, split)
+    images, _ = readable(root, [paths[0] for paths in frames.values()], split, source, bad_limit, screening)
+    found = regions.of_ids(images, (CATEGORY,), partial(_ids, images), np.zeros(VOID + 1, np.int64))
+    for index, objects in enumerate(found.objects):
+        _check_any(images, index, len(objects))
+    return found
+
+
+def _listed(folder: str | Path, split: str) -> tuple[Path, Path, dict[str, list[str]]]:
+    """The root, the split's list, and the paths of each video's frames, in order."""
     root = _root(folder)
     source = root / "ImageSets" / YEAR / f"{split}.txt"
     if not source.is_file():
@@ -90,11 +121,10 @@ def open_videos(
             f"{source} is missing: {source.parent} has lists for {', '.join(there) or 'none of ' + ', '.join(SPLITS)}"
         )
     names = [" ".join(words) for words in read_lines(source)]
-    frames = [(name, stem) for name in names for stem in _frames(root, name, source)]
-    paths = [f"JPEGImages/{RESOLUTION}/{name}/{stem}.jpg" for name, stem in frames]
-    images, kept = readable(root, paths, split, source, bad_limit, screening)
-    video_of = np.array([name for name, _ in frames])[kept]
-    return VideoSet(images, tuple(_video(name, images, np.flatnonzero(video_of == name)) for name in names))
+    if len(set(names)) < len(names):
+        twice = next(name for place, name in enumerate(names) if name in names[:place])
+        raise BadInput(f"{source} lists {twice} twice")
+    return root, source, {name: _frames(root, name, source) for name in names}
 
 
 def _root(folder: str | Path) -> Path:
@@ -109,7 +139,7 @@ def _root(folder: str | Path) -> Path:
 
 
 def _frames(root: Path, name: str, source: Path) -> list[str]:
-    """The frames of a video without .jpg, in order."""
+    """The paths of a video's frames below the root, in order."""
     images, masks = (
         {path.stem for path in (root / kind / RESOLUTION / name).glob(f"*{suffix}") if path.name[0] != "."}
         for kind, suffix in (("JPEGImages", ".jpg"), ("Annotations", ".png"))
@@ -120,7 +150,7 @@ def _frames(root: Path, name: str, source: Path) -> list[str]:
         missing = ("Annotations", ".png") if alone[0] in images else ("JPEGImages", ".jpg")
         where = root / missing[0] / RESOLUTION / name / f"{alone[0]}{missing[1]}"
         raise BadInput(f"{where} is missing: every frame of {name} needs a mask and every mask its frame")
-    return sorted(images)
+    return [f"JPEGImages/{RESOLUTION}/{name}/{stem}.jpg" for stem in sorted(images)]
 
 
 def _video(name: str, images: ImageSet, members: np.ndarray) -> Video:
@@ -134,9 +164,13 @@ def _video(name: str, images: ImageSet, members: np.ndarray) -> Video:
         _ids(found, index, look_only=True)
     first = _ids(found, 0)
     objects = int(first[first != VOID].max(initial=0))
-    if not objects:
-        raise BadInput(f"{_mask_path(found, 0)} has no object; the first frame's are numbered from 1")
+    _check_any(found, 0, objects)
     return Video(name, found, objects)
+
+
+def _check_any(images: ImageSet, index: int, objects: int) -> None:
+    if not objects:
+        raise BadInput(f"{_mask_path(images, index)} has no object; the first frame's are numbered from 1")
 
 
 def _mask_path(images: ImageSet, index: int) -> Path:

@@ -62,9 +62,10 @@ def check_inputs(inputs: Sequence[str], layers: Sequence[str]) -> None:
 
 
 def check_objects(protocol: str, objects: ObjectSet, which: str) -> None:
-    """Raises BadInput for a set without an object that counts."""
+    """Raises BadInput for a set without an object that counts, or with a mask that is missing or of another size."""
     if not any((~each.ignored).any() for each in objects.objects):
         raise BadInput(f"protocol {protocol}: the {which} set has no object that counts, in {len(objects)} images.")
+    objects.check_masks()
 
 
 def check_model(subject: Subject, objects: ObjectSet, inputs: Sequence[str]) -> None:
@@ -115,7 +116,8 @@ def shown(
 
     for each in dense.loaded(read, indices, subject.threads):
         input_13HW = dense.normalised(each.pixels)[None]
-        each.maps.update({layer: subject.maps(input_13HW, layer)[0].cpu() for layer in layers})
+        maps = subject.maps_by_layer(input_13HW, layers)
+        each.maps.update({layer: map_1hwC[0].cpu() for layer, map_1hwC in maps.items()})
         if not all(torch.isfinite(map_hwC).all() for map_hwC in each.maps.values()):
             raise BadInput(f"features of {subject.name} contain NaN or infinity: these weights cannot be evaluated.")
         yield each

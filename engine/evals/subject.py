@@ -3,8 +3,9 @@
 Shapes: B batch, C width, h x w patches of an image, N = h * w.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -67,11 +68,23 @@ class Subject:
             )
         return self.encoder.model
 
+    def check_input(self, height: int, width: int) -> None:
+        """Raise BadInput for an input in pixels that the model does not take, or as `vit`."""
+        model, side = self.vit, self.vit.patch_size
+        if height % side or width % side or min(height, width) < side:
+            raise BadInput(
+                f"inputs of {width}x{height} pixels are no multiple of the patch size {side} of {self.name}; choose another size."
+            )
+        if model.rel_pos_bias is not None and (height, width) != model.img_size:
+            raise BadInput(
+                f"{self.name} has relative positions, for inputs of {model.img_size[1]}x{model.img_size[0]} pixels only, not "
+                f"{width}x{height}; choose that size where there is a flag for it."
+            )
+
     def trainable(self, drop_path: float = 0.0) -> VisionTransformer:
         """A copy of the model on the device, to train, in training mode; raises BadInput as `vit`."""
         return self.vit.copy(drop_path).train()
 
-    @torch.no_grad()
     def maps(self, images_B3HW: Tensor, layer: str = "norm", blocks: Sequence[int] = ()) -> Tensor:
         """Patch features of normalised images of any size in multiples of the patch size, fp32 [B, h, w, C].
 
@@ -80,21 +93,31 @@ class Subject:
             blocks: instead, the outputs of these blocks (from 0), without final norm, side by side in the channels.
 
         Raises:
-            BadInput: as `vit`, or sides that are no multiples.
+            BadInput: as `vit`, an unknown layer, or sides that are no multiples.
         """
+        if not blocks:
+            return self.maps_by_layer(images_B3HW, (layer,))[layer]
+        return torch.cat(self._patches(images_B3HW, partial(_of_blocks, blocks=blocks)), -1)
+
+    def maps_by_layer(self, images_B3HW: Tensor, layers: Sequence[str]) -> dict[str, Tensor]:
+        """What `maps` gives for each of these layers, from one pass. Raises BadInput as `maps`."""
+        return dict(zip(layers, self._patches(images_B3HW, partial(_of_layers, layers=layers)), strict=True))
+
+    @torch.no_grad()
+    def _patches(self, images_B3HW: Tensor, run: Callable[[VisionTransformer, Packed], list[Packed]]) -> list[Tensor]:
+        """fp32 [B, h, w, C] of each that `run` makes of the embedded images."""
         model = self.vit
         training = model.training
         model.eval()
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
                 packed = model.embed([View(images_B3HW.to(self.device))])
-                found = _of_blocks(model, packed, blocks) if blocks else [_last(model, packed, layer)]
+                found = run(model, packed)
         finally:
             model.train(training)
         side = model.patch_size
         grid = images_B3HW.shape[2] // side, images_B3HW.shape[3] // side
-        parts = [rows.unpack()[0][:, model.num_prefix_tokens :].float() for rows in found]
-        return torch.cat(parts, -1).unflatten(1, grid)
+        return [rows.unpack()[0][:, model.num_prefix_tokens :].float().unflatten(1, grid) for rows in found]
 
 
 def _of_blocks(model: VisionTransformer, packed: Packed, blocks: Sequence[int]) -> list[Packed]:
@@ -104,15 +127,17 @@ def _of_blocks(model: VisionTransformer, packed: Packed, blocks: Sequence[int]) 
     return [found[block] for block in blocks]
 
 
-def _last(model: VisionTransformer, packed: Packed, layer: str) -> Packed:
-    if layer == "norm":
-        packed = model.run_blocks(packed)
-        normed_TC = model.norm(packed.tokens_TC)
+def _of_layers(model: VisionTransformer, packed: Packed, layers: Sequence[str]) -> list[Packed]:
+    if unknown := [layer for layer in layers if layer not in LAYERS]:
+        raise BadInput(f"layer {unknown[0]!r} is none of {', '.join(LAYERS)}.")
+    last, found = model.depth - 1, {}
+    packed = model.run_blocks(packed, 0, last)
+    if "keys" in layers:
+        block = model.blocks[last]
+        keys_TC = block.attn.qkv(block.norm1(packed.tokens_TC)).chunk(3, -1)[1]
+        found["keys"] = Packed(keys_TC, packed.layout)
+    if "norm" in layers:
+        normed_TC = model.norm(model.run_blocks(packed, last).tokens_TC)
         # where the final norm follows the pooling, it is applied to each patch
-        return Packed(model.fc_norm(normed_TC), packed.layout)
-    if layer != "keys":
-        raise BadInput(f"layer {layer!r} is none of {', '.join(LAYERS)}.")
-    packed = model.run_blocks(packed, 0, model.depth - 1)
-    block = model.blocks[model.depth - 1]
-    keys_TC = block.attn.qkv(block.norm1(packed.tokens_TC)).chunk(3, -1)[1]
-    return Packed(keys_TC, packed.layout)
+        found["norm"] = Packed(model.fc_norm(normed_TC), packed.layout)
+    return [found[layer] for layer in layers]

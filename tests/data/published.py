@@ -4,10 +4,11 @@ import io
 import json
 import struct
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from scipy.io import savemat
 
 from tests.data.corpus import picture
@@ -17,6 +18,8 @@ CIFAR100 = tuple(f"thing_{index:02d}" for index in range(100))
 WNIDS = tuple(f"n{1_000_000 + 7919 * index:08d}" for index in range(200))
 
 Split = tuple[np.ndarray, np.ndarray]  # uint8 [n, 32, 32, 3], int64 [n]
+
+ANY_COLOURS = np.random.default_rng(0).integers(0, 256, (256, 3), np.uint8)
 
 
 def python2(value: object) -> bytes:
@@ -164,3 +167,59 @@ def write_imagenet100(folder: Path, kaggle: bool) -> dict[str, dict[str, int]]:
     )
     write_files(folder, {"Labels.json" if kaggle else "imagenet100.txt": listed.encode()})
     return expected
+
+
+def write_masked(image: Path, mask: Path, values: np.ndarray, colours: np.ndarray, palette: bool = False) -> None:
+    """A mask of values uint8 [H, W], grey or with a palette, and a photograph that has `colours` [256, 3] of them."""
+    for path in (image, mask):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(colours[values]).save(image, quality=100, subsampling=0)
+    indices = Image.fromarray(values)
+    if palette:
+        indices.putpalette(ANY_COLOURS.tobytes())
+    indices.save(mask)
+
+
+def write_ade20k(
+    root: Path, train: Sequence[np.ndarray], val: Sequence[np.ndarray], colours: np.ndarray = ANY_COLOURS
+) -> Path:
+    """Masks of values 0 to 150 of each split, uint8 [H, W], with photographs, named as ADE20K's."""
+    for part, short, masks in (("training", "train", train), ("validation", "val", val)):
+        for number, values in enumerate(masks, 1):
+            name = f"ADE_{short}_{number:08d}"
+            places = root / f"images/{part}/{name}.jpg", root / f"annotations/{part}/{name}.png"
+            write_masked(*places, values, colours)
+    return root
+
+
+def write_coco_stuff(
+    root: Path,
+    train: Sequence[np.ndarray],
+    val: Sequence[np.ndarray],
+    layout: tuple[str, str] = ("images/{}", "annotations/{}"),
+    colours: np.ndarray = ANY_COLOURS,
+) -> Path:
+    """Maps of values 0 to 181 or 255 of each split, uint8 [H, W], with photographs: 0, 1, ... and 10, 11, ..."""
+    for first, split, maps in ((0, "train2017", train), (10, "val2017", val)):
+        images, stuff = (root / place.format(split) for place in layout)
+        for number, values in enumerate(maps, first):
+            write_masked(images / f"{number:012d}.jpg", stuff / f"{number:012d}.png", values, colours)
+    return root
+
+
+def write_davis(
+    root: Path,
+    videos: Mapping[str, Sequence[np.ndarray]],
+    lists: Mapping[str, Sequence[str]],
+    colours: np.ndarray = ANY_COLOURS,
+) -> Path:
+    """Ids of each frame of each video, uint8 [H, W], with frames, and the videos of each split."""
+    for video, frames in videos.items():
+        for index, ids in enumerate(frames):
+            places = (root / kind / "480p" / video / f"{index:05d}" for kind in ("JPEGImages", "Annotations"))
+            image, mask = (path.with_suffix(suffix) for path, suffix in zip(places, (".jpg", ".png")))
+            write_masked(image, mask, ids, colours, palette=True)
+    (root / "ImageSets/2017").mkdir(parents=True)
+    for split, names in lists.items():
+        (root / f"ImageSets/2017/{split}.txt").write_text("".join(f"{name}\n" for name in names))
+    return root

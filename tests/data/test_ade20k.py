@@ -6,9 +6,9 @@ from PIL import Image
 
 from engine.data import ade20k, annotations
 from engine.errors import BadInput
+from tests.data.published import write_ade20k
 
 WIDTH, HEIGHT = 20, 14
-VALUES = {"training": ("ADE_train_00000001", "ADE_train_00000002"), "validation": ("ADE_val_00000001",)}
 
 
 def values(seed: int) -> np.ndarray:
@@ -20,15 +20,7 @@ def values(seed: int) -> np.ndarray:
 
 @pytest.fixture
 def folder(tmp_path):
-    root = tmp_path / "ADEChallengeData2016"
-    for place, (part, names) in enumerate(VALUES.items()):
-        for kind in ("images", "annotations"):
-            (root / kind / part).mkdir(parents=True)
-        for number, name in enumerate(names):
-            pixels = np.random.default_rng(number).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
-            Image.fromarray(pixels).save(root / f"images/{part}/{name}.jpg")
-            Image.fromarray(values(10 * place + number)).save(root / f"annotations/{part}/{name}.png")
-    return root
+    return write_ade20k(tmp_path / "ADEChallengeData2016", [values(0), values(1)], [values(10)])
 
 
 def write_names(root, rows):
@@ -45,7 +37,7 @@ def rows():
 def test_classes_count_from_0_and_others_are_void(folder):
     train, test = annotations.open_pair("semantic", f"ade20k:{folder.parent}")
     assert [len(train), len(test)] == [2, 1]
-    assert train.images.paths == [f"images/training/{name}.jpg" for name in VALUES["training"]]
+    assert train.images.paths == [f"images/training/ADE_train_{n:08d}.jpg" for n in (1, 2)]
     assert test.images.split == "val" and len(test.semantic_classes) == 150
     assert test.semantic_classes[0] == "class 1" and test.semantic_classes[-1] == "class 150"
     for number in range(2):

@@ -8,6 +8,7 @@ from PIL import Image
 
 from engine.data import annotations, coco_stuff
 from engine.errors import BadInput
+from tests.data.published import write_coco_stuff
 
 SIDE = 16
 # as COCO's file of instances numbers its 80 categories; written out, so that the reader's list is compared with another one
@@ -23,21 +24,13 @@ def values(seed: int) -> np.ndarray:
     return rng.permutation(drawn).reshape(SIDE, SIDE).astype(np.uint8)
 
 
-def write(root, images="images/{}", maps="annotations/{}"):
-    for place, split in enumerate(("train2017", "val2017")):
-        for folder in (images, maps):
-            (root / folder.format(split)).mkdir(parents=True, exist_ok=True)
-        for number in range(2):
-            name = f"{10 * place + number:012d}"
-            pixels = np.random.default_rng(number).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
-            Image.fromarray(pixels).save(root / images.format(split) / f"{name}.jpg")
-            Image.fromarray(values(10 * place + number)).save(root / maps.format(split) / f"{name}.png")
-    return root
+def write(root, **how):
+    return write_coco_stuff(root, [values(0), values(1)], [values(10), values(11)], **how)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ids_become_171_labels_in_order(tmp_path, layout):
-    train, test = annotations.open_pair("semantic", f"coco-stuff:{write(tmp_path, *layout)}")
+    train, test = annotations.open_pair("semantic", f"coco-stuff:{write(tmp_path, layout=layout)}")
     used = [*THINGS, *range(92, 183)]
     assert len(THINGS) == 80 and len(test.semantic_classes) == len(used) == 171
     assert test.semantic_classes == tuple(f"id {number}" for number in used)

@@ -5,6 +5,7 @@ from PIL import Image
 from engine.data import annotations, davis
 from engine.errors import BadInput
 from tests.data.corpus import picture
+from tests.data.published import write_davis
 
 WIDTH, HEIGHT = 20, 14
 
@@ -28,17 +29,8 @@ def ids_of(video, frame):
 @pytest.fixture
 def root(tmp_path):
     """DAVIS/ with swan of four frames and bear of three, listed in that order."""
-    root = tmp_path / "DAVIS"
-    for video, count in (("swan", 4), ("bear", 3)):
-        for kind in ("JPEGImages", "Annotations"):
-            (root / kind / "480p" / video).mkdir(parents=True)
-        for frame in range(count):
-            picture(WIDTH, HEIGHT, seed=frame).save(root / f"JPEGImages/480p/{video}/{frame:05d}.jpg")
-            write_mask(root / f"Annotations/480p/{video}/{frame:05d}.png", ids_of(video, frame))
-    (root / "ImageSets/2017").mkdir(parents=True)
-    (root / "ImageSets/2017/val.txt").write_text("swan\nbear\n")
-    (root / "ImageSets/2017/train.txt").write_text("bear\n")
-    return root
+    videos = {name: [ids_of(name, frame) for frame in range(count)] for name, count in (("swan", 4), ("bear", 3))}
+    return write_davis(tmp_path / "DAVIS", videos, {"val": ["swan", "bear"], "train": ["bear"]})
 
 
 @pytest.mark.parametrize("above", [False, True])
@@ -129,7 +121,7 @@ def test_a_first_frame_without_objects_is_refused(root, void):
         (_no_mask, r"Annotations/480p/swan/00002\.png is missing: every frame of swan needs a mask"),
         (_no_frame, r"JPEGImages/480p/swan/00003\.jpg is missing: .* every mask its frame"),
         (_no_video, r"val\.txt lists goat, but .*JPEGImages/480p/goat has no frames \(\*\.jpg\)"),
-        (_listed_twice, r"lists the image JPEGImages/480p/swan/00000\.jpg twice"),
+        (_listed_twice, r"val\.txt lists swan twice"),
         (_empty_list, r"val\.txt lists no images"),
         (_no_list, r"val\.txt is missing: .*ImageSets/2017 has lists for train"),
         (_other_mask, r"bear/00001\.png has 10x7 pixels, but its image has 20x14"),
@@ -157,3 +149,60 @@ def test_it_is_opened_by_name_and_has_no_training_set(root):
         annotations.open_pair("semantic", f"davis:{root}")
     with pytest.raises(BadInput, match="scenes has no video; give clips, davis:DIR"):
         annotations.open_pair("video", "scenes")
+
+
+def test_first_frames_are_images_with_objects_of_one_category(root):
+    train, test = annotations.open_pair("masks", f"davis-frames:{root}")
+    assert test.images.paths == [f"JPEGImages/480p/{name}/00000.jpg" for name in ("swan", "bear")]
+    assert (train.images.split, train.images.paths) == ("train", ["JPEGImages/480p/bear/00000.jpg"])
+    assert test.categories == ("object",) and test.targets.tolist() == [[1], [1]]
+    for index, (video, count) in enumerate((("swan", 2), ("bear", 1))):
+        ids, objects, masks = ids_of(video, 0), test.objects[index], test.masks(index)
+        assert objects.labels.tolist() == [0] * count and not objects.ignored.any()
+        assert objects.areas.tolist() == [(ids == number).sum() for number in range(1, count + 1)]
+        np.testing.assert_array_equal(masks, [ids == number for number in range(1, count + 1)])
+        np.testing.assert_array_equal(test.semantic(index), np.where(ids == 255, 255, ids > 0))
+    assert test.objects[0].boxes.tolist() == [[0, 2, 4, 6], [3, 8, 9, 12]]
+
+
+def test_ids_that_the_first_frame_skips_are_no_objects_of_it(root):
+    ids = ids_of("swan", 0)
+    ids[ids == 1] = 7
+    write_mask(root / "Annotations/480p/swan/00000.png", ids)
+    frames = davis.open_frames(root)
+    assert len(frames.objects[0]) == 2
+    np.testing.assert_array_equal(frames.masks(0), [ids == 2, ids == 7])
+
+
+def test_first_frames_stand_alone(root):
+    _other_frame(root)
+    _other_mask(root)
+    assert len(davis.open_frames(root)) == 2
+    (root / "JPEGImages/480p/swan/00000.jpg").write_bytes(b"no image")
+    kept = davis.open_frames(root, bad_limit=0.5)
+    assert kept.images.paths == ["JPEGImages/480p/bear/00000.jpg"] and len(kept.images.bad) == 1
+    np.testing.assert_array_equal(kept.masks(0)[0], ids_of("bear", 0) == 1)
+
+
+@pytest.mark.parametrize(
+    "harm, sentence",
+    [
+        (
+            lambda root: write_mask(root / "Annotations/480p/bear/00000.png", np.full((HEIGHT, WIDTH), 255)),
+            r"Annotations/480p/bear/00000\.png has no object; .* numbered from 1",
+        ),
+        (
+            lambda root: write_mask(root / "Annotations/480p/bear/00000.png", np.ones((7, 10))),
+            r"bear/00000\.png has 10x7 pixels, but its image has 20x14",
+        ),
+        (lambda root: (root / "ImageSets/2017/train.txt").unlink(), r"train\.txt is missing: .* has lists for val$"),
+        (_damaged, r"the mask .*bear/00000\.png cannot be read"),
+        (_listed_twice, r"val\.txt lists swan twice"),
+        (_empty_list, r"val\.txt lists no images"),
+        (_no_mask, r"Annotations/480p/swan/00002\.png is missing: every frame of swan needs a mask"),
+    ],
+)
+def test_what_is_wrong_with_first_frames_is_named(root, harm, sentence):
+    harm(root)
+    with pytest.raises(BadInput, match=sentence):
+        annotations.open_pair("masks", f"davis-frames:{root}")

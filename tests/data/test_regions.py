@@ -16,7 +16,7 @@ def held(semantic: np.ndarray, classes: tuple[str, ...]) -> SimpleNamespace:
         def __len__(self):
             return len(semantic)
 
-    return Held(images=None, semantic_classes=classes, semantic=lambda index: semantic[index].astype(np.uint8))
+    return Held(images=semantic, semantic_classes=classes, semantic=lambda index: semantic[index].astype(np.uint8))
 
 
 @pytest.mark.parametrize("background", [False, True])

@@ -61,6 +61,9 @@ class Eye:
     def vit(self) -> SimpleNamespace:
         return SimpleNamespace(patch_size=PATCH)
 
+    def maps_by_layer(self, images_B3HW: torch.Tensor, layers: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {layer: self.maps(images_B3HW, layer) for layer in layers}
+
     def maps(self, images_B3HW: torch.Tensor, layer: str) -> torch.Tensor:
         mean_B3hw = torch.nn.functional.avg_pool2d(images_B3HW, PATCH)
         known_3K = normalised(torch.tensor(COLOURS, dtype=torch.uint8).T[:, None])[:, 0]

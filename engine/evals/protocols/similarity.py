@@ -356,14 +356,14 @@ def evaluate(subject: Subject, train: ObjectSet, test: ObjectSet, settings: Sett
 
 def _draw(shown: Sequence[tuple[str, str, Scores, Scores, dict[str, float]]]) -> Figure:
     """Histograms of both kinds of pairs: a row for each of the features, a column for each comparison."""
-    wheres = list(dict.fromkeys(where for _, where, *_ in shown))
+    comparisons, wheres = (list(dict.fromkeys(each[place] for each in shown)) for place in (0, 1))
     figure = Figure(figsize=(9.5, 2.4 * len(wheres) + 0.5), layout="constrained")
-    grid_of_axes = figure.subplots(len(wheres), len(COMPARISONS), squeeze=False, sharex=True)
+    grid_of_axes = figure.subplots(len(wheres), len(comparisons), squeeze=False, sharex=True)
     for axes in grid_of_axes.flat:
         axes.set(xlim=(-1, 1), yticks=[])
     edges = np.linspace(-1, 1, round(2 / BIN) + 1)
     for comparison, where, intra, inter, figures in shown:
-        axes = grid_of_axes[wheres.index(where), list(COMPARISONS).index(comparison)]
+        axes = grid_of_axes[wheres.index(where), comparisons.index(comparison)]
         for name, scores in (("intra", intra), ("inter", inter)):
             axes.stairs(histogram(scores), edges, fill=True, alpha=0.55, label=name)
         axes.axvline(figures["equal-error threshold"], color="black", linewidth=0.8, linestyle=":")

@@ -16,6 +16,7 @@ from engine.evals import Subject, encoder_of, raw_pixels
 from engine.evals.protocols import propagation
 from engine.evals.protocols.propagation import Settings
 from engine.metrics import video as metric
+from tests.data.published import write_davis
 
 
 @pytest.fixture(scope="module")
@@ -38,19 +39,13 @@ class Colours(Subject):
         return functional.avg_pool2d(images_B3HW, self.vit.patch_size).permute(0, 2, 3, 1)
 
 
-def write_set(folder, ids_by_video, colours=((40, 40, 40), (220, 30, 30), (30, 220, 30), (60, 90, 230))):
+COLOURS = np.full((256, 3), 40, np.uint8)
+COLOURS[1:4] = (220, 30, 30), (30, 220, 30), (60, 90, 230)
+
+
+def write_set(folder, ids_by_video, colours=COLOURS):
     """Ids [T, H, W] of each video, and frames in a colour for each id."""
-    for name, ids_THW in ids_by_video.items():
-        places = [folder / kind / "480p" / name for kind in ("JPEGImages", "Annotations")]
-        for place in places:
-            place.mkdir(parents=True)
-        for index, ids in enumerate(ids_THW):
-            pixels = np.array(colours, np.uint8)[np.where(ids < len(colours), ids, 0)]
-            Image.fromarray(pixels).save(places[0] / f"{index:05d}.jpg", quality=100, subsampling=0)
-            Image.fromarray(ids.astype(np.uint8)).save(places[1] / f"{index:05d}.png")
-    (folder / "ImageSets" / "2017").mkdir(parents=True)
-    (folder / "ImageSets" / "2017" / "val.txt").write_text("\n".join(ids_by_video))
-    return davis.open_videos(folder)
+    return davis.open_videos(write_davis(folder, ids_by_video, {"val": list(ids_by_video)}, colours))
 
 
 def moving(frames=10, height=64, width=128):
@@ -154,7 +149,7 @@ def test_objects_of_a_colour_each_are_followed_to_the_bound(tmp_path):
 def test_a_video_that_stands_still_keeps_its_masks_whatever_the_features(tmp_path):
     rng = np.random.default_rng(0)
     ids = np.kron(rng.integers(0, 4, (8, 11)), np.ones((9, 9))).astype(np.uint8)  # 72 x 99 pixels, odd for patches of 8
-    test = write_set(tmp_path, {"still": np.repeat(ids[None], 4, 0)}, rng.integers(0, 256, (4, 3)))
+    test = write_set(tmp_path, {"still": np.repeat(ids[None], 4, 0)}, rng.integers(0, 256, (256, 3), np.uint8))
     result = propagation.evaluate(subject_of(random_model()), None, test, Settings(keep=1))
     assert result.values["J&F if nothing moved"] == 1
     assert result.values["J&F"] == pytest.approx(result.values["J&F of the true masks on patches"], abs=1e-12)

@@ -22,6 +22,7 @@ from engine.flags import read, written
 
 RAW = "raw"
 RANDOM = "random:"
+TIMM = "timm:"
 WEIGHTS = "a run folder, an exported folder, a file with --model, timm:NAME, random:NAME or raw"
 RAW_SIZE = (32, 32)
 SCENES_SIZE = (128, 128)
@@ -45,8 +46,8 @@ class Eval:
     cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100. Default: the embedded digits."""
     objects: str = ""
     """For protocols that read objects, masks or classes of pixels: NAME:DIR with NAME one of coco, voc, and for classes of
-    pixels ade20k, coco-stuff too (DIR as published); voc-regions is voc with each class of pixels as one object. Default: the
-    embedded scenes."""
+    pixels ade20k, coco-stuff too (DIR as published); voc-regions is voc with each class of pixels as one object, davis-frames
+    the first frames of DAVIS-2017 (train and val) with their objects. Default: the embedded scenes."""
     video: str = ""
     """For protocols that read videos: davis:DIR, DAVIS-2017 at 480p as published (its val list is read). Default: the embedded
     clips."""
@@ -109,6 +110,8 @@ class Eval:
             raise BadInput(f"--bad-limit is {self.bad_limit}; it must be a share from 0 to 1.")
         if self.judged == (RAW,) and (self.model or self.pool):
             raise BadInput("--weights raw is the pixels themselves and takes neither --model nor --pool.")
+        if self.model and all(source == RAW or source.startswith((RANDOM, TIMM)) for source in self.judged):
+            raise BadInput(f"--model belongs to a file; {self.judged[0]} says itself what it holds.")
 
     @property
     def judged(self) -> tuple[str, ...]:
@@ -154,7 +157,7 @@ def encoder(source: str, flags: Eval, device: torch.device) -> tuple[str, Encode
         model = vit.create(name, generator=torch.Generator().manual_seed(flags.seed), **overrides)
         return f"random {name}", encoder_of(model.to(device), both)
     path = Path(source).expanduser()
-    if not path.exists() and not source.startswith("timm:"):
+    if not path.exists() and not source.startswith(TIMM):
         raise BadInput(f"--weights {source} does not exist; give {WEIGHTS}.")
     if path.is_dir() and not any((folder / "model.safetensors").is_file() for folder in (path, path / "export")):
         raise BadInput(f"--weights {source} holds no exported model; give {WEIGHTS}.")
@@ -209,8 +212,7 @@ def run(flags: Eval, settings: dict) -> list[evals.Result]:
     ranks = dist.start(flags.device)
     device = ranks.device
     sets = Sets(flags.bad_limit, data=flags.data or None, objects=flags.objects or None, video=flags.video or None)
-    for name, chosen in settings.items():
-        evals.protocol(name).check(*sets.pair(evals.reads(name)), chosen)
+    evals.check(settings, sets)
     judged = encoders(flags, device)
     first = next(iter(judged)).replace(" ", "-").replace("/", "-")
     out = Path(flags.out or f"runs/eval-{first}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()

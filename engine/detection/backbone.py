@@ -91,8 +91,8 @@ class RelativeBias(nn.Module):
         return table.unfold(1, h, 1).unfold(2, w, 1).flip(3, 4).reshape(self.heads, h * w, h * w)
 
     @torch.no_grad()
-    def take(self, found: RelativePositions) -> None:
-        """Starts from BEiT's table without its three entries of the class token, resized to the own grid as timm and BEiT do."""
+    def start_from(self, found: RelativePositions) -> None:
+        """Take BEiT's table without its three entries of the class token, resized to the own grid as BEiT and timm do."""
         own = self.relative_position_bias_table
         table = found.relative_position_bias_table.detach()[:-3]
         own.copy_(resize_rel_pos_bias_table(table, self.grid, tuple(own.shape), found.grid))
@@ -132,10 +132,10 @@ class WindowedViT(nn.Module):
     """A ViT that turns images into maps of patch features, with windowed and global blocks.
 
     Args:
-        encoder: its weights are copied, LayerScale too; positions are resampled to the form's size once, and learn there. Those of
-            BEiT become the start of both tables of biases, and absolute positions are drawn from N(0, .02) by torch's global
-            generator on the CPU (the paper). Its class token, registers and final norm have no part in the maps: they stay in the
-            state dict and do not learn.
+        encoder: its weights are copied; positions are resampled to the form's size once, and learn there. Relative ones, of a
+            BEiT, become the start of both tables of biases, and absolute ones are new (the paper), drawn from truncated N(0, .02)
+            by torch's global generator on the CPU. Its class token, registers and final norm have no part in the maps: they stay
+            in the state dict and do not learn.
         form: which blocks attend where.
 
     Stochastic depth, at the encoder's rates and in training mode only, is drawn per image, whatever its windows, and weighs a
@@ -161,7 +161,7 @@ class WindowedViT(nn.Module):
         if encoder.rel_pos_bias is not None:
             for bias in (self.window_bias, self.global_bias):
                 if bias is not None:
-                    bias.take(encoder.rel_pos_bias)
+                    bias.start_from(encoder.rel_pos_bias)
 
     def forward(self, images_B3HW: Tensor) -> list[Tensor]:
         """Normalised images of any multiple of the patch size to the outputs of the blocks in `taps`, each [B, C, h, w].
@@ -260,13 +260,15 @@ def _at_size(encoder: VisionTransformer, size: int) -> VisionTransformer:
     positions = "learned" if relative else architecture.positions
     overrides = dict(architecture.overrides) | {"img_size": (size, size), "positions": positions}
     architecture = replace(architecture, img_size=(size, size), positions=positions, overrides=tuple(overrides.items()))
-    with torch.device(encoder.patch_embed.proj.weight.device):
+    device = encoder.patch_embed.proj.weight.device
+    with torch.device(device):
         twin = VisionTransformer(architecture)
     state = encoder.state_dict()
     with torch.no_grad():
         if relative:
             state = {name: value for name, value in state.items() if not name.startswith("rel_pos_bias.")}
-            state["pos_embed"] = nn.init.trunc_normal_(torch.empty(twin.pos_embed.shape, device="cpu"), std=0.02)
+            drawn = nn.init.trunc_normal_(torch.empty(twin.pos_embed.shape, device="cpu"), std=0.02)
+            state["pos_embed"] = drawn.to(device)
         else:
             prefix = state["pos_embed"][:, : -(encoder.grid[0] * encoder.grid[1])]
             state["pos_embed"] = torch.cat([prefix, encoder.positions(twin.grid)[None]], 1)

@@ -35,7 +35,7 @@ from engine.evals.subject import Subject
 from engine.vit import VisionTransformer
 
 __all__ = [
-    "ALL", "KINDS", "Course", "Encoder", "Features", "Result", "Sets", "Subject", "Tokens", "encode", "evaluate",
+    "ALL", "KINDS", "Course", "Encoder", "Features", "Result", "Sets", "Subject", "Tokens", "check", "encode", "evaluate",
     "extract_together", "protocol", "protocols", "raw_pixels", "reads", "settings_for", "wants",
 ]  # fmt: skip
 
@@ -123,6 +123,16 @@ class Sets:
     def opened(self) -> dict[str, tuple[Any, Any]]:
         """By kind, what has been asked for."""
         return dict(self._opened)
+
+
+def check(settings: Mapping[str, Any], sets: Sets) -> None:
+    """Raise BadInput for sets that cannot be opened, or that one of these protocols cannot judge; its name is in the sentence."""
+    for name, setting in settings.items():
+        pair = sets.pair(reads(name))
+        try:
+            protocol(name).check(*pair, setting)
+        except BadInput as error:
+            raise BadInput(str(error) if name in str(error) else f"{name}: {error}") from error
 
 
 def features_of(subject: Subject, images: Any, tokens: bool = False) -> Features:
@@ -228,8 +238,7 @@ def evaluate(
     given = {name: encoder for name, encoder in encoders.items() if isinstance(encoder, tuple)}
     sets = source if isinstance(source, Sets) else Sets(data=source)
     if len(given) < len(encoders):
-        for name, setting in chosen.items():
-            protocol(name).check(*sets.pair(reads(name)), setting)
+        check(chosen, sets)
     subjects = {name: _subject(name, e, how) for name, e in encoders.items() if name not in given}
     left_out = _left_out(subjects, sets, chosen, course)
     plan = {

@@ -128,6 +128,14 @@ def prepared(subject: Subject, overrides: dict[str, object]) -> VisionTransforme
     return twin.to(subject.device).train()
 
 
+def check_model(subject: Subject, given: Settings) -> None:
+    """Raise BadInput for weights without so many blocks, or without patches."""
+    if given.blocks > subject.vit.depth:
+        raise BadInput(
+            f"{subject.name} has {subject.vit.depth} blocks, so the last {given.blocks:g} cannot be trained; give fewer."
+        )
+
+
 def freeze_all_but(model: VisionTransformer, blocks: float) -> None:
     """Leave only the last `blocks` blocks to train; 0.5 is the MLP of the last one (MAE, section 4.3), 0 none, -1 everything.
 

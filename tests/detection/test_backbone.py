@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -9,6 +10,7 @@ from engine import vit
 from engine.detection import Form, WindowedViT, initialise_as_beit
 from engine.detection.backbone import RelativeBias, spread, tiling
 from engine.errors import BadInput
+from engine.tokens import Packed
 
 SIDE = 8  # of a patch
 
@@ -153,6 +155,61 @@ def test_positions_are_resampled_once_and_learn():
     assert not WindowedViT(small_vit(positions="sincos"), Form(size=72, window=3)).encoder.pos_embed.requires_grad
 
 
+def beit_vit(**overrides: object) -> vit.VisionTransformer:
+    """With LayerScale and a table of relative positions that is not zero."""
+    encoder = small_vit(positions="relative", init_values=0.5, **overrides)
+    generator = torch.Generator().manual_seed(1)
+    torch.nn.init.normal_(encoder.rel_pos_bias.relative_position_bias_table, generator=generator)
+    return encoder
+
+
+@pytest.mark.parametrize("window", [4, 0], ids=["one window", "no window"])
+def test_a_beit_encoder_attends_as_it_did_without_its_class_token(window: int):
+    """At its own size, windowed and global blocks alike, but for the absolute positions, which are new."""
+    encoder, given = beit_vit(), images((4, 4))
+    model = WindowedViT(encoder, Form(size=32, window=window, global_blocks=2))
+    torch.nn.init.zeros_(model.encoder.pos_embed)
+    found = model(given)
+    packed = Packed.pack([encoder.embed([vit.View(given)]).unpack()[0][:, 1:]])
+    bias_HLL = encoder.rel_pos_bias()[:, 1:, 1:]
+    for block, our in zip(encoder.blocks, found, strict=True):
+        tokens_TC = block(packed.tokens_TC, packed.cu_seqlens, packed.layout.max_seqlen, None, bias_HLL)
+        packed = Packed(tokens_TC, packed.layout)
+        their = packed.unpack()[0].transpose(1, 2).unflatten(2, (4, 4))
+        torch.testing.assert_close(our, their, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (24, 40)])
+def test_a_beit_encoder_s_table_is_resized_as_timm_does(shape: tuple[int, int]):
+    encoder = beit_vit(img_size=shape)
+    model = WindowedViT(encoder, Form(size=72, window=3, global_blocks=2))
+    for bias in (model.window_bias, model.global_bias):
+        side = bias.grid[0]
+        theirs = resize_rel_pos_bias_table(
+            encoder.rel_pos_bias.relative_position_bias_table.detach(),
+            bias.grid,
+            ((2 * side - 1) ** 2 + 3, encoder.num_heads),
+            encoder.grid,
+        )
+        assert bias.relative_position_bias_table.requires_grad
+        assert torch.equal(bias.relative_position_bias_table, theirs[:-3])
+
+
+def test_a_beit_encoder_s_absolute_positions_are_new():
+    encoder = beit_vit()
+    torch.manual_seed(0)
+    model = WindowedViT(encoder, Form(size=128, window=3))
+    positions = model.encoder.pos_embed
+    assert positions.requires_grad and positions.shape == (1, 1 + 16 * 16, 128)
+    assert positions.std().item() == pytest.approx(0.02, rel=0.02)
+    kept, left_out = model.encoder.state_dict(), "rel_pos_bias.relative_position_bias_table"
+    assert kept.keys() - {"pos_embed"} == encoder.state_dict().keys() - {left_out}
+    for name in kept.keys() - {"pos_embed"}:
+        assert torch.equal(kept[name], encoder.state_dict()[name]), name
+    again = vit.create(model.encoder.architecture.name, **dict(model.encoder.architecture.overrides))
+    again.load_state_dict(kept)
+
+
 @pytest.mark.parametrize("relative", [False, True])
 def test_stochastic_depth_drops_branches_of_whole_images(relative: bool):
     model = backbone((5, 5), window=3, global_blocks=0, relative=relative)
@@ -193,13 +250,20 @@ def test_from_scratch_is_initialised_as_beit():
     assert torch.equal(weight, encoder.patch_embed.proj.weight)
     initialise_as_beit(encoder, seed=2)
     assert not torch.equal(weight, encoder.patch_embed.proj.weight)
+    relative = beit_vit()
+    initialise_as_beit(relative)
+    assert not relative.rel_pos_bias.relative_position_bias_table.any()
 
 
 @pytest.mark.parametrize(
     ("encoder", "form", "sentence"),
     [
         ({}, {"size": 60}, "size 60 is not a multiple of the patch size 8"),
-        ({"positions": "relative"}, {"size": 64}, "vit_micro_patch8_32 has relative positions of its own"),
+        (
+            {"positions": "relative"},
+            {"size": 64, "relative": False},
+            "vit_micro_patch8_32 has relative positions, but this form has relative = False; choose True",
+        ),
         ({}, {"size": 64, "global_blocks": 5}, "global_blocks 5 wants more blocks than the 4 of vit_micro_patch8_32"),
         ({"depth": 2}, {"size": 64, "global_blocks": 2}, "the pyramid four-blocks wants more blocks than the 2"),
     ],

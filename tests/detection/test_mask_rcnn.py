@@ -121,8 +121,9 @@ def test_anchors_lie_a_stride_apart_on_odd_maps():
 
 
 @pytest.mark.parametrize("form", [TINY, replace(TINY, pyramid="simple", head_norm="ln")], ids=["paper", "ViTDet"])
-def test_gradients_reach_all_that_is_trained(form: Form):
-    model = create(small_vit(drop_path=0.1), 2, form)
+@pytest.mark.parametrize("encoder", [{}, {"positions": "relative", "init_values": 0.5}], ids=["plain", "BEiT"])
+def test_gradients_reach_all_that_is_trained(form: Form, encoder: dict[str, object]):
+    model = create(small_vit(drop_path=0.1, **encoder), 2, form)
     torch.manual_seed(0)
     losses = model(*batch(scene((8, 8, 30, 40)), scene((20, 10, 60, 50), (2, 2, 18, 20))))
     assert set(losses) == {"loss_classifier", "loss_box_reg", "loss_mask", "loss_objectness", "loss_rpn_box_reg"}
@@ -210,6 +211,14 @@ def test_a_seed_draws_the_heads_and_nothing_else():
     assert not torch.equal(states[0][name], states[2][name])
     ours = first.backbone.vit.encoder.blocks[0].mlp.fc1.weight
     assert torch.equal(ours, encoder.blocks[0].mlp.fc1.weight) and ours is not encoder.blocks[0].mlp.fc1.weight
+
+
+def test_a_seed_draws_the_positions_of_a_beit_encoder():
+    encoder, before = small_vit(positions="relative"), torch.get_rng_state()
+    first, again, other = (create(encoder, 2, TINY, seed).backbone.vit.encoder.pos_embed for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert first.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 def test_norms_positions_and_biases_are_not_decayed():

@@ -176,6 +176,26 @@ def test_a_model_is_evaluated_in_eval_mode_with_its_own_pooling(folder):
         assert ("class token" in found.pooling) == (pool == "token")
 
 
+@pytest.mark.parametrize("overrides", [{"global_pool": "token"}, {"global_pool": "avg", "fc_norm": True}])
+def test_class_token_and_mean_lie_side_by_side(folder, tmp_path, overrides):
+    images, how = open_images(folder, "val"), {"name": "vit", "batch_size": 10, "cache": tmp_path / "features"}
+    model = vit.create("vit_micro_patch8_32", **overrides)
+    with torch.no_grad():
+        model.fc_norm.register_forward_hook(lambda module, inputs, output: 2 * output)  # tells whether it was applied
+        tokens = model.eval()(next(iter(extraction.eval_batches(images, (32, 32), 24))).images[0])
+        expected = torch.cat([model.fc_norm(tokens[:, 0]), model.fc_norm(tokens[:, 1:].mean(1))], 1)
+    extract(encoder_of(model), images, **how)  # the other pooling must not be found in the cache
+    found = extract(encoder_of(model, "both"), images, **how)
+    torch.testing.assert_close(found.values, expected, rtol=1e-4, atol=1e-5)
+    assert found.pooling == "class token and mean of patch tokens after the final norm, side by side"
+
+
+def test_both_needs_a_class_token():
+    without = vit.create("vit_base_patch16_siglip_gap_224", depth=1, img_size=32)
+    with pytest.raises(BadInput, match="vit_base_patch16_siglip_gap_224 has no class token: choose the pooling avg"):
+        encoder_of(without, "both")
+
+
 def test_fingerprints_tell_models_apart():
     model = vit.create("vit_micro_patch8_32")
     before = encoder_of(model).fingerprint

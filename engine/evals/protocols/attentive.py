@@ -26,6 +26,7 @@ from engine.errors import BadInput
 from engine.evals.features import Features, Labelled, check_labelled, number_of_classes, threads_for
 from engine.evals.protocols.linear import schedule
 from engine.evals.result import Result
+from engine.evals.subject import Subject
 
 WANTS = "tokens"
 
@@ -94,6 +95,19 @@ def check(train: Labelled, test: Labelled, settings: Settings) -> None:
     check_labelled("attentive", train, test)
     if len(train.labels) < 8:
         raise BadInput(f"attentive needs at least 8 training images for its batch norm; there are {len(train.labels)}.")
+
+
+def check_model(subject: Subject, train: Labelled, test: Labelled, settings: Settings) -> None:
+    """Raise BadInput where the queries do not divide the width."""
+    check_queries(settings, subject.vit.embed_dim)
+
+
+def check_queries(settings: Settings, width: int) -> None:
+    """Raise BadInput where they do not divide the width."""
+    if settings.form == "ep" and width % settings.queries:
+        raise BadInput(
+            f"attentive queries = {settings.queries} must divide the encoder's width, {width}; choose another number."
+        )
 
 
 def heads_for(width: int) -> int:
@@ -183,10 +197,7 @@ def head(settings: Settings, width: int, classes: int) -> nn.Module:
     Raises:
         BadInput: the queries do not divide the width.
     """
-    if settings.form == "ep" and width % settings.queries:
-        raise BadInput(
-            f"attentive queries = {settings.queries} must divide the encoder's width, {width}; choose another number."
-        )
+    check_queries(settings, width)
     with torch.random.fork_rng(devices=()):
         torch.default_generator.manual_seed(settings.seed)  # torch.manual_seed would also seed every GPU
         if settings.form == "ep":

@@ -46,6 +46,11 @@ def check(train: Labelled, test: Labelled, settings: Settings) -> None:
         raise BadInput("finetune needs at least two training images.")
 
 
+def check_model(subject: Subject, train: Labelled, test: Labelled, settings: Settings) -> None:
+    """Raise BadInput for weights that cannot be trained so."""
+    finetuning.check_model(subject, settings)
+
+
 def shares(train: Labelled, settings: Settings) -> dict[str, np.ndarray]:
     """Ids of the images of each share, by its name; the first split that low-shot evaluation draws."""
     drawn = {}

@@ -35,6 +35,13 @@ def check(train: ObjectSet, test: ObjectSet, settings: Settings) -> None:
         raise BadInput("multilabel_finetune: no category occurs both in the training and in the test set.")
 
 
+def check_model(subject: Subject, train: ObjectSet, test: ObjectSet, settings: Settings) -> None:
+    """Raise BadInput for weights that cannot be trained so, or not at this size."""
+    finetuning.check_model(subject, settings)
+    if subject.object_size and subject.vit.rel_pos_bias is None:  # relative positions are resampled
+        subject.check_input(*subject.object_size)
+
+
 def evaluate(subject: Subject, train: ObjectSet, test: ObjectSet, settings: Settings = Settings()) -> Result:
     """Mean average precision on `test` after the last epoch, by envelope and by steps.
 

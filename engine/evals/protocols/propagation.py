@@ -107,6 +107,12 @@ def check(train: None, test: VideoSet, settings: Settings) -> None:
             )
 
 
+def check_model(subject: Subject, train: None, test: VideoSet, settings: Settings) -> None:
+    """Raise BadInput for weights that do not take the frames."""
+    for video in test.videos:
+        subject.check_input(*_shape(video, subject.vit.patch_size, settings))
+
+
 def input_shape(height: int, width: int, patch: int, size: int = 0) -> tuple[int, int]:
     """(height, width) in pixels of the input made of frames of `height` x `width`.
 

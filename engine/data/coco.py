@@ -43,7 +43,9 @@ class CocoObjects(ObjectSet):
     left_out: tuple[tuple[int, str], ...]
 
     def check_masks(self) -> None:
-        for index, ((width, height), outlines) in enumerate(zip(self.images.sizes.tolist(), self.outlines, strict=True)):
+        for index, ((width, height), outlines) in enumerate(
+            zip(self.images.sizes.tolist(), self.outlines, strict=True)
+        ):
             for place, outline in enumerate(outlines):
                 runs = outline["counts"] if isinstance(outline, dict) else None
                 if outline is None or (isinstance(runs, np.ndarray) and runs.sum() != height * width):

@@ -247,9 +247,10 @@ def evaluate(
         for name in chosen
         if (weights, name) not in left_out
     }
+    results = []
     if course:
-        course.announce(plan)
-    results = course.results if course else []
+        course.plan, results = plan, course.results
+        course.announce()
     for weights in encoders:
         found: dict[str, Pair] = {}
         if weights in given:
@@ -257,7 +258,7 @@ def evaluate(
         fitting = {name: setting for name, setting in chosen.items() if (weights, name) in plan}
         for name, setting in fitting.items():
             kind, judged = reads(name), (subjects.get(weights),)
-            with course.step(plan, weights, name) if course else nullcontext():
+            with course.step(weights, name) if course else nullcontext():
                 if wants(name) == "model":
                     if weights in given:
                         raise BadInput(f"protocol {name} works on a model, and {weights} are features.")

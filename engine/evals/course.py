@@ -18,6 +18,7 @@ class Course:
     Attributes:
         lenient: a protocol that does not go with some weights is left out; else that is refused before anything is encoded.
         tell: is given a line when a protocol begins, and one when it ends.
+        plan: what is judged, the name of its set.
         results: found so far.
         left_out: why a protocol does not go with the weights.
         failures: why a protocol, once begun, has no result; the others go on.
@@ -26,6 +27,7 @@ class Course:
 
     lenient: bool = False
     tell: Callable[[str], None] = lambda line: None
+    plan: dict[Pairing, str] = field(default_factory=dict)
     results: list[Result] = field(default_factory=list)
     left_out: dict[Pairing, str] = field(default_factory=dict)
     failures: dict[Pairing, str] = field(default_factory=dict)
@@ -34,41 +36,44 @@ class Course:
     @property
     def missing(self) -> list[str]:
         """Whatever has no result, and why."""
-        groups = {"left out": self.left_out, "failed": self.failures}
-        return [
-            f"{protocol} of {weights}, {how}: {why}"
-            for how, of in groups.items()
-            for (weights, protocol), why in of.items()
-        ]
+        found = {(result.weights, result.protocol) for result in self.results} | self.failures.keys()
+        stopped = {pairing: "the evaluation was stopped" for pairing in self.plan if pairing not in found}
+        return _said("left out", self.left_out) + _said("failed", self.failures) + _said("not finished", stopped)
 
-    def announce(self, plan: dict[Pairing, str]) -> None:
-        """Tell what will be run, and what not; `plan` has the set's name by weights and protocol."""
-        if len(plan) + len(self.left_out) < 2:
+    def announce(self) -> None:
+        """Tell what will be run, and what not."""
+        if len(self.plan) + len(self.left_out) < 2:
             return
         by_set: dict[str, dict[str, None]] = {}
-        for (_, protocol), name in plan.items():
+        for (_, protocol), name in self.plan.items():
             by_set.setdefault(name, {})[protocol] = None
-        weights = ", ".join(dict.fromkeys(weights for weights, _ in plan))
-        self.tell(
-            f"judging {weights} by " + "; ".join(f"{', '.join(named)} on {name}" for name, named in by_set.items())
-        )
-        for missing in self.missing:
-            self.tell(missing)
+        weights = ", ".join(dict.fromkeys(weights for weights, _ in self.plan))
+        where = "; ".join(f"{', '.join(protocols)} on {name}" for name, protocols in by_set.items())
+        for line in (f"judging {weights} by {where}", *_said("left out", self.left_out)):
+            self.tell(line)
 
     @contextmanager
-    def step(self, plan: dict[Pairing, str], weights: str, protocol: str) -> Iterator[None]:
+    def step(self, weights: str, protocol: str) -> Iterator[None]:
         """Around one protocol: tells of it, and notes a failure."""
-        several = len({weights for weights, _ in plan}) > 1
-        tell = self.tell if len(plan) > 1 else lambda line: None
-        place = f"{list(plan).index((weights, protocol)) + 1} of {len(plan)}"
-        started = time.perf_counter()
-        minutes = (started - self.started) / 60
+        tell = self.tell if len(self.plan) > 1 else lambda line: None
+        place = f"{list(self.plan).index((weights, protocol)) + 1} of {len(self.plan)}"
+        whose = f" of {weights}" if len({weights for weights, _ in self.plan}) > 1 else ""
+        began = time.perf_counter()
+        minutes = (began - self.started) / 60
         so_far = f" ({minutes:.1f} min so far)" if minutes >= 1 else ""
-        tell(f"{place}: {protocol}{f' of {weights}' if several else ''} on {plan[weights, protocol]}{so_far}")
+        tell(f"{place}: {protocol}{whose} on {self.plan[weights, protocol]}{so_far}")
         try:
             yield
         except BadInput as error:
             self.failures[weights, protocol] = str(error)
-            tell(f"{place}: failed after {time.perf_counter() - started:.1f} s: {error}")
+            tell(f"{place}: failed after {time.perf_counter() - began:.1f} s: {error}")
         else:
-            tell(f"{place}: done in {time.perf_counter() - started:.1f} s")
+            tell(f"{place}: done in {time.perf_counter() - began:.1f} s")
+
+
+def _said(what: str, reasons: dict[Pairing, str]) -> list[str]:
+    """A line for each weights and reason."""
+    together: dict[tuple[str, str], list[str]] = {}
+    for (weights, protocol), reason in reasons.items():
+        together.setdefault((weights, reason), []).append(protocol)
+    return [f"{', '.join(names)} of {weights}, {what}: {reason}" for (weights, reason), names in together.items()]

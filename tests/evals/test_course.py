@@ -67,12 +67,11 @@ def test_it_is_told_what_runs_on_what_and_how_far_it_is(call):
 
 def test_time_so_far_is_told_in_minutes(monkeypatch):
     said = []
-    plan = {("a", "knn"): "digits", ("a", "linear"): "digits"}
-    course = Course(tell=said.append)
-    course.announce(plan)
+    course = Course(tell=said.append, plan={("a", "knn"): "digits", ("a", "linear"): "digits"})
+    course.announce()
     started = course.started
     monkeypatch.setattr(time, "perf_counter", lambda: started + 150)
-    with course.step(plan, "a", "linear"):
+    with course.step("a", "linear"):
         pass
     assert said == [
         "judging a by knn, linear on digits",
@@ -96,6 +95,12 @@ def test_all_leaves_out_what_does_not_go_with_the_weights(call, monkeypatch):
     reasons = [f"{name} of raw pixels, left out: raw pixels (32x32 pixels) have no patch" for name in FEW[::3]]
     assert [line.startswith(reason) for line, reason in zip(said[1:3], reasons, strict=True)] == [True, True]
     assert whole["run"]["without a result"] == said[1:3]
+
+
+def test_what_is_left_out_for_one_reason_is_told_of_together(call, monkeypatch):
+    monkeypatch.setattr(evals, "protocols", lambda: ("detection", "knn", "prompt"))
+    said = call("--weights", "raw", "--protocol", "all")[1]
+    assert said[1].startswith("detection, prompt of raw pixels, left out: raw pixels (32x32 pixels) have no patches")
 
 
 def test_all_leaves_out_sizes_that_a_model_does_not_take(call, monkeypatch, tmp_path):
@@ -139,6 +144,7 @@ def test_ctrl_c_keeps_what_is_finished(call, monkeypatch, tmp_path):
     status, said, whole = call("--weights", "raw", "--protocol", "knn", "cluster")
     assert status == 130 and made(whole) == [("raw pixels", "knn")]
     assert said[-1] == f"stopped; {tmp_path / 'out' / 'report.html'} has what was finished"
+    assert whole["run"]["without a result"] == ["cluster of raw pixels, not finished: the evaluation was stopped"]
 
 
 def test_ctrl_c_before_anything_is_finished_leaves_nothing(call, monkeypatch):

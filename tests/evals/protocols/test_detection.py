@@ -198,6 +198,16 @@ def test_the_parts_of_vitdet_learn_too(subject, sets):
     assert last < first and trained.taps == (3,)
 
 
+def test_an_encoder_with_relative_positions_is_taken_and_learns(sets):
+    kind = dict(positions="relative", init_values=0.1, depth=4)
+    model = vit.create("vit_micro_patch8_32", generator=torch.Generator().manual_seed(0), **kind)
+    beit = Subject("beit", encoder_of(model), threads=2)
+    for preset in detection.PRESETS:
+        detection.check_model(beit, *sets, detection.Settings(preset=preset))
+    first, last = np.sum(list(run(beit, sets, epochs=2).losses.values()), 0)
+    assert last < first
+
+
 def test_groups_spare_norms_and_positions_and_fall_by_layer(subject):
     recipe = dataclasses.replace(RECIPE, layer_decay=0.5, lr=1.0)
     model = detecting.create(subject.trainable(), 2, TINY)

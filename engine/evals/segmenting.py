@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from tyro.conf import Suppress
 
 from engine import optim
 from engine.data import crops, dense
@@ -90,20 +91,37 @@ def chosen(recipe: Recipe, **given: Any) -> tuple[Recipe, str]:
     return replace(recipe, **given), departures
 
 
-def check_settings(protocol: str, settings: Any, recipes: Sequence[str]) -> None:
-    """Raise BadInput for what cannot be meant: settings have recipe, steps, batch_size, lr, size, looks."""
-    s = settings
-    if s.recipe not in recipes:
-        raise BadInput(f"{protocol} recipe = {s.recipe!r} must be one of {', '.join(recipes)}.")
-    if s.steps < 0:
-        raise BadInput(f"{protocol} steps = {s.steps} must be at least 1, or 0 for the recipe's.")
-    if s.batch_size < 0 or s.batch_size == 1:
-        raise BadInput(f"{protocol} batch_size = {s.batch_size} must be at least 2, or 0 for the recipe's.")
-    if not 0 <= s.lr <= 1e30:
-        raise BadInput(f"{protocol} lr = {s.lr} must be above 0 and at most 1e30, or 0 for the recipe's.")
-    for name in ("size", "looks"):
-        if getattr(s, name) < 0:
-            raise BadInput(f"{protocol} {name} = {getattr(s, name)} must be at least 0.")
+@dataclass(frozen=True)
+class Settings:
+    """What protocols with trained heads have in common; 0 is the recipe's number."""
+
+    recipe: str = "scenes"
+    """scenes (ours), or one as published for ADE20K."""
+    steps: int = 0
+    """Updates; 0 is the recipe's."""
+    batch_size: int = 0
+    """Crops in each; 0 is the recipe's."""
+    lr: float = 0.0
+    """Peak learning rate of the heads, whatever the batch; 0 is the recipe's."""
+    size: int = 0
+    """Side of crops and windows in pixels, a multiple of the patch size; 0 is the recipe's."""
+    looks: int = 0
+    """How often mIoU is also computed on the way; the best of all looks is then given beside the last."""
+    seed: Suppress[int] = 0
+
+    def check(self, protocol: str, recipes: Sequence[str]) -> None:
+        """Raise BadInput for what cannot be meant."""
+        if self.recipe not in recipes:
+            raise BadInput(f"{protocol} recipe = {self.recipe!r} must be one of {', '.join(recipes)}.")
+        if self.steps < 0:
+            raise BadInput(f"{protocol} steps = {self.steps} must be at least 1, or 0 for the recipe's.")
+        if self.batch_size < 0 or self.batch_size == 1:
+            raise BadInput(f"{protocol} batch_size = {self.batch_size} must be at least 2, or 0 for the recipe's.")
+        if not 0 <= self.lr <= 1e30:
+            raise BadInput(f"{protocol} lr = {self.lr} must be above 0 and at most 1e30, or 0 for the recipe's.")
+        for name in ("size", "looks"):
+            if getattr(self, name) < 0:
+                raise BadInput(f"{protocol} {name} = {getattr(self, name)} must be at least 0.")
 
 
 def check_sets(protocol: str, train: SemanticSet, test: SemanticSet) -> None:

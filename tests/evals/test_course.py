@@ -7,9 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from engine import eval as command
 from engine import evals, vit, weights
@@ -18,19 +16,6 @@ from engine.evals import Course
 
 ROOT = Path(__file__).parents[2]
 FEW = ("attentive", "cluster", "knn", "propagation")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """24 images of two classes per split."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for label in ("dark", "light"):
-            (tmp_path / "data" / split / label).mkdir(parents=True)
-            for i in range(12):
-                pixels = rng.integers(0, 150, (32, 32, 3)) + 100 * (label == "light")
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / split / label / f"{i:02}.png")
-    return tmp_path / "data"
 
 
 @pytest.fixture

@@ -20,20 +20,6 @@ from engine.evals.features import Encoder, Features, encoder_of, raw_pixels
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch):
-    """24 coloured images of two classes per split, and a cache of its own."""
-    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for label in ("dark", "light"):
-            (tmp_path / "data" / split / label).mkdir(parents=True)
-            for i in range(12):
-                pixels = rng.integers(0, 100, (32, 32, 3)) + 150 * (label == "light")
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / split / label / f"{i:02}.png")
-    return tmp_path / "data"
-
-
 class Counting:
     """Raw pixels that count how many images they have encoded."""
 
@@ -138,8 +124,8 @@ def test_an_image_that_goes_bad_while_encoding_is_left_out(folder, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_ranks_share_out_the_shards_and_give_the_same_features(folder, tmp_path, ranks):
+def test_ranks_share_out_the_shards_and_give_the_same_features(folder, tmp_path):
+    ranks = 3  # so that the last takes fewer of the 8 shards
     port = str(30000 + os.getpid() % 20000 + ranks)
     launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port, "-m")
     command = [sys.executable, *launcher, "tests.evals.extract_by_ranks", str(folder), str(tmp_path)]

@@ -7,8 +7,6 @@ and iBOT's (Zhou et al. 2021, arXiv 2111.07832; released configurations for ADE2
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from tyro.conf import Suppress
-
 from engine import optim
 from engine.data.objects import SemanticSet
 from engine.evals import segmenting
@@ -46,26 +44,15 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(segmenting.Settings):
     """Settings of linear segmentation. Where 0 is the recipe's: scenes 400 steps of 16 crops at 1e-2, dinov3 40,000 of 16 at
     1e-3, ibot 160,000 of 16 at 7e-4."""
 
     recipe: str = "scenes"
     """scenes (ours, crops of 64 pixels), dinov3 or ibot (as published for ADE20K, crops of 512)."""
-    steps: int = 0
-    """Updates; 0 is the recipe's."""
-    batch_size: int = 0
-    """Crops in each; 0 is the recipe's."""
-    lr: float = 0.0
-    """Peak learning rate, whatever the batch; 0 is the recipe's."""
-    size: int = 0
-    """Side of crops and windows in pixels, a multiple of the patch size; 0 is the recipe's."""
-    looks: int = 0
-    """How often mIoU is also computed on the way; the best of all looks is then given beside the last."""
-    seed: Suppress[int] = 0
 
     def __post_init__(self):
-        segmenting.check_settings("segment_linear", self, tuple(RECIPES))
+        self.check("segment_linear", tuple(RECIPES))
 
 
 def check(train: SemanticSet, test: SemanticSet, settings: Settings) -> None:

@@ -7,7 +7,6 @@ sources give for ViT-B. MAE's relative positions, added at transfer only, are le
 from dataclasses import asdict, dataclass
 
 from torch import nn
-from tyro.conf import Suppress
 
 from engine import optim
 from engine.data.objects import SemanticSet
@@ -49,8 +48,8 @@ def _published(source: str, lr: float, layer_decay: float, stride: int = 341) ->
 
 RECIPES = {
     "scenes": Recipe(
-        source=segmenting.OURS, steps=900, batch_size=8, lr=4e-3, weight_decay=0.05, warmup=20, schedule="poly", size=64,
-        short=128, stride=32, ratio=(0.75, 1.5), flip=0.0, photometric=False, tries=6, layer_decay=0.65, drop_path=0.0, width=64,
+        source=segmenting.OURS, steps=1500, batch_size=8, lr=1e-3, weight_decay=0.05, warmup=20, schedule="poly", size=64,
+        short=128, stride=32, ratio=(0.75, 1.5), flip=0.0, photometric=False, tries=6, layer_decay=1.0, drop_path=0.0, width=64,
         auxiliary=32, scales=(2.0, 1.0, 0.5, 0.25),
     ),
     "mae": _published("after mmsegmentation's configuration of MAE for ADE20K, ViT-B", 1e-4, 0.65, stride=256),
@@ -61,28 +60,17 @@ RECIPES = {
 
 
 @dataclass(frozen=True)
-class Settings:
-    """UPerNet settings. Where 0 is the recipe's: scenes 900 steps of 8 crops; the others 160,000 of 16."""
+class Settings(segmenting.Settings):
+    """UPerNet settings. Where 0 is the recipe's: scenes 1,500 steps of 8 crops; the others 160,000 of 16."""
 
     recipe: str = "scenes"
     """scenes (ours: crops of 64 pixels, 64 channels), or for ADE20K as published (crops of 512, 768 channels): mae (1e-4, layer
     decay .65), ibot (7e-4, .65), beit (3e-5, .9), fair (8e-5, .8)."""
-    steps: int = 0
-    """Updates; 0 is the recipe's."""
-    batch_size: int = 0
-    """Crops in each; 0 is the recipe's."""
-    lr: float = 0.0
-    """Peak learning rate of the heads, whatever the batch; 0 is the recipe's."""
     layer_decay: float = 0.0
     """Rate of each layer as a share of that of the one above; 0 is the recipe's."""
-    size: int = 0
-    """Side of crops and windows in pixels, a multiple of the patch size; 0 is the recipe's."""
-    looks: int = 0
-    """How often mIoU is also computed on the way; the best of all looks is then given beside the last."""
-    seed: Suppress[int] = 0
 
     def __post_init__(self):
-        segmenting.check_settings("segment_upernet", self, tuple(RECIPES))
+        self.check("segment_upernet", tuple(RECIPES))
         if not 0 <= self.layer_decay <= 1:
             raise BadInput(
                 f"segment_upernet layer_decay = {self.layer_decay} must be above 0 and at most 1, or 0 for the recipe's."

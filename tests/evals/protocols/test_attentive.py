@@ -8,7 +8,6 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from timm.layers import AttentionPoolLatent
 from torch import nn
 from torch.nn import functional as F
@@ -208,19 +207,6 @@ def test_constant_tokens_and_eight_images_give_a_figure():
 def test_settings_are_checked(wrong):
     with pytest.raises(BadInput, match=next(iter(wrong))):
         attentive.Settings(**wrong)
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """24 noisy images of two classes per split."""
-    rng = np.random.default_rng(0)
-    for split in ("train", "val"):
-        for label in ("dark", "light"):
-            (tmp_path / "data" / split / label).mkdir(parents=True)
-            for i in range(12):
-                pixels = rng.integers(0, 100, (32, 32, 3)) + 150 * (label == "light")
-                Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "data" / split / label / f"{i:02}.png")
-    return tmp_path / "data"
 
 
 @pytest.mark.parametrize("reg_tokens, fc_norm", [(0, False), (4, True)])

@@ -31,6 +31,7 @@ def subject():
     return Subject("random", encoder_of(model), threads=1)
 
 
+@pytest.mark.long
 def test_learns_colours_and_leaves_the_subject_alone(subject, sets):
     before = {key: value.clone() for key, value in subject.vit.state_dict().items()}
     result = evaluate(subject, *sets, Settings(**SMALL))

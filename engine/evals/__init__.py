@@ -194,7 +194,7 @@ def extract_together(
     Raises:
         BadInput: as `evaluate`, or there is no cache.
     """
-    subjects = {name: _subject(name, encoder, how) for name, encoder in encoders.items()}
+    subjects = {name: _subject(name, encoder, {**how, "together": True}) for name, encoder in encoders.items()}
     left_out = _left_out(subjects, source, settings, course)
     for name, subject in subjects.items():
         fitting = [protocol for protocol in settings if (name, protocol) not in left_out]

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,38 +52,39 @@ def extract(
     threads: int | None = None,
     cache: Path | None = None,
     tokens: bool = False,
+    together: bool = False,
 ) -> Features:
     """Encode every readable image once, in order, resized and centre-cropped.
 
-    An image that cannot be read is left out: its substitute would carry a wrong label. Under torchrun every rank encodes its
-    share of the shards, and all return the same.
+    An image that cannot be read is left out: its substitute would carry a wrong label.
 
     Args:
         precision: "fp32", or "bf16" for autocast.
         cache: folder of stores, keyed by weights, image listing and settings; a stopped extraction goes on there. None keeps
             nothing: features are in memory then, and tokens in a temporary folder that goes with the Tokens.
         tokens: patch tokens as well, in a second pass over the images.
+        together: all ranks call this, each encodes its share of the shards, and all return the same.
 
     Returns:
         Features on the CPU, memory-mapped where there is a cache.
 
     Raises:
         BadInput: a value is NaN or infinite, stored features are damaged, `tokens` of an encoder that has none, the disk cannot
-            hold them, or several ranks without a cache.
+            hold them, or `together` without a cache.
     """
     if tokens:
         check_tokens(encoder, name)
     device = torch.device(device)
     keeps = cache is not None and encoder.fingerprint is not None
-    if dist.world_size() > 1 and not keeps:
+    if together and not keeps:
         raise BadInput("several ranks share out an extraction through the cache; leave --no-cache out.")
     place = Path(cache) if keeps else Path(tempfile.gettempdir())
     key = _key(encoder, images, batch_size, precision, device) if keeps else None
     how = (encoder.size, batch_size, device, precision, threads)
-    ids, values = _stored("features", place, key, images, name, encoder.encode, how)
+    ids, values = _stored("features", place, key, images, name, encoder.encode, how, together)
     found_tokens = None
     if tokens:
-        token_ids, stored = _stored("tokens", place, key, images, name, encoder.tokens, how)
+        token_ids, stored = _stored("tokens", place, key, images, name, encoder.tokens, how, together)
         found_tokens = Tokens(stored, TOKENS)
         if stored.base is not None and key is None:
             weakref.finalize(found_tokens, shutil.rmtree, Path(stored.filename).parent, ignore_errors=True)
@@ -112,19 +113,27 @@ def _key(encoder: Encoder, images: ImageSet, batch_size: int, precision: str, de
 
 
 def _stored(
-    what: str, place: Path, key: str | None, images: ImageSet, name: str, encode: Callable[[Tensor], Tensor], how: tuple
+    what: str,
+    place: Path,
+    key: str | None,
+    images: ImageSet,
+    name: str,
+    encode: Callable[[Tensor], Tensor],
+    how: tuple,
+    together: bool,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Ids of the encoded images, int64 [n], ascending, and their rows, mapped from a store; features without one in memory."""
     if key is not None:
         store = _Store(what, place / f"{key}-{what}", images, name)
-        with _held(store.home):
+        crew = _Crew(dist.rank(), dist.world_size()) if together else _Crew(0, 1)
+        with _held(store.home, crew):
             if not store.complete:
-                _fill(store, encode, how)
+                _fill(store, encode, how, crew)
         return store.read()
     home = Path(tempfile.mkdtemp(prefix=f"{what}-"))
     try:
         store = _Store(what, home, images, name)
-        _fill(store, encode, how)
+        _fill(store, encode, how, _Crew(0, 1))
         ids, values = store.read()
     except BaseException:
         shutil.rmtree(home, ignore_errors=True)
@@ -135,18 +144,25 @@ def _stored(
     return ids, values
 
 
+@dataclass(frozen=True)
+class _Crew:
+    """Who fills a store: all ranks, of which this is one, or this process alone."""
+
+    rank: int
+    world: int
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+
 @contextmanager
-def _held(home: Path) -> Iterator[None]:
-    """Rank 0 holds the lock for all ranks: another command that wants the same features waits."""
-    if dist.rank() == 0:
-        with user_cache.locked(home):
-            dist.barrier()
-            yield
-            dist.barrier()
-    else:
-        dist.barrier()
+def _held(home: Path, crew: _Crew) -> Iterator[None]:
+    """The first holds the lock for all: another command that wants the same features waits."""
+    with user_cache.locked(home) if crew.rank == 0 else nullcontext():
+        crew.barrier()
         yield
-        dist.barrier()
+        crew.barrier()
 
 
 @dataclass
@@ -218,26 +234,26 @@ class _Store:
         return self.good, values
 
 
-def _fill(store: _Store, encode: Callable[[Tensor], Tensor], how: tuple) -> None:
+def _fill(store: _Store, encode: Callable[[Tensor], Tensor], how: tuple, crew: _Crew) -> None:
     """This rank's share of what is not yet written; every rank calls this together."""
     size = SHARD * how[1]
-    pending = dist.share(store.pending(size))
-    mine = pending[dist.rank() :: dist.world_size()]
+    pending = dist.share(store.pending(size)) if crew.world > 1 else store.pending(size)
+    mine = pending[crew.rank :: crew.world]
     rows = [np.arange(shard * size, min((shard + 1) * size, len(store.good))) for shard in mine]
     chosen = np.concatenate(rows) if rows else np.empty(0, np.int64)
-    batches = _encoded(encode, store, chosen, *how) if len(chosen) else iter(())
+    batches = _encoded(encode, store, chosen, crew.rank > 0, *how) if len(chosen) else iter(())
     first = next(batches, None)
-    if dist.rank() == 0 and pending:
+    if crew.rank == 0 and pending:
         if first is None:
             raise BadInput(f"{store.name}: not one image of {store.images.split} could be read.")
         store.allocate(tuple(first[1].shape[1:]))
-    dist.barrier()
+    crew.barrier()
     if first is not None:
         _write(store, mine, rows, first, batches)
-    dist.barrier()
-    if dist.rank() == 0:
+    crew.barrier()
+    if crew.rank == 0:
         store.finish(size)
-    dist.barrier()
+    crew.barrier()
 
 
 def _write(store: _Store, shards: list[int], rows: list[np.ndarray], first: tuple, batches: Iterator[tuple]) -> None:
@@ -269,7 +285,9 @@ def _write(store: _Store, shards: list[int], rows: list[np.ndarray], first: tupl
     close(None)
 
 
-def _encoded(encode, store: _Store, rows: np.ndarray, size, batch_size, device, precision, threads) -> Iterator[tuple]:
+def _encoded(
+    encode, store: _Store, rows: np.ndarray, quiet: bool, size, batch_size, device, precision, threads
+) -> Iterator:
     """Batch by batch: rows of the store, ascending, and what `encode` makes of their images, fp32 on the CPU."""
     ids = store.good[rows]
     chosen = store.images if len(ids) == len(store.images) else subset(store.images, ids)
@@ -279,7 +297,7 @@ def _encoded(encode, store: _Store, rows: np.ndarray, size, batch_size, device, 
         total=-(-len(rows) // batch_size),
         console=Console(stderr=True),
         transient=True,
-        disable=dist.rank() > 0 or not sys.stderr.isatty(),
+        disable=quiet or not sys.stderr.isatty(),
     )
     for batch in batches:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):

@@ -33,6 +33,7 @@ class Subject:
         batch_size: images encoded at a time.
         threads: of loaders; None takes what the machine has.
         cache: folder of extracted features; None keeps nothing.
+        together: all ranks extract features together, each its share.
         object_size: (H, W) of the input made of images of a set with objects; None takes the encoder's.
     """
 
@@ -44,6 +45,7 @@ class Subject:
     threads: int | None = None
     cache: Path | None = None
     object_size: tuple[int, int] | None = None
+    together: bool = False
 
     def features(self, images: ImageSet, tokens: bool = False, size: tuple[int, int] | None = None) -> Features:
         """Pooled features of a set, on the device, and its patch tokens, of inputs of `size`; raises BadInput as `extract`."""
@@ -57,6 +59,7 @@ class Subject:
             precision=self.precision,
             threads=self.threads,
             cache=self.cache,
+            together=self.together,
         ).to(self.device)
 
     @property

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 import pickle
 import tarfile
@@ -478,7 +479,7 @@ def test_a_matlab_file_that_declares_more_than_it_holds_is_refused_unread(tmp_pa
         ("cifar10:/no/such", "cifar10:/no/such names no folder"),
         (
             "cifar11:/data",
-            "cifar11:/data is no folder: give a folder of images, 'digits' (the embedded set), or NAME:DIR with NAME one of",
+            "cifar11:/data is no folder: give a folder of images, 'digits' or 'scenes' (the embedded sets), or NAME:DIR with",
         ),
         ("imagenet100:EMPTY", "EMPTY has no list of the 100 classes"),
     ],
@@ -511,5 +512,7 @@ def test_evaluation_judges_raw_pixels_of_a_named_set(tmp_path, home, capsys):
     write_files(tmp_path / "cifar-10-batches-py", cifar_files(10, *TEN))
     flags = ["--weights", "raw", "--protocol", "knn", "--data", f"cifar10:{tmp_path}", "--out", str(tmp_path / "out")]
     assert eval_command.main([*flags, "--device", "cpu", "--threads", "1", "--knn.k", "1"]) == 0
-    assert "20 training and 4 test images" in " ".join(capsys.readouterr().out.split())  # lines are broken anywhere
+    assert "top-1" in capsys.readouterr().out
+    (found,) = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert found["counts"] == {"training images": 20, "test images": 4}
     assert cache.folder() == home

@@ -21,6 +21,8 @@ if __name__ == "__main__":
         return images_B3HW.flatten(1)
 
     encoder = Encoder(encode, (32, 32), "pixels", "shared")
-    found = extraction.extract(encoder, open_images(folder, "train"), name="x", batch_size=3, cache=out / "features")
+    found = extraction.extract(
+        encoder, open_images(folder, "train"), name="x", batch_size=3, cache=out / "features", together=True
+    )
     torch.save((found.values.clone(), encoded), out / f"{ranks.rank}.pt")
     dist.stop()

@@ -65,6 +65,8 @@ def machine(options: Options) -> tuple[torch.device, str]:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be a whole number from 1.")
     if options.out and not Path(options.out).absolute().parent.is_dir():
         raise BadInput(f"--out is {options.out!r}, but there is no folder {str(Path(options.out).parent)!r}.")
+    if options.out and Path(options.out).is_dir():
+        raise BadInput(f"--out is {options.out!r}, which is a folder; give a file in it, such as record.json.")
     if options.precision not in ("auto", *AUTOCAST):
         raise BadInput(f"--precision is {options.precision!r}; choose auto, {', '.join(AUTOCAST)}.")
     device = dist.start(options.device).device

@@ -1,6 +1,7 @@
 """`python -m engine.eval`: judge weights by the papers' protocols, print a table, leave a report."""
 
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ RANDOM = "random:"
 TIMM = "timm:"
 WEIGHTS = "a run folder, an exported folder, a file with --model, timm:NAME, random:NAME or raw"
 RAW_SIZE = (32, 32)
+FEW = 4  # results whose tables fit on a screen
 SCENES_SIZE = (128, 128)
 
 
@@ -281,7 +283,8 @@ def _tell(line: str) -> None:
 def _show(results: list[evals.Result], sets: Sets, out: Path) -> None:
     console = Console()
     console.print(report.table(results, ", ".join(dict.fromkeys(sets.name(kind) for kind in sets.opened))))
-    for result in results:
+    # more would bury the figures; the report has them all
+    for result in results if len(results) <= FEW else ():
         for sweep in report.sweeps(result):
             console.print(sweep)
     if differences := report.compared(results):
@@ -311,4 +314,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice: what is done is kept as by Ctrl-C
     sys.exit(main())

@@ -142,6 +142,7 @@ def test_a_peer_that_fails_is_told_and_ours_fails_the_command(monkeypatch, capsy
         (["--rounds", "0"], "--rounds is 0; it must be a whole number from 1"),
         (["--precision", "fp8"], "--precision is 'fp8'; choose auto, fp32, bf16"),
         (["--out", "nowhere/record.json"], "--out is 'nowhere/record.json', but there is no folder 'nowhere'"),
+        (["--out", "."], "--out is '.', which is a folder; give a file in it"),
         (["--prototypes", "1"], "prototypes is 1; it must be a whole number from 2"),
         (["--model", "vit_smal"], "unknown model 'vit_smal'"),
     ],

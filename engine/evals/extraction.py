@@ -274,7 +274,8 @@ def _write(store: _Store, shards: list[int], rows: list[np.ndarray], first: tupl
 
     while first is not None:
         rows_B, encoded = first
-        stored = encoded.numpy().astype(values.dtype)
+        with np.errstate(over="ignore"):  # said below
+            stored = encoded.numpy().astype(values.dtype)
         if not np.isfinite(stored).all():
             limit = " or more than fp16 holds" if store.what == "tokens" else " or infinity"
             raise BadInput(f"{store.what} of {store.name} contain NaN{limit}: these weights cannot be evaluated.")

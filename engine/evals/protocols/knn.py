@@ -18,9 +18,9 @@ from engine.evals.charts import confusion
 from engine.evals.features import Features, Labelled, check_labelled, number_of_classes
 from engine.evals.result import Result
 
-# At a time: together they bound the memory to 1.1 GB at width 1024, beside the features themselves, which may be mapped from a
-# file: 1,281,167 training images are five pieces.
-_QUERIES, _KEYS = 4096, 262_144
+# At a time: together they bound the memory to 1 GB at width 1024 (a piece of keys and two copies of it on the way), beside the
+# features themselves, which may be mapped from a file: 1,281,167 training images are twenty pieces.
+_QUERIES, _KEYS = 4096, 65_536
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,11 @@ def with_decay(
             yield Group(members, peak_lr, weight_decay if decays else 0.0, **others)
 
 
+def decays_as_listed(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter decays where vectors, positions and prefix tokens do not."""
+    return not (parameter.ndim == 1 or name.endswith(("pos_embed", "_token")))
+
+
 def by_layer(
     named: Iterable[tuple[str, nn.Parameter]],
     height: Callable[[str], int],

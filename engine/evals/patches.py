@@ -86,6 +86,14 @@ def nearest_multiple(side: float, patch: int) -> int:
     return patch * max(1, round(side / patch))
 
 
+def default_inputs(objects: ObjectSet, patch: int, enlarged: float = 1.0) -> tuple[str, ...]:
+    """What suits the set: the published inputs, or small images as they are, or `enlarged`; in multiples of the patch size."""
+    side = short_side(objects)
+    if side < PUBLISHED_SIDE:
+        return (f"crop:{nearest_multiple(side * enlarged, patch)}",)
+    return tuple(f"{mode}:{nearest_multiple(size, patch)}" for mode, size in (("crop", 224), ("short", 480)))
+
+
 def window(how: Frame, height: int, width: int) -> tuple[slice, slice]:
     """Rows and columns of an image of H x W pixels that its input shows, to the nearest pixel."""
     if how.mode != "crop":

@@ -15,7 +15,7 @@ from engine.data.pipeline import Augmentation, minimal
 from engine.draws import Draws
 from engine.heads import Classifier, MultiLabelClassifier, head_flops
 from engine.methods.base import LabelledSettings, Labels, Method
-from engine.optim import Group, by_layer, scaled_lr
+from engine.optim import Group, by_layer, decays_as_listed, scaled_lr
 from engine.tokens import View
 from engine.vit import VisionTransformer
 
@@ -132,7 +132,7 @@ class Supervised(Method):
         s, peak_lr = self.settings, scaled_lr(self.settings.base_lr, images_per_step)
 
         def decays(name: str, parameter: nn.Parameter) -> bool:
-            return s.decay_all or not (parameter.ndim == 1 or name.endswith(("pos_embed", "_token")))
+            return s.decay_all or decays_as_listed(name, parameter)
 
         top = self.encoder.depth + 1
         yield from by_layer(self.named_parameters(), self.height, top, peak_lr, s.weight_decay, s.layer_decay, decays)

@@ -6,8 +6,6 @@ sources give for ViT-B. MAE's relative positions, added at transfer only, are le
 
 from dataclasses import asdict, dataclass
 
-from torch import nn
-
 from engine import optim
 from engine.data.objects import SemanticSet
 from engine.errors import BadInput
@@ -91,11 +89,9 @@ def groups(model: UPerNet, recipe: Recipe) -> list[optim.Group]:
     """Parameters by layer: the rate of block i of L, from 0, is lr * decay^(L - i), that of patches, prefix tokens and positions
     lr * decay^(L + 1). Vectors, positions and prefix tokens do not decay."""
 
-    def decays(name: str, parameter: nn.Parameter) -> bool:
-        return not (parameter.ndim == 1 or name.endswith(("pos_embed", "_token")))
-
     named, top = model.named_parameters(), model.vit.depth + 1
-    return list(optim.by_layer(named, model.height, top, recipe.lr, recipe.weight_decay, recipe.layer_decay, decays))
+    rates = recipe.lr, recipe.weight_decay, recipe.layer_decay
+    return list(optim.by_layer(named, model.height, top, *rates, optim.decays_as_listed))
 
 
 def evaluate(subject: Subject, train: SemanticSet, test: SemanticSet, settings: Settings = Settings()) -> Result:

@@ -222,12 +222,7 @@ def compare(intra: Scores, inter: Scores) -> dict[str, float]:
 
 def inputs_for(objects: ObjectSet, settings: Settings, patch: int) -> tuple[str, ...]:
     """Those of the settings, or what suits the set; sides are rounded to a multiple of the patch size."""
-    side = patches.short_side(objects)
-    if settings.inputs:
-        return settings.inputs
-    if side < patches.PUBLISHED_SIDE:
-        return (f"crop:{patches.nearest_multiple(side * patch / _PIXELS, patch)}",)
-    return tuple(f"{mode}:{patches.nearest_multiple(side, patch)}" for mode, side in (("crop", 224), ("short", 480)))
+    return settings.inputs or patches.default_inputs(objects, patch, patch / _PIXELS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,11 +23,11 @@ import torch
 
 from benchmarks import rounds
 from benchmarks.rounds import Make, Step
-from engine import vit
-from engine.detection import Form, WindowedViT
-from engine.detection.backbone import tiling
-from engine.errors import BadInput
-from engine.step import AUTOCAST
+from engine.core.errors import BadInput
+from engine.evals.detection import Form, WindowedViT
+from engine.evals.detection.backbone import tiling
+from engine.model import vit
+from engine.training.step import AUTOCAST
 
 BASE, BIASES = "windows", ", biases"
 

@@ -28,9 +28,9 @@ from rich.console import Console
 import kernels
 from benchmarks import multicrop, roofline, throughput
 from benchmarks.kernels.case import CPU, Case, Machine, machine
-from engine.durable import write_folder
-from engine.errors import BadInput
-from engine.flags import read
+from engine.core.durable import write_folder
+from engine.core.errors import BadInput
+from engine.core.flags import read
 from kernels.choice import AVAILABLE
 
 ROOT = Path(__file__).parents[1]

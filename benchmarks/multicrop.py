@@ -7,10 +7,10 @@
     padded     the other usual form: one pass of all crops, small ones padded to the longest, with a mask of keys
     lightly    lightly's modules, where they are installed (uv run --group peers ...)
 
-packed, per-size and padded share heads, loss, clipping, fused AdamW, teacher and operations; tests/test_multicrop.py shows their
-losses and gradients equal. lightly has its own, with the same optimiser and rates. Ours, per-size and padded are compiled block
-by block and head by head, lightly's towers and loss as wholes. All are timed in turn (see `benchmarks.rounds`); the share of the
-matrix product counts the operations that ours makes.
+packed, per-size and padded share heads, loss, clipping, fused AdamW, teacher and operations; tests/benchmarks/test_multicrop.py
+shows their losses and gradients equal. lightly has its own, with the same optimiser and rates. Ours, per-size and padded are
+compiled block by block and head by head, lightly's towers and loss as wholes. All are timed in turn (see `benchmarks.rounds`);
+the share of the matrix product counts the operations that ours makes.
 
 Peak memory is that of a step (see `benchmarks.rounds.prepared`).
 """
@@ -28,10 +28,10 @@ from benchmarks import rounds
 from benchmarks.peers.plain_dino import PlainDino
 from benchmarks.rounds import Make, Step
 from benchmarks.steps import published, training_step
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.methods.dino import Dino, Settings
-from engine.step import AUTOCAST
-from engine.vit import VisionTransformer
+from engine.model.vit import VisionTransformer
+from engine.training.step import AUTOCAST
 
 OURS, USUAL = "packed", "per-size"
 

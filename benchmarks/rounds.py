@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 import kernels
-from engine import dist
-from engine.errors import BadInput
-from engine.flags import read
-from engine.step import AUTOCAST
+from engine.core import dist
+from engine.core.errors import BadInput
+from engine.core.flags import read
+from engine.training.step import AUTOCAST
 
 Step = Callable[[], Any]
 Make = Callable[[Any, torch.device, str], Step]  # of options, device and precision

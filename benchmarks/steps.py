@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from benchmarks.rounds import Step
-from engine import methods, recipes, vit
-from engine.draws import Draws
+from engine import methods, recipes
+from engine.core.draws import Draws
 from engine.methods.base import Labels, Method, StageSettings
-from engine.step import Update
+from engine.model import vit
 from engine.train import compile_regions
+from engine.training.step import Update
 
 CLASSES = 1000  # of ImageNet
 
@@ -21,7 +22,7 @@ def published(
     """The last stage of a method's published recipe, at another batch size: the method, a new encoder, the settings.
 
     Args:
-        encoder: overrides for `engine.vit.create` that differ from the recipe's.
+        encoder: overrides for `engine.model.vit.create` that differ from the recipe's.
         changes: settings that differ from the recipe's.
 
     Raises:

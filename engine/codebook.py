@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
-from engine import dist
+from engine.core import dist
+from engine.core.errors import BadInput
+from engine.core.flags import read
 from engine.data.augment import Augmentation
 from engine.data.sources import open_images
-from engine.errors import BadInput
-from engine.flags import read
-from engine.tokenizers import Codebook
+from engine.methods.parts.tokenizers import Codebook
 
 FOLDER_SIZE, EMBEDDED_SIZE = 224, 32
 

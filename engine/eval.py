@@ -1,146 +1,28 @@
 """`python -m engine.eval`: judge weights by the papers' protocols, print a table, leave a report."""
 
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, make_dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
 
 import torch
-import tyro
 from rich.console import Console
 
 import kernels
-from engine import dist, evals, vit, weights
+from engine import evals
+from engine.core import dist
+from engine.core.errors import BadInput
 from engine.data import cache
-from engine.errors import BadInput
 from engine.evals import Course, Sets, report
+from engine.evals.command_line import RANDOM, RAW, TIMM, WEIGHTS, Eval, command, parse
 from engine.evals.features import BOTH, Encoder, encoder_of, raw_pixels
-from engine.flags import read, written
+from engine.model import vit, weights
 
-RAW = "raw"
-RANDOM = "random:"
-TIMM = "timm:"
-WEIGHTS = "a run folder, an exported folder, a file with --model, timm:NAME, random:NAME or raw"
 RAW_SIZE = (32, 32)
 FEW = 4  # results whose tables fit on a screen
 SCENES_SIZE = (128, 128)
-
-
-@dataclass(frozen=True)
-class Eval:
-    """Judge weights. Flags with a dot belong to the protocol that is named before the dot."""
-
-    weights: tuple[str, ...] = ()
-    """A run folder, an exported folder, a file (with --model), timm:NAME (published weights), random:NAME (as initialised by
-    --seed), or raw for the pixels themselves. Several are put side by side, with the differences to the first."""
-    compare: tuple[str, ...] = ()
-    """Further weights: --weights A --compare B C is --weights A B C."""
-    protocol: Annotated[
-        tuple[str, ...], tyro.conf.arg(help=f"One or more of {', '.join((*evals.protocols(), evals.ALL))}.")
-    ] = ("knn",)
-    data: str = ""
-    """For protocols that read classes: an image folder, train/CLASS/*.jpg and val/CLASS/*.jpg; or NAME:DIR, a published set as it
-    lies in DIR, with NAME one of
-    cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100. Default: the embedded digits."""
-    objects: str = ""
-    """For protocols that read objects, masks or classes of pixels: NAME:DIR with NAME one of coco, voc, and for classes of
-    pixels ade20k, coco-stuff too (DIR as published); voc-regions is voc with each class of pixels as one object, davis-frames
-    the first frames of DAVIS-2017 (train and val) with their objects. Default: the embedded scenes."""
-    video: str = ""
-    """For protocols that read videos: davis:DIR, DAVIS-2017 at 480p as published (its val list is read). Default: the embedded
-    clips."""
-    out: str = ""
-    """Folder for report.html, results.md, results.json and pictures; an earlier evaluation there is replaced. Default:
-    runs/eval-NAME-TIME."""
-    model: str = ""
-    """A timm ViT name; needed for a file, which does not say what it holds."""
-    pool: str = ""
-    """token (CLS), avg (mean of patches) or both (one beside the other); default: what the weights' export says."""
-    image_size: tuple[int, ...] = ()
-    """Height and width of the input, or one number for both; default: the model's, 32 for raw."""
-    objects_size: tuple[int, ...] = ()
-    """The same for whole images of sets with objects, where features are pooled or a model is fine-tuned; default: the model's,
-    128 for the embedded scenes."""
-    map: str = "pca"
-    """The 2-D map of test features: pca or tsne."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    precision: str = "auto"
-    """fp32 or bf16 for encoding; auto is bf16 on GPUs and fp32 on CPUs."""
-    batch_size: int = 256
-    """Images encoded at a time."""
-    threads: int = 0
-    """Loader threads; 0 is what the machine has."""
-    cache: bool = True
-    """Keep extracted features in the user's cache, so that another protocol need not extract them again. Patch tokens, which
-    attentive wants, take 2 bytes per number: 0.3 MB an image for a ViT-B/16."""
-    bad_limit: float = 0.001
-    """Largest share of unreadable images that is accepted; they are left out."""
-    seed: int = 0
-    """Draws splits, first weights and orders of whatever a protocol trains, and k-means starts."""
-    seeds: int = 1
-    """Runs of each protocol that draws, with seed, seed + 1, ...; figures are their mean and spread."""
-
-    def check(self) -> None:
-        """Raise BadInput for a value that cannot be meant."""
-        choices = {
-            "pool": ("", "token", "avg", BOTH),
-            "map": tuple(report.MAPS),
-            "device": ("auto", "cpu", "cuda"),
-            "precision": ("auto", "fp32", "bf16"),
-        }
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                raise BadInput(f"--{name} is {getattr(self, name)!r}; choose one of {', '.join(filter(None, valid))}.")
-        for name, least in {"batch_size": 1, "threads": 0, "seed": 0, "seeds": 1}.items():
-            if getattr(self, name) < least:
-                raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more.")
-        for name in ("image_size", "objects_size"):
-            if len(getattr(self, name)) > 2 or any(side < 1 for side in getattr(self, name)):
-                raise BadInput(f"--{name.replace('_', '-')} takes one positive number, or height and width.")
-        if not self.judged:
-            raise BadInput(f"--weights is missing; give {WEIGHTS}.")
-        if self.compare and len(self.judged) < 2:
-            raise BadInput(f"--compare has nothing to put {self.compare[0]} beside; give --weights, or more.")
-        if len(set(self.judged)) < len(self.judged):
-            raise BadInput("--weights names the same weights twice.")
-        if not 0 <= self.bad_limit <= 1:
-            raise BadInput(f"--bad-limit is {self.bad_limit}; it must be a share from 0 to 1.")
-        if self.judged == (RAW,) and (self.model or self.pool):
-            raise BadInput("--weights raw is the pixels themselves and takes neither --model nor --pool.")
-        if self.model and all(source == RAW or source.startswith((RANDOM, TIMM)) for source in self.judged):
-            raise BadInput(f"--model belongs to a file; {self.judged[0]} says itself what it holds.")
-
-    @property
-    def judged(self) -> tuple[str, ...]:
-        """All weights, in the order given."""
-        return (*self.weights, *self.compare)
-
-
-def parse(arguments: Sequence[str]) -> tuple[Eval, dict]:
-    """Command-line arguments -> (checked flags, settings by named protocol).
-
-    Raises:
-        BadInput: a flag does not exist, does not parse or is not valid.
-        SystemExit: status 0 after --help.
-    """
-    protocols = [(name, evals.protocol(name).Settings) for name in evals.protocols()]
-    flags = make_dataclass(
-        "Flags",
-        [(name, settings, field(default_factory=settings)) for name, settings in protocols],
-        bases=(Eval,),
-        frozen=True,
-        kw_only=True,
-    )
-    parsed = read(flags, arguments, prog="engine.eval", description=Eval.__doc__)
-    chosen = Eval(**{name: getattr(parsed, name) for name in Eval.__dataclass_fields__})
-    chosen.check()
-    given = {name: getattr(parsed, name) for name, _ in protocols}
-    return chosen, evals.settings_for(chosen.protocol, given, chosen.seed)
 
 
 def encoder(source: str, flags: Eval, device: torch.device) -> tuple[str, Encoder]:
@@ -180,24 +62,6 @@ def encoders(flags: Eval, device: torch.device) -> dict[str, Encoder]:
     found = [(source, *encoder(source, flags, device)) for source in flags.judged]
     names = [name for _, name, _ in found]
     return {name if names.count(name) == 1 else source: encoder for source, name, encoder in found}
-
-
-def command(flags: Eval, source: str, protocol: str, settings: Any) -> str:
-    """What repeats the result of one source of weights by one protocol: both, and every other flag that matters to it."""
-    kinds = {flag: "" for flag in evals.KINDS.values() if flag != evals.KINDS[evals.reads(protocol)]}
-    only = replace(
-        flags,
-        weights=(),
-        compare=(),
-        protocol=Eval.protocol,
-        out="",
-        map=Eval.map,
-        model=flags.model if Path(source).expanduser().is_file() else "",
-        pool="" if source == RAW else flags.pool,
-        **kinds,
-    )
-    words = ["python", "-m", "engine.eval", "--weights", source, "--protocol", protocol]
-    return shlex.join([*words, *written(only), *written(settings, f"{protocol.replace('_', '-')}.")])
 
 
 def run(flags: Eval, settings: dict) -> list[evals.Result]:

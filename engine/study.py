@@ -28,13 +28,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from tyro.conf import Positional
 
-from engine import dist, studies, train, vit, weights
+from engine import studies
+from engine.core import dist
+from engine.core.draws import seed_of
+from engine.core.errors import BadInput
+from engine.core.flags import read
 from engine.data.sources import ImageSet
-from engine.draws import seed_of
-from engine.errors import BadInput
 from engine.evals.features import encoder_of, raw_pixels
-from engine.flags import read
-from engine.loop import StopRequest
+from engine.model import vit, weights
 from engine.studies import Study
 from engine.studies.grid import (
     DONE,
@@ -49,6 +50,8 @@ from engine.studies.grid import (
 )
 from engine.studies.judge import Judge, protocols
 from engine.studies.report import Judged, Outcome, table, write
+from engine.training.loop import StopRequest
+from engine.training.parts import prepare
 
 POLL, LINE_EVERY = 0.5, 60.0  # seconds
 
@@ -413,7 +416,7 @@ def run(flags: Flags, study: Study, console: Console, again: str) -> int:
         plan = of_arm[0].plan
         if of_arm[0].after:  # its weights are not there yet
             plan = replace(plan, train=replace(plan.train, weights=""))
-        parts = train.prepare(plan, ranks)  # what engine.train would refuse is refused before anything runs
+        parts = prepare(plan, ranks)  # what engine.train would refuse is refused before anything runs
         last = parts.stages[-1]
         course.steps |= {run.name: last.first_step + last.total_steps for run in of_arm}
     if parts.val_images is None:

@@ -3,8 +3,8 @@
 from torch import Tensor
 
 from engine.methods.base import Method
-from engine.state import TrainState, to_host
-from engine.step import Update
+from engine.training.state import TrainState, to_host
+from engine.training.step import Update
 
 
 def content(method: Method, update: Update) -> dict[str, Tensor]:

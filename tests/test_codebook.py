@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from engine import codebook
-from engine.tokenizers import Codebook
+from engine.methods.parts.tokenizers import Codebook
 
 FEW = ["--codes", "12", "--patch-size", "8", "--patches", "600", "--threads", "1", "--device", "cpu"]
 

@@ -5,9 +5,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
-from engine import methods, vit
-from engine.draws import Draws
+from engine import methods
+from engine.core.draws import Draws
 from engine.methods.base import Labels
+from engine.model import vit
 from tests.methods.small import small
 
 

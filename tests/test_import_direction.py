@@ -1,105 +1,90 @@
-"""Imports point one way, down the list of the house: an upper part knows the lower ones, never the reverse."""
+"""Imports point one way, down the floors of the house, and nowhere in a circle: neither between rooms nor between files."""
 
 import ast
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
-# From the entry points down to the kernels; parts on one line are equals and may use each other.
-FLOORS = [
-    {"study"},
-    {"train", "eval", "plan", "dry_run", "codebook"},
-    {"studies"},
-    {"evals"},
-    {"config"},
-    {"recipes"},
-    {"loop"},
-    {"state"},
-    {"step", "probe"},
-    {"methods"},
-    {"detection", "segmentation"},
-    {"heads", "relations", "collapse", "corruption", "mixing", "patch_augmentation", "tokenizers"},
-    {"vit"},
-    {"tokens"},
-    {"data"},
-    {"metrics"},
-    {"kernels"},
-]
-# Leaves import no other part, but errors and durable; whoever wants may import them.
-LEAVES = {
-    "errors",
-    "flags",
-    "durable",
-    "host_memory",
-    "dist",
-    "draws",
-    "masking",
-    "optim",
-    "checkpoint",
-    "log",
-    "weights",
-    "pictures",
-}
-LEAVES_MAY_USE = {"dist": {"host_memory"}, "weights": {"vit"}, "pictures": {"log"}}
+COMMANDS = {"train", "eval", "study", "codebook"}
+# From the commands down to the kernels; a room may use those below it, not those beside it.
+FLOORS = [COMMANDS, {"studies"}, {"evals"}, {"training"}, {"recipes"}, {"methods"}, {"model", "data"}, {"core", "kernels"}]
+MOST_IN_ROOT = 10  # folders, and files
+LONGEST = 450  # lines of a file outside the kernels
+FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 
-def part_of(path: Path) -> str:
-    relative = path.relative_to(ROOT).with_suffix("")
-    return relative.parts[0] if relative.parts[0] == "kernels" else relative.parts[1]
+def name_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_parts(path: Path) -> set[str]:
-    parts = set()
+def room_of(module: str) -> str:
+    """The folder under engine, the command, or kernels."""
+    first, *rest = module.split(".")
+    return first if first == "kernels" or not rest else rest[0]
+
+
+FILES = {name_of(path): path for folder in ("engine", "kernels") for path in (ROOT / folder).rglob("*.py")}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of this house that a file imports, wherever in it. `from package import name` means the module of that name
+    where there is one, else the package."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            dotted = [alias.name for alias in node.names]
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            dotted = [node.module] if node.module != "engine" else [f"engine.{alias.name}" for alias in node.names]
-        else:
-            continue
-        for name in dotted:
-            first, _, rest = name.partition(".")
-            if first == "kernels":
-                parts.add("kernels")
-            elif first == "engine" and rest:
-                parts.add(rest.partition(".")[0])
-    return parts
+            assert node.level == 0, f"{path}: imports are absolute here"
+            members = {alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {member if member in FILES else node.module for member in members.values()}
+    return {module for module in found if module in FILES}
 
 
-def arrows() -> list[tuple[str, str, Path]]:
-    files = [*(ROOT / "engine").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")]
-    return [
-        (part_of(path), target, path)
-        for path in files
-        if part_of(path) != "__init__"
-        for target in imported_parts(path)
-        if target != part_of(path)
-    ]
+ARROWS = {module: imported(path) - {module} for module, path in FILES.items()}
 
 
-def test_every_part_has_a_place():
-    floors = set().union(*FLOORS)
-    assert {part for part, _, _ in arrows()} <= floors | LEAVES
-    assert not floors & LEAVES
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """One circle among the arrows, or nothing."""
+    try:
+        TopologicalSorter(arrows).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_every_room_has_a_floor():
+    rooms = {room_of(module) for module in FILES} - {"engine"}
+    assert rooms == set(FLOOR_OF)
 
 
 def test_imports_point_down():
-    floor_of = {part: number for number, parts in enumerate(FLOORS) for part in parts}
     wrong = [
-        f"{path.relative_to(ROOT)} imports {target}"
-        for part, target, path in arrows()
-        if part in floor_of and target in floor_of and floor_of[target] < floor_of[part]
+        f"{module} imports {target}"
+        for module, targets in ARROWS.items()
+        for target in targets
+        if room_of(module) != room_of(target) and FLOOR_OF[room_of(target)] <= FLOOR_OF[room_of(module)]
     ]
     assert not wrong
 
 
-def test_leaves_stay_leaves():
-    wrong = [
-        f"{path.relative_to(ROOT)} imports {target}"
-        for part, target, path in arrows()
-        if part in LEAVES and target not in LEAVES_MAY_USE.get(part, set()) | {"errors", "durable"}
-    ]
-    assert not wrong
+def test_no_circle_between_files():
+    assert not circle(ARROWS)
 
 
-def test_kernels_know_nothing_of_the_engine():
-    assert all(part != "kernels" for part, _, _ in arrows())
+def test_circles_are_found():
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
+    assert not circle({"a": {"b", "c"}, "b": {"c"}})
+
+
+def test_the_root_can_be_taken_in_at_a_glance():
+    entries = [path for path in (ROOT / "engine").iterdir() if path.name != "__pycache__"]
+    assert sum(path.is_dir() for path in entries) <= MOST_IN_ROOT
+    assert sum(path.is_file() for path in entries) <= MOST_IN_ROOT
+
+
+@pytest.mark.parametrize("module", sorted(module for module in FILES if room_of(module) != "kernels"))
+def test_no_file_is_too_full(module: str):
+    assert len(FILES[module].read_text().splitlines()) <= LONGEST

@@ -15,11 +15,15 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from engine import checkpoint, dist, evals, studies, study, train
-from engine.errors import BadInput
-from engine.log import read_metrics
+from engine import evals, studies, study
+from engine.core import dist
+from engine.core.errors import BadInput
 from engine.studies import Arm, Study, grid, report
 from engine.studies.report import Judged, Outcome
+from engine.training import checkpoint
+from engine.training.build import build
+from engine.training.log import read_metrics
+from engine.training.parts import prepare
 
 ROOT = Path(__file__).parents[1]
 LOWSHOT = studies.get("lowshot")
@@ -95,8 +99,8 @@ def test_all_arms_see_the_same_images_crops_and_masks():
         for seed, arms in of_seed.items()
     ]
     for run in chain(*runs):
-        parts = train.prepare(run.plan, ranks)
-        state = train.build(parts, 0, None)
+        parts = prepare(run.plan, ranks)
+        state = build(parts, 0, None)
         loader = parts.loader(state)
         steps = [(next(loader), state.method.draw(parts.draws(0, step))) for step in range(2)]
         loader.close()

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from engine import weights
 from engine.data.pipeline import eval_batches
 from engine.data.sources import open_images
-from engine.log import TIME_FIELDS, read_metrics
+from engine.model import weights
+from engine.training.log import TIME_FIELDS, read_metrics
 
 ROOT = Path(__file__).parents[1]
 FAST = (

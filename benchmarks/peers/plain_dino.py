@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from engine.methods.clustering import DistillationSettings
 from engine.methods.dino import Dino
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 
 class Block(timm_vit.Block):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 
 MANIFEST = "manifest.json"
 

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.core.errors import BadInput
 from engine.data import screen
-from engine.errors import BadInput
 
 ACCEPTED = ", ".join(suffix[1:] for suffix in screen.SUFFIXES)
 

@@ -23,6 +23,7 @@ from nvidia.dali import Pipeline, fn, math, pipeline_def, types
 from nvidia.dali.data_node import DataNode
 from torch import Tensor
 
+from engine.core.errors import BadInput
 from engine.data import screen
 from engine.data.augment import (
     AUTOCONTRAST,
@@ -41,7 +42,6 @@ from engine.data.augment import (
     view_uniforms,
 )
 from engine.data.sources import ImageSet, check_bad, substitutes, usable_cpus
-from engine.errors import BadInput
 
 __all__ = [
     "Augmentation",

@@ -1,7 +1,7 @@
 """Which images there are: lists a source, screens it once, and says what is read in place of a bad file.
 
-Image folders are listed by `engine.data.listing`, published sets by `engine.data.archives`. Sets with objects have
-readers of their own, `engine.data.coco` and `engine.data.voc`, which are screened here, too.
+Image folders are listed by `engine.data.listing`, published sets by `engine.data.sets.archives`. Sets with objects have
+readers of their own, `engine.data.annotated.coco` and `engine.data.annotated.voc`, which are screened here, too.
 """
 
 import hashlib
@@ -13,9 +13,10 @@ from typing import Literal
 
 import numpy as np
 
-from engine.data import archives, cache, digits, listing, scenes, screen
+from engine.core.errors import BadInput
+from engine.data import cache, listing, screen
 from engine.data.listing import File, Listing
-from engine.errors import BadInput
+from engine.data.sets import archives, digits, scenes
 
 SCREEN_VERSION = 1  # rises when screening judges differently, so that old verdicts are not reused
 BAD_LIMIT = 0.001
@@ -67,7 +68,7 @@ def open_images(
 
     Args:
         source: None or "digits" for the embedded set with classes, "scenes" for the training images of the one with objects,
-            without labels; NAME:DIR for a published set that lies in DIR (`engine.data.archives`
+            without labels; NAME:DIR for a published set that lies in DIR (`engine.data.sets.archives`
             says which); else a folder: train/CLASS/* and val/CLASS/* (images may lie deeper), or any folder of images
             without labels, searched with its subfolders. Files of other suffixes than jpg, jpeg, png, webp, bmp, tif and
             tiff are passed over, and so are hidden ones.

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from engine.core.errors import BadInput
 from engine.data.sources import ImageSet
-from engine.errors import BadInput
 
 
 def subset(images: ImageSet, ids: np.ndarray | Tensor) -> ImageSet:

@@ -24,15 +24,15 @@ from typing import Any
 
 import torch
 
-from engine.data import annotations
+from engine.core.errors import BadInput
+from engine.data.annotated import opening as annotations
 from engine.data.sources import BAD_LIMIT, ImageSet, open_images
-from engine.errors import BadInput
 from engine.evals import protocols as _protocols
 from engine.evals.course import Course
 from engine.evals.features import Encoder, Features, Tokens, check_tokens, encoder_of, raw_pixels
 from engine.evals.result import Result, over_seeds
 from engine.evals.subject import Subject
-from engine.vit import VisionTransformer
+from engine.model.vit import VisionTransformer
 
 __all__ = [
     "ALL", "KINDS", "Course", "Encoder", "Features", "Result", "Sets", "Subject", "Tokens", "check", "encode", "evaluate",

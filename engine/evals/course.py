@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals.result import Result
 
 Pairing = tuple[str, str]  # weights, protocol

@@ -15,18 +15,18 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
-from engine import optim
-from engine.data import dense
+from engine.core import optim
+from engine.core.draws import seed_of
+from engine.core.errors import BadInput
+from engine.data.annotated import dense
+from engine.data.annotated.jitter import Example, Jitter, back, fit, jittered
+from engine.data.annotated.objects import ObjectSet
 from engine.data.augment import epoch_order
-from engine.data.jitter import Example, Jitter, back, fit, jittered
-from engine.data.objects import ObjectSet
-from engine.detection import Form, create, undecayed
-from engine.draws import seed_of
-from engine.errors import BadInput
 from engine.evals import training
+from engine.evals.detection import Form, create, undecayed
+from engine.evals.metrics.coco_ap import RECALL, Found, Precision, Truth, coco_ap, encoded
 from engine.evals.subject import Subject
-from engine.metrics.coco_ap import RECALL, Found, Precision, Truth, coco_ap, encoded
-from engine.vit import VisionTransformer
+from engine.model.vit import VisionTransformer
 
 BETAS = (0.9, 0.999)
 KINDS = ("box", "mask")
@@ -206,7 +206,7 @@ def fitted(
         looks: judge after each so many epochs as well; 0 for the end alone.
 
     Raises:
-        BadInput: an image or a mask cannot be read, or as `engine.detection.create`; `training.Diverged` where the loss did.
+        BadInput: an image or a mask cannot be read, or as `detection.create`; `training.Diverged` where the loss did.
     """
     device, size = subject.device, recipe.form.size
     model = create(encoder, len(train.categories), recipe.form, seed_of(seed, "detector"))

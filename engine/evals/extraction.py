@@ -27,13 +27,13 @@ from rich.progress import track
 from torch import Tensor
 
 import kernels
-from engine import dist
+from engine.core import dist
+from engine.core.durable import flush, write_file
+from engine.core.errors import BadInput
 from engine.data import cache as user_cache
 from engine.data.pipeline import eval_batches
 from engine.data.sources import ImageSet
 from engine.data.subsets import subset
-from engine.durable import flush, write_file
-from engine.errors import BadInput
 from engine.evals.features import TOKENS, Encoder, Features, Tokens, check_tokens
 
 SHARD = 8  # batches: after so many, what is written survives a crash

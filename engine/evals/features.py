@@ -14,8 +14,8 @@ import torch
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from engine.errors import BadInput
-from engine.vit import VisionTransformer
+from engine.core.errors import BadInput
+from engine.model.vit import VisionTransformer
 
 _ROWS = 65_536  # looked at together: features may be mapped from a file larger than memory
 

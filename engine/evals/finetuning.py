@@ -16,18 +16,18 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tyro.conf import Suppress
 
-from engine import vit, weights
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
 from engine.data.pipeline import TrainLoader, eval_batches
 from engine.data.sources import ImageSet
-from engine.draws import Draws
-from engine.errors import BadInput
 from engine.evals.subject import Subject
 from engine.evals.training import progress
 from engine.methods import supervised
 from engine.methods.base import Labels
+from engine.model import vit, weights
+from engine.model.vit import VisionTransformer
 from engine.recipes.supervised import SMALL, fine_tuned
-from engine.step import Update
-from engine.vit import VisionTransformer
+from engine.training.step import Update
 
 RECIPES = ("auto", "mae", "small")
 ALL_BLOCKS = -1.0

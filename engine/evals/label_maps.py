@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from sklearn.decomposition import PCA
 
-from engine.data.objects import BACKGROUND, VOID
+from engine.data.annotated.objects import BACKGROUND, VOID
 
 _NAMED = 20  # classes beyond this would overlap in a legend
 _BARS = 40

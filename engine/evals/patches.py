@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data import dense
-from engine.data.dense import Frame
-from engine.data.objects import VOID, ObjectSet
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated import dense
+from engine.data.annotated.dense import Frame
+from engine.data.annotated.objects import VOID, ObjectSet
 from engine.evals.subject import LAYERS, Subject
 
 PUBLISHED_SIDE = 224  # a set whose images are smaller is not enlarged to it

@@ -13,17 +13,17 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
-from engine import optim
-from engine.data import crops, dense
-from engine.data.objects import VOID, ObjectSet, SemanticSet
-from engine.draws import seed_of
-from engine.errors import BadInput
+from engine.core import optim
+from engine.core.draws import seed_of
+from engine.core.errors import BadInput
+from engine.data.annotated import crops, dense
+from engine.data.annotated.objects import VOID, ObjectSet, SemanticSet
 from engine.evals import label_maps, training
+from engine.evals.metrics.confusion import SegmentationCounts, class_iou, mean_iou
 from engine.evals.result import Result
+from engine.evals.segmentation.heads import pixel_loss, resize
+from engine.evals.segmentation.sliding import slide
 from engine.evals.subject import Subject
-from engine.metrics.confusion import SegmentationCounts, class_iou, mean_iou
-from engine.segmentation.heads import pixel_loss, resize
-from engine.segmentation.sliding import slide
 
 OURS = (
     "ours, for the embedded scenes: crops with few pixels of the background are preferred, and digits are not mirrored, which "

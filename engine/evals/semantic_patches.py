@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data import dense
-from engine.data.dense import Frame
-from engine.data.objects import VOID, SemanticSet
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated import dense
+from engine.data.annotated.dense import Frame
+from engine.data.annotated.objects import VOID, SemanticSet
 from engine.evals import patches
+from engine.evals.metrics.confusion import SegmentationCounts
 from engine.evals.subject import Subject
-from engine.metrics.confusion import SegmentationCounts
 
 Predict = Callable[[Tensor], Tensor]  # features fp32 [m, C] -> labels int64 [m]
 

@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from engine.core.errors import BadInput
 from engine.data.sources import ImageSet
-from engine.errors import BadInput
 from engine.evals.extraction import extract
 from engine.evals.features import Encoder, Features
-from engine.tokens import Packed, View
-from engine.vit import VisionTransformer
+from engine.model.tokens import Packed, View
+from engine.model.vit import VisionTransformer
 
 LAYERS = ("norm", "keys")
 

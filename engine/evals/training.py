@@ -1,6 +1,6 @@
 """Training something on top of an encoder, or with it, to judge it: one loop for classifiers, segmenters and detectors.
 
-What is trained here is judged and thrown away, so there are no checkpoints; `engine.loop` is for what is kept.
+What is trained here is judged and thrown away, so there are no checkpoints; `engine.training.loop` is for what is kept.
 """
 
 import sys
@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from engine.errors import BadInput
-from engine.optim import set_lr
+from engine.core.errors import BadInput
+from engine.core.optim import set_lr
 
 
 class Diverged(BadInput):
@@ -48,7 +48,7 @@ def train(
     Args:
         batches: endless, or at least `steps` long.
         loss_of: the loss of a batch, a scalar with gradients.
-        optimiser: of `engine.optim.adamw`, whose groups know their peak lr.
+        optimiser: of `engine.core.optim.adamw`, whose groups know their peak lr.
         share_of_peak: of the learning rate at a step.
         title: of the progress bar, and of messages.
         precision: "bf16" for autocast.

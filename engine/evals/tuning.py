@@ -6,7 +6,7 @@ path at the best of it.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 
 DROP_PATHS = (0.0, 0.1, 0.2, 0.3)
 

@@ -4,10 +4,10 @@ import importlib
 import inspect
 import pkgutil
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.methods.base import Method
 
-SHARED = ("base", "clustering")  # what methods have in common, no methods themselves
+SHARED = ("base", "clustering", "parts")  # what methods have in common, no methods themselves
 
 
 def names() -> list[str]:

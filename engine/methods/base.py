@@ -13,15 +13,15 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from engine.collapse import Collapse
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import CLIP_OVER, OPTIMIZERS, SCHEDULES, Group, Moment
 from engine.data.pipeline import Augmentation, Batch
 from engine.data.sources import ImageSet
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import BatchNorm, Classifier, UnitPrototypes
-from engine.optim import CLIP_OVER, OPTIMIZERS, SCHEDULES, Group, Moment
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.methods.parts.collapse import Collapse
+from engine.model.heads import BatchNorm, Classifier, UnitPrototypes
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import dist, masking
-from engine.collapse import usage
+from engine.core import dist, masking
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.pipeline import Augmentation
 from engine.data.sources import ImageSet
-from engine.draws import Draws
-from engine.errors import BadInput
 from engine.methods.base import Method, StageSettings
 from engine.methods.ibot import TRIES_AT_ONCE, Masked
-from engine.optim import Group, scaled_lr, with_decay
-from engine.tokenizers import Codebook, DiscreteVae
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.methods.parts.collapse import usage
+from engine.methods.parts.tokenizers import Codebook, DiscreteVae
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 CODEBOOK_FILE, CODEBOOK_PICTURE = "codebook.safetensors", "codebook.png"
 UNDECAYED = ("encoder.cls_token", "encoder.pos_embed")  # beside biases and norms, as released

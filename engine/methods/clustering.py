@@ -11,14 +11,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from engine.collapse import CHOICES, Collapse, across_views
+from engine.core.errors import BadInput
+from engine.core.optim import Group, cosine, ramp, scaled_lr, with_decay
 from engine.data.pipeline import Augmentation, multi_crop
-from engine.errors import BadInput
-from engine.heads import Teacher, head_flops
 from engine.methods.base import Method, StageSettings
-from engine.optim import Group, cosine, ramp, scaled_lr, with_decay
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.methods.parts.collapse import CHOICES, Collapse, across_views
+from engine.model.heads import Teacher, head_flops
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class Clustering(Method):
         """What the student's views learn of the targets that these scores make; the centre sees the scores.
 
         Args:
-            views, skip_same: as for `engine.collapse.across_views`.
+            views, skip_same: as for `engine.methods.parts.collapse.across_views`.
 
         Returns:
             The mean cross-entropy, what is added to the loss against collapse, and what is to be logged.

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.heads import DinoHead, Teacher
 from engine.methods.clustering import Distillation, DistillationSettings
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.model.heads import DinoHead, Teacher
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from engine import masking
-from engine.draws import Draws
-from engine.heads import head_flops
+from engine.core import masking
+from engine.core.draws import Draws
+from engine.core.optim import Group, ramp, root_scaled_lr, with_decay
 from engine.methods.ibot import Ibot, Masked
 from engine.methods.ibot import Settings as IbotSettings
-from engine.optim import Group, ramp, root_scaled_lr, with_decay
+from engine.model.heads import head_flops
 
 
 @dataclass(frozen=True)

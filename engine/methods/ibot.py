@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine import masking
-from engine.collapse import cross_entropy, usage
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import DinoHead, Teacher, head_flops
+from engine.core import masking
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
 from engine.methods.clustering import Distillation, DistillationSettings
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.methods.parts.collapse import cross_entropy, usage
+from engine.model.heads import DinoHead, Teacher, head_flops
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 MASKINGS = ("blocks", "random")
 TRIES_AT_ONCE = 8

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 import kernels
+from engine.core.draws import Draws
+from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.pipeline import Augmentation, minimal
-from engine.draws import Draws
-from engine.heads import Decoder
 from engine.methods.base import Method, StageSettings
-from engine.optim import Group, scaled_lr, with_decay
-from engine.tokens import View, random_masking
-from engine.vit import VisionTransformer
+from engine.model.heads import Decoder
+from engine.model.tokens import View, random_masking
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

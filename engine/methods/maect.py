@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.errors import BadInput
-from engine.heads import head_flops
+from engine.core.errors import BadInput
+from engine.core.optim import Group, move_average, scaled_lr, with_decay
 from engine.methods.base import Method
 from engine.methods.nnclr import DroppingSettings, Nnclr
-from engine.optim import Group, move_average, scaled_lr, with_decay
-from engine.tokens import Packed
-from engine.vit import VisionTransformer
+from engine.model.heads import head_flops
+from engine.model.tokens import Packed
+from engine.model.vit import VisionTransformer
 
 FROZEN = {"same": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.collapse import cross_entropy, usage
-from engine.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
+from engine.core.draws import Draws
 from engine.data.pipeline import Augmentation
-from engine.draws import Draws
-from engine.heads import DinoHead, PixelDecoder, Teacher, WeightNormed, head_flops
 from engine.methods.clustering import Distillation, DistillationSettings
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.methods.parts.collapse import cross_entropy, usage
+from engine.methods.parts.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
+from engine.model.heads import DinoHead, PixelDecoder, Teacher, WeightNormed, head_flops
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

@@ -12,16 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import dist
+from engine.core import dist
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.pipeline import Augmentation, multi_crop
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import BatchNorm, Queue, head_flops, predictor, projector
 from engine.methods.base import Method
 from engine.methods.nnclr import NeighbourSettings
-from engine.optim import Group, scaled_lr, with_decay
-from engine.tokens import Packed, View
-from engine.vit import VisionTransformer, initialise
+from engine.model.heads import BatchNorm, Queue, head_flops, predictor, projector
+from engine.model.tokens import Packed, View
+from engine.model.vit import VisionTransformer, initialise
 
 LARGE = 2  # views whose projections are queries
 

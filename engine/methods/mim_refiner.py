@@ -4,11 +4,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.core.optim import Group, scaled_lr, with_decay
 from engine.methods.mim_heads import MimHeads
 from engine.methods.mim_heads import Settings as HeadSettings
-from engine.optim import Group, scaled_lr, with_decay
-from engine.vit import VisionTransformer
+from engine.model.vit import VisionTransformer
 
 PREFIX = ("encoder.cls_token", "encoder.reg_token")  # without weight decay, as in MIM-Refiner
 

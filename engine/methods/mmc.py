@@ -16,15 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from engine import dist
-from engine.collapse import cross_entropy
-from engine.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
-from engine.draws import Draws
-from engine.heads import DinoHead, PixelDecoder, Teacher, contrast_projector, head_flops
+from engine.core import dist
+from engine.core.draws import Draws
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.ibot import Masked
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.methods.parts.collapse import cross_entropy
+from engine.methods.parts.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
+from engine.model.heads import DinoHead, PixelDecoder, Teacher, contrast_projector, head_flops
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 READINGS = ("patch_same", "cls_to_patch")
 

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from engine import dist
+from engine.core import dist
+from engine.core.optim import Group, cosine, scaled_lr
 from engine.data.pipeline import Augmentation, two_views
-from engine.heads import Teacher, head_flops, normed_mlp
 from engine.methods.base import Method, StageSettings
-from engine.optim import Group, cosine, scaled_lr
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.model.heads import Teacher, head_flops, normed_mlp
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

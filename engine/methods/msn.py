@@ -11,16 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import dist
-from engine.collapse import Collapse
+from engine.core import dist
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Group, linear, with_decay
 from engine.data.pipeline import Augmentation
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import BatchNorm, Teacher, head_flops
 from engine.methods.clustering import Distillation, DistillationSettings
-from engine.optim import Group, linear, with_decay
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.methods.parts.collapse import Collapse
+from engine.model.heads import BatchNorm, Teacher, head_flops
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

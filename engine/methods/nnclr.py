@@ -13,15 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from engine import dist
+from engine.core import dist
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.pipeline import Augmentation, Batch, two_views
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import Queue, head_flops, predictor, projector
 from engine.methods.base import Method, StageSettings
-from engine.optim import Group, scaled_lr, with_decay
-from engine.tokens import View, random_masking
-from engine.vit import VisionTransformer
+from engine.model.heads import Queue, head_flops, predictor, projector
+from engine.model.tokens import View, random_masking
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

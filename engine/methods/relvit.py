@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.pipeline import Augmentation, minimal
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import Classifier, head_flops
 from engine.methods.base import LabelledSettings, Labels, Method
-from engine.optim import Group, scaled_lr, with_decay
-from engine.patch_augmentation import PatchSettings, arrange, draw_patches
-from engine.relations import DirectionHead, MapHead, PlaceHead, angles, distances
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.methods.parts.patch_augmentation import PatchSettings, arrange, draw_patches
+from engine.methods.parts.relations import DirectionHead, MapHead, PlaceHead, angles, distances
+from engine.model.heads import Classifier, head_flops
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 TERMS = ("relation", "position", "distance", "angle", "class")
 

@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.pipeline import Augmentation, minimal
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import PixelDecoder, head_flops
 from engine.methods.base import Method, StageSettings
-from engine.optim import Group, scaled_lr, with_decay
-from engine.tokens import View, random_masking
-from engine.vit import VisionTransformer
+from engine.model.heads import PixelDecoder, head_flops
+from engine.model.tokens import View, random_masking
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
-from engine import mixing
+from engine.core.draws import Draws
+from engine.core.optim import Group, by_layer, decays_as_listed, scaled_lr
 from engine.data.augment import MAX_OPERATIONS
 from engine.data.pipeline import Augmentation, minimal
-from engine.draws import Draws
-from engine.heads import Classifier, MultiLabelClassifier, head_flops
 from engine.methods.base import LabelledSettings, Labels, Method
-from engine.optim import Group, by_layer, decays_as_listed, scaled_lr
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.methods.parts import mixing
+from engine.model.heads import Classifier, MultiLabelClassifier, head_flops
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import dist
-from engine.collapse import Targets, across_views
-from engine.heads import Queue, UnitPrototypes, head_flops, swav_projector
+from engine.core import dist
 from engine.methods.clustering import Clustering, ClusteringSettings
-from engine.tokens import View
-from engine.vit import VisionTransformer
+from engine.methods.parts.collapse import Targets, across_views
+from engine.model.heads import Queue, UnitPrototypes, head_flops, swav_projector
+from engine.model.tokens import View
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

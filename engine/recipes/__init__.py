@@ -8,7 +8,7 @@ import importlib
 from types import ModuleType
 
 from engine import methods
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.recipes.base import Recipe
 
 __all__ = ["Recipe", "preset_for", "recipe"]

@@ -12,7 +12,7 @@ class Recipe:
     Attributes:
         source: where the numbers come from, in words.
         stages: (method name, settings) in order.
-        encoder: overrides for `engine.vit.create`.
+        encoder: overrides for `engine.model.vit.create`.
     """
 
     source: str

@@ -6,7 +6,7 @@ image sizes, so those two rows were not run as C stands. On which of Flowers-102
 
 from typing import Any, NamedTuple
 
-from engine.data import archives
+from engine.data.sets import archives
 
 
 class SmallSet(NamedTuple):
@@ -27,7 +27,7 @@ class SmallSet(NamedTuple):
 
     @property
     def encoder(self) -> dict[str, Any]:
-        """Overrides for `engine.vit.create`."""
+        """Overrides for `engine.model.vit.create`."""
         return {"img_size": [self.image_size, self.image_size], "patch_size": self.patch_size}
 
 

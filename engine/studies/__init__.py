@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 
 _NOT_STUDIES = {"grid", "judge", "report"}
 

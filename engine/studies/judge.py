@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from engine import evals
+from engine.core.errors import BadInput
 from engine.data.sources import ImageSet
-from engine.errors import BadInput
 from engine.evals import report
 from engine.evals.features import Encoder
 from engine.studies import Study

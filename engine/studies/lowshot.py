@@ -6,7 +6,7 @@ Its recipes and numbers were not found: arms, sizes and settings are ours, and s
 
 from dataclasses import fields
 
-from engine.corruption import CorruptionSettings
+from engine.methods.parts.corruption import CorruptionSettings
 from engine.studies import Arm, Study
 
 ARMS = (

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from engine.durable import write_file
+from engine.core.durable import write_file
 from engine.studies import Study
 
 # Okabe and Ito's palette, which people who confuse colours can tell apart; each with a marker and a label of its own.

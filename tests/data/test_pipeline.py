@@ -11,10 +11,10 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from timm.data.auto_augment import AugmentOp, rand_augment_choices
 
+from engine.core.errors import BadInput
 from engine.data import pipeline, sources
 from engine.data.augment import OPERATIONS, Augmentation, drawn_operations, view_parameters, view_uniforms
 from engine.data.pipeline import TrainLoader, byol_views, each_once, eval_batches, minimal
-from engine.errors import BadInput
 from tests.data.corpus import HOSTILE, picture, png_bytes, write_hostile, write_photos
 
 SIZE = (32, 32)

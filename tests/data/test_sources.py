@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from engine.core.errors import BadInput
 from engine.data import screen, sources
-from engine.errors import BadInput
 from tests.data.corpus import HOSTILE, picture, write_hostile, write_photos
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from engine.core.errors import BadInput
 from engine.data.sources import ImageSet, open_images
 from engine.data.subsets import few_per_class, subset
-from engine.errors import BadInput
 from engine.evals.protocols import lowshot
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from engine import dist
+from engine.core import dist
 from engine.data.sources import open_images
 from engine.evals import extraction
 from engine.evals.features import Encoder

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from pycocotools import mask as runs
 
-from engine.data import coco
-from engine.data.dense import normalised
+from engine.data.annotated import coco
+from engine.data.annotated.dense import normalised
 
 COLOURS = ((128, 110, 100), (250, 20, 20), (20, 250, 20), (20, 20, 250), (250, 250, 20))
 PATCH = 8

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from engine import eval as command
-from engine import vit, weights
-from engine.data import clips, scenes
+from engine.data.annotated import clips
+from engine.data.sets import scenes
+from engine.model import vit, weights
 
 MODEL = "random:vit_micro_patch8_32"
 KEPT = {"train": 8, "val": 4}

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from engine import eval as command
-from engine import evals, vit, weights
-from engine.errors import BadInput
+from engine import evals
+from engine.core.errors import BadInput
 from engine.evals import Course
+from engine.model import vit, weights
 
 ROOT = Path(__file__).parents[2]
 FEW = ("attentive", "cluster", "knn", "propagation")

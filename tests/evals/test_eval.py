@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from engine import eval as command
-from engine import evals, vit, weights
+from engine import evals
+from engine.core.errors import BadInput
 from engine.data.sources import open_images
-from engine.errors import BadInput
+from engine.model import vit, weights
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from PIL import Image
 
-from engine import vit
+from engine.core.errors import BadInput
 from engine.data.sources import open_images
-from engine.errors import BadInput
 from engine.evals import extraction, features
 from engine.evals.extraction import extract
 from engine.evals.features import Encoder, Features, encoder_of, raw_pixels
+from engine.model import vit
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals import patches
 from engine.evals.features import encoder_of
 from engine.evals.subject import Subject
-from engine.vit import create
+from engine.model.vit import create
 from tests.evals.painted import paint
 
 

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from engine import evals
-from engine.data import annotations, clips
+from engine.data.annotated import clips
+from engine.data.annotated import opening as annotations
 from engine.evals.protocols import prompt, similarity
-from engine.vit import create
+from engine.model.vit import create
 from tests.data.published import write_ade20k, write_coco_stuff, write_davis
 from tests.evals.painted import COLOURS, Eye
 

@@ -18,11 +18,11 @@ from rich.console import Console
 
 from engine import eval as command
 from engine import evals
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.core.flags import read, written
 from engine.evals import Features, Result, charts, report
 from engine.evals.report import content, environment, figures, markdown, page
 from engine.evals.result import over_seeds
-from engine.flags import read, written
 
 
 def pair(name: str, seed: int = 0) -> tuple[Features, Features]:

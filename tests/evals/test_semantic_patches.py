@@ -6,13 +6,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import mode
 
-from engine.data.dense import Frame
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated.dense import Frame
 from engine.evals import semantic_patches
 from engine.evals.features import encoder_of
+from engine.evals.metrics.confusion import pixel_accuracy
 from engine.evals.subject import Subject
-from engine.metrics.confusion import pixel_accuracy
-from engine.vit import create
+from engine.model.vit import create
 from tests.evals.painted import paint
 
 VOID = 255

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals.features import encoder_of
 from engine.evals.subject import Subject
-from engine.vit import create
+from engine.model.vit import create
 
 
 @pytest.fixture(params=["token", "avg"])

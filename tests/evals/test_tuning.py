@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals.tuning import DROP_PATHS, Trial, search
 
 

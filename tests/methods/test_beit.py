@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import methods, vit
-from engine.config import parse
+from engine import methods
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
 from engine.data.sources import open_images
 from engine.data.subsets import subset
-from engine.draws import Draws
-from engine.errors import BadInput
 from engine.methods.beit import Beit, Settings
+from engine.methods.parts.tokenizers import Codebook, DiscreteVae
+from engine.model import vit
 from engine.recipes import recipe
-from engine.step import Update
-from engine.tokenizers import Codebook, DiscreteVae
+from engine.training.config import parse
+from engine.training.step import Update
 from tests.methods.small import small
 from tests.methods.test_mae import patchify
 from tests.saved import content

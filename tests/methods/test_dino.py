@@ -8,18 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import methods, vit
-from engine.collapse import CHOICES
-from engine.config import parse
+from engine import methods
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Moment
 from engine.data.augment import byol_views
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import DinoHead, WeightNormed
 from engine.methods.dino import Dino, Settings
-from engine.optim import Moment
+from engine.methods.parts.collapse import CHOICES
+from engine.model import vit
+from engine.model.heads import DinoHead, WeightNormed
 from engine.recipes import recipe
-from engine.step import Update
 from engine.train import compile_regions
+from engine.training.config import parse
+from engine.training.step import Update
 from tests.methods.small import small
 from tests.methods.test_mae import plain_block
 

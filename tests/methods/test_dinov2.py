@@ -12,14 +12,15 @@ import torch.distributed as td
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from engine import methods, vit
-from engine.config import parse
-from engine.draws import Draws
-from engine.errors import BadInput
+from engine import methods
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Moment
 from engine.methods.dinov2 import Dinov2, Settings, koleo
-from engine.optim import Moment
+from engine.model import vit
 from engine.recipes import recipe
-from engine.step import Update
+from engine.training.config import parse
+from engine.training.step import Update
 from tests.methods.test_ibot import assert_same_gradients, crops, drawn, plain_losses, plain_tokens
 from tests.methods.test_ibot import make as make_ibot
 

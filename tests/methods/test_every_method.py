@@ -6,11 +6,12 @@ import pytest
 import timm
 import torch
 
-from engine import methods, recipes, vit, weights
+from engine import methods, recipes
+from engine.core.draws import Draws
 from engine.data.sources import open_images
-from engine.draws import Draws
 from engine.methods.base import Labels, Method
-from engine.step import Update
+from engine.model import vit, weights
+from engine.training.step import Update
 from tests.methods.small import small
 from tests.saved import content
 

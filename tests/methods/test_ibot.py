@@ -7,21 +7,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import methods, vit, weights
-from engine.collapse import CHOICES
-from engine.config import parse
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import DinoHead
+from engine import methods
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Moment
 from engine.methods.ibot import Ibot, Masked, Settings
-from engine.optim import Moment
+from engine.methods.parts.collapse import CHOICES
+from engine.model import vit, weights
+from engine.model.heads import DinoHead
 from engine.recipes import recipe
-from engine.step import Update
+from engine.training.config import parse
+from engine.training.step import Update
+from tests.methods.parts.test_collapse import published_sinkhorn
 from tests.methods.small import small
 from tests.methods.test_dino import plain_head
 from tests.methods.test_mae import plain_block
 from tests.saved import content
-from tests.test_collapse import published_sinkhorn
 
 SMALL = small(Settings, epochs=4, augmentation="minimal", target_temperature_epochs=0)
 

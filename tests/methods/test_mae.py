@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine import vit
-from engine.draws import Draws
+from engine.core.draws import Draws
 from engine.methods.mae import Mae, Settings
+from engine.model import vit
 from engine.recipes import recipe
 
 SETTINGS = Settings(epochs=1, batch_size=4, decoder_dim=64, decoder_depth=2, decoder_heads=2)

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from engine import vit
-from engine.draws import Draws
+from engine.core.draws import Draws
 from engine.methods.maect import Maect, Settings
 from engine.methods.nnclr import Nnclr
 from engine.methods.nnclr import Settings as NnclrSettings
+from engine.model import vit
 from engine.recipes import recipe
 
 SMALL = {

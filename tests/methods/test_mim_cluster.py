@@ -10,16 +10,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from engine import methods, vit
-from engine.collapse import CHOICES
-from engine.config import parse
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import DinoHead, PixelDecoder
+from engine import methods
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Moment
 from engine.methods.mim_cluster import MimCluster, Settings
-from engine.optim import Moment
+from engine.methods.parts.collapse import CHOICES
+from engine.model import vit
+from engine.model.heads import DinoHead, PixelDecoder
 from engine.recipes import recipe
-from engine.step import Update
+from engine.training.config import parse
+from engine.training.step import Update
 from tests.methods.small import small
 from tests.methods.test_dino import plain_cls
 from tests.methods.test_ibot import plain_distribution, plain_spread, plain_tokens

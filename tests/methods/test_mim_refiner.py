@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import vit
-from engine.draws import Draws
-from engine.errors import BadInput
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
 from engine.methods.mim_heads import LARGE, MimHeads
 from engine.methods.mim_heads import Settings as HeadSettings
 from engine.methods.mim_refiner import MimRefiner, Settings
+from engine.model import vit
 from engine.recipes import recipe
 from tests.methods.test_nnclr import plain_head
 

@@ -10,22 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import methods, vit
-from engine.collapse import CHOICES
-from engine.config import parse
-from engine.corruption import corrupt
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import BatchNorm, contrast_projector
+from engine import methods
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Moment
 from engine.methods.mmc import Mmc, Settings, masked_patches
-from engine.optim import Moment
+from engine.methods.parts.collapse import CHOICES
+from engine.methods.parts.corruption import corrupt
+from engine.model import vit
+from engine.model.heads import BatchNorm, contrast_projector
 from engine.recipes import recipe
-from engine.step import Update
+from engine.training.config import parse
+from engine.training.step import Update
+from tests.methods.parts.test_collapse import published_sinkhorn
 from tests.methods.small import small
 from tests.methods.test_dino import plain_head
 from tests.methods.test_nnclr import plain_head as plain_projector
 from tests.saved import content
-from tests.test_collapse import published_sinkhorn
 
 SMALL = small(Settings, epochs=4, augmentation="minimal", target_temperature_epochs=0, largest_block=0.5)
 TERMS = ("contrast", "pixel", "distil")

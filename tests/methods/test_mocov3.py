@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import dist, vit
-from engine.config import parse
+from engine.core import dist
+from engine.core.errors import BadInput
+from engine.core.optim import Moment
 from engine.data.augment import byol_views, minimal
-from engine.errors import BadInput
-from engine.heads import BatchNorm, normed_mlp
 from engine.methods.mocov3 import Mocov3, Settings
-from engine.optim import Moment
+from engine.model import vit
+from engine.model.heads import BatchNorm, normed_mlp
 from engine.recipes import recipe
-from engine.step import Update
+from engine.training.config import parse
+from engine.training.step import Update
 from tests.methods.small import small
 from tests.methods.test_dino import plain_cls
 from tests.saved import content

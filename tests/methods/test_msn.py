@@ -12,16 +12,16 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import vit
-from engine.collapse import CHOICES
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import BatchNorm
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Moment
 from engine.methods.msn import Msn, Settings
-from engine.optim import Moment
+from engine.methods.parts.collapse import CHOICES
+from engine.model import vit
+from engine.model.heads import BatchNorm
+from engine.model.vit import VisionTransformer
 from engine.recipes import recipe
-from engine.step import Update
-from engine.vit import VisionTransformer
+from engine.training.step import Update
 from tests.methods.small import small
 from tests.methods.test_mae import plain_block
 

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import vit
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
 from engine.data.pipeline import Batch
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import BatchNorm, Queue, projector
 from engine.methods.nnclr import Nnclr, Settings
+from engine.model import vit
+from engine.model.heads import BatchNorm, Queue, projector
+from engine.model.tokens import View
 from engine.recipes import recipe
-from engine.tokens import View
 
 SETTINGS = Settings(
     epochs=1, batch_size=8, projector_hidden=32, predictor_hidden=48, embedding=16, queue_size=32, temperature=0.15

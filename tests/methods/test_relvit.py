@@ -12,16 +12,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine import config, patch_augmentation, vit
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
 from engine.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
-from engine.draws import Draws
-from engine.errors import BadInput
 from engine.methods.base import Labels
+from engine.methods.parts import patch_augmentation
+from engine.methods.parts.patch_augmentation import arrange, draw_patches, join, recolour, split, zoom
+from engine.methods.parts.relations import angles, distances
 from engine.methods.relvit import Relvit, Settings
-from engine.patch_augmentation import arrange, draw_patches, join, recolour, split, zoom
+from engine.model import vit
 from engine.recipes import recipe
 from engine.recipes.small_data import SETS
-from engine.relations import angles, distances
+from engine.training import config
 from kernels import relation
 
 PLAIN = {"patch_zoom": 1.0, "patch_jitter": 0.0, "patch_grayscale": 0.0}

@@ -9,14 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import pictures, train, vit
-from engine.config import parse
-from engine.draws import Draws
-from engine.errors import BadInput
+from engine import train
+from engine.core import pictures
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
 from engine.methods.simmim import Settings, Simmim
+from engine.model import vit
 from engine.recipes import recipe
-from engine.state import TrainState
-from engine.step import Update
+from engine.training import pictures as run_pictures
+from engine.training.config import parse
+from engine.training.state import TrainState
+from engine.training.step import Update
 from tests.methods.small import small
 from tests.methods.test_mae import plain_block
 from tests.saved import content
@@ -227,6 +230,6 @@ def test_pictures_show_predictions_as_they_are(tmp_path: Path, monkeypatch: pyte
         ranks=SimpleNamespace(device=CPU),
         precision="fp32",
     )
-    train._draw_pictures(parts, TrainState(method, Update(method, 8), 0, 0, []), tmp_path)
+    run_pictures.draw(parts, TrainState(method, Update(method, 8), 0, 0, []), tmp_path)
     assert seen == [False]
     assert {path.name for path in tmp_path.iterdir()} == {"1-simmim-reconstructions.png", "1-simmim-patch-pca.png"}

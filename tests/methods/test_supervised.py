@@ -16,16 +16,18 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor
 from torch.nn import functional as F
 
-from engine import mixing, train, vit
+from engine import train
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
 from engine.data.pipeline import eval_batches
 from engine.data.sources import open_images
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import Classifier
 from engine.methods.base import Labels
+from engine.methods.parts import mixing
 from engine.methods.supervised import Settings, Supervised
+from engine.model import vit
+from engine.model.heads import Classifier
 from engine.recipes import recipe
-from engine.step import Update
+from engine.training.step import Update
 
 LABELS = Labels(torch.tensor([2, 0, 1, 1, 2, 0, 0, 1]), ("ant", "bee", "cow"))
 RUN = (

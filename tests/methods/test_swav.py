@@ -7,19 +7,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import vit
-from engine.collapse import CHOICES
-from engine.config import parse
-from engine.draws import Draws
-from engine.errors import BadInput
-from engine.heads import UnitPrototypes, swav_projector
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.core.optim import Group, Larc, Moment
+from engine.methods.parts.collapse import CHOICES
 from engine.methods.swav import Settings, Swav
-from engine.optim import Group, Larc, Moment
+from engine.model import vit
+from engine.model.heads import UnitPrototypes, swav_projector
 from engine.recipes import recipe
-from engine.step import Update
+from engine.training.config import parse
+from engine.training.step import Update
+from tests.methods.parts.test_collapse import published_sinkhorn
 from tests.methods.small import small
 from tests.methods.test_nnclr import plain_head
-from tests.test_collapse import published_sinkhorn
 
 SMALL = small(Settings, epochs=4, augmentation="minimal", queue_size=0, local_crops=3)
 BATCH = SMALL["batch_size"]

@@ -18,11 +18,15 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint, config, dist, methods, train
+from engine import methods
+from engine.core import dist
+from engine.core.errors import BadInput
 from engine.data.subsets import subset
-from engine.errors import BadInput
 from engine.methods.base import StageSettings
-from engine.state import TrainState, position, restore, to_host
+from engine.training import checkpoint, config
+from engine.training.build import build
+from engine.training.parts import Parts, prepare
+from engine.training.state import TrainState, position, restore, to_host
 from tests.methods.small import small
 
 IMAGES, BATCH, EPOCHS, POISONED_STEP = 104, 8, 4, 5  # 13 steps an epoch: step 10 is inside one, step 20 in the next
@@ -47,12 +51,12 @@ def reduced(stage: str, settings: StageSettings, given: dict[str, float]) -> Sta
         return settings
 
 
-def parts_of(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> train.Parts:
+def parts_of(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> Parts:
     given = {name: json.loads(value) for name, value in (pair.split("=") for pair in chosen.set)}
     plan = config.parse(["--method", method, "--threads", "1", *(["--compile"] if chosen.compile else [])])
     stages = tuple((name, reduced(name, settings, given)) for name, settings in plan.stages)
     encoder = plan.encoder | {"depth": 2, "drop_path": chosen.drop_path}
-    parts = train.prepare(replace(plan, stages=stages, encoder=encoder), ranks)
+    parts = prepare(replace(plan, stages=stages, encoder=encoder), ranks)
     spaced = torch.linspace(0, len(parts.train_images) - 1, IMAGES).long()
     parts.train_images = subset(parts.train_images, spaced)
     per_epoch = {stage.index: IMAGES // stage.images_per_step for stage in parts.stages}
@@ -63,18 +67,18 @@ def parts_of(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> trai
     return parts
 
 
-def fresh(parts: train.Parts, seed: int, anew: bool = True) -> TrainState:
+def fresh(parts: Parts, seed: int, anew: bool = True) -> TrainState:
     """The method's own stage at its first step, after its untrained earlier stages; not `anew`, as a checkpoint's content is put
     into it."""
     torch.manual_seed(seed)
     parts.encoder.initialise()
     state = None
     for stage in parts.stages:
-        state = train.build(parts, stage.index, state.method if state else None, anew=anew)
+        state = build(parts, stage.index, state.method if state else None, anew=anew)
     return state
 
 
-def steps(parts: train.Parts, state: TrainState, last: int, poison: bool) -> list[dict]:
+def steps(parts: Parts, state: TrainState, last: int, poison: bool) -> list[dict]:
     ranks, record, loader = parts.ranks, [], parts.loader(state)
     first = state.step
     for step in range(first, last):
@@ -112,7 +116,7 @@ def controls(tensors: dict[str, dict[str, torch.Tensor]]) -> dict[str, Callable[
     return found
 
 
-def differs(parts: train.Parts, tensors: dict, where: dict, last: int, end: dict) -> bool:
+def differs(parts: Parts, tensors: dict, where: dict, last: int, end: dict) -> bool:
     """Whether a run from this content ends elsewhere; refusing it counts, too."""
     state = fresh(parts, 1, anew=False)
     try:
@@ -130,7 +134,7 @@ def drive(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> None:
         state = fresh(parts, 0)
     else:
         tensors, where = checkpoint.newest(chosen.load / method, print)
-        state = train.build(parts, where["stage"], None, anew=False)
+        state = build(parts, where["stage"], None, anew=False)
         restore(state, tensors, where)
         assert state.step == chosen.first
     assert state.method.name == method

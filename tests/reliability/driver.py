@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from engine import checkpoint, methods
+from engine import methods
+from engine.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 METHODS = methods.names()

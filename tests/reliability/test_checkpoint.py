@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine import checkpoint
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.training import checkpoint
 
 ROOT = Path(__file__).parents[2]
 

@@ -22,7 +22,7 @@ from timm.optim import Lars
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals.features import Features, Labelled, check_labelled, number_of_classes, threads_for
 from engine.evals.protocols.linear import schedule
 from engine.evals.result import Result

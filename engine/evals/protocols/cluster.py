@@ -21,7 +21,7 @@ from sklearn.metrics.cluster import contingency_matrix
 from torch.nn.functional import normalize
 from tyro.conf import Suppress
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals.features import Features, Labelled, as_numpy, check_labelled, threads_for
 from engine.evals.result import Result
 

@@ -1,9 +1,10 @@
 """Detection and instance segmentation: a Mask R-CNN on the encoder, all of it fine-tuned, judged by COCO's AP of boxes and masks.
 
-After Li et al. 2021, "Benchmarking Detection Transfer Learning with Vision Transformers" (arXiv 2111.11429): its numbers for COCO
-are the preset "benchmark". Those of ViTDet (Li et al. 2022, arXiv 2203.16527), as in detectron2, are "vitdet". Neither was run
-on COCO here. What differs from them: torchvision's Mask R-CNN (see `engine.detection`), batch norm over one process, and boxes to
-learn that lie around the masks. With `tune`, learning rate, weight decay and drop path are first searched as the benchmark does.
+After Li et al. 2021, "Benchmarking Detection Transfer Learning with Vision Transformers" (arXiv 2111.11429): its numbers for
+COCO are the preset "benchmark". Those of ViTDet (Li et al. 2022, arXiv 2203.16527), as in detectron2, are "vitdet". Neither was
+run on COCO here. What differs from them: torchvision's Mask R-CNN (see `engine.evals.detection`), batch norm over one process,
+and boxes to learn that lie around the masks. With `tune`, learning rate, weight decay and drop path are first searched as the
+benchmark does.
 
 AP belongs to a set of images, not to one, so there are no samples per image.
 """
@@ -14,18 +15,18 @@ from typing import Any
 import numpy as np
 from tyro.conf import Suppress
 
+from engine.core.draws import seed_of
+from engine.core.errors import BadInput
+from engine.data.annotated.objects import ObjectSet
 from engine.data.augment import epoch_order
-from engine.data.objects import ObjectSet
-from engine.detection import Form, check_encoder, initialise_as_beit
-from engine.draws import seed_of
-from engine.errors import BadInput
 from engine.evals import detecting, tuning
 from engine.evals.detecting import Recipe
+from engine.evals.detection import Form, check_encoder, initialise_as_beit
 from engine.evals.result import BEST_EPOCH, LAST_EPOCH, Result
 from engine.evals.subject import Subject
 from engine.evals.training import Diverged
 from engine.evals.tuning import Trial
-from engine.vit import VisionTransformer
+from engine.model.vit import VisionTransformer
 
 READS, WANTS = "masks", "model"
 PRESETS = ("scenes", "benchmark", "vitdet")

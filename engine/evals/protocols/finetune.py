@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from engine.core.errors import BadInput
 from engine.data.sources import ImageSet
 from engine.data.subsets import subset
-from engine.errors import BadInput
 from engine.evals import finetuning
 from engine.evals.features import Labelled, check_labelled, number_of_classes
 from engine.evals.protocols import lowshot

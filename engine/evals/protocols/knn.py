@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 import kernels
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals.charts import confusion
 from engine.evals.features import Features, Labelled, check_labelled, number_of_classes
 from engine.evals.result import Result

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from tyro.conf import Suppress
 
+from engine.core.errors import BadInput
 from engine.data.subsets import class_orders, listed
-from engine.errors import BadInput
 from engine.evals import logistic
 from engine.evals.features import Features, Labelled, as_numpy, check_labelled, class_counts
 from engine.evals.result import Result

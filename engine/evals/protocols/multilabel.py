@@ -26,11 +26,11 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 from tyro.conf import Suppress
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals import logistic
 from engine.evals.features import Features, as_numpy
+from engine.evals.metrics.average_precision import average_precision, class_mean, curve
 from engine.evals.result import Result
-from engine.metrics.average_precision import average_precision, class_mean, curve
 
 READS = "objects"
 CLASSIFIERS = {"svm": "SVM", "logistic": "logistic"}

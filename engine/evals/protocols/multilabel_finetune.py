@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 
-from engine.data.objects import ObjectSet
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated.objects import ObjectSet
 from engine.evals import finetuning
+from engine.evals.metrics.average_precision import average_precision, class_mean
 from engine.evals.result import Result
 from engine.evals.subject import Subject
 from engine.methods.base import Labels
-from engine.metrics.average_precision import average_precision, class_mean
 
 READS, WANTS = "objects", "model"
 

@@ -1,10 +1,10 @@
 """Multi-label low-shot: logistic regression per class on frozen features of a few images that show each class a few times.
 
 A proposal: no published protocol was found, so nothing here compares with published figures. Three draws of fixed seeds; images
-are drawn greedily until each class is shown 1, 2 or 5 times (`engine.data.greedy`), or are 1 % or 10 % of the training set at
-random. The images of each draw are in the result, by path, and lists of others are taken by `files`. All that a draw shows is
-used: an image drawn for one class is labelled for all of them. A class that a draw shows never, or always, has no classifier; it
-is left out of that draw's mean and named.
+are drawn greedily until each class is shown 1, 2 or 5 times (`engine.data.annotated.greedy`), or are 1 % or 10 % of the
+training set at random. The images of each draw are in the result, by path, and lists of others are taken by `files`. All that a
+draw shows is used: an image drawn for one class is labelled for all of them. A class that a draw shows never, or always, has no
+classifier; it is left out of that draw's mean and named.
 
 Rows are L2-normalised, and the lambda is MOCA's for ImageNet; as in single-label low-shot, others are reported beside it.
 
@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.data.greedy import few_positives
+from engine.core.errors import BadInput
+from engine.data.annotated.greedy import few_positives
 from engine.data.subsets import listed
-from engine.errors import BadInput
 from engine.evals import logistic
 from engine.evals.features import Features
+from engine.evals.metrics.average_precision import FORMS, average_precision, class_mean
 from engine.evals.protocols.lowshot import draw_curve
 from engine.evals.protocols.multilabel import (
     PREPROCESSING,
@@ -35,7 +36,6 @@ from engine.evals.protocols.multilabel import (
     with_ones,
 )
 from engine.evals.result import Result
-from engine.metrics.average_precision import FORMS, average_precision, class_mean
 
 READS = "objects"
 

@@ -29,16 +29,16 @@ from skimage.filters import threshold_otsu
 from torch import Tensor
 from tyro.conf import Suppress
 
-from engine.data import dense
-from engine.data.dense import Frame
-from engine.data.objects import ObjectSet
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated import dense
+from engine.data.annotated.dense import Frame
+from engine.data.annotated.objects import ObjectSet
 from engine.evals import patches
+from engine.evals.metrics.boundary import f, j
+from engine.evals.metrics.overlap import Scores, auroc, average_precision
 from engine.evals.patches import Shown
 from engine.evals.result import Result
 from engine.evals.subject import Subject
-from engine.metrics.boundary import f, j
-from engine.metrics.overlap import Scores, auroc, average_precision
 
 WANTS, READS = "model", "masks"
 SOURCE = "proposal after arXiv 2308.11448, not a reproduction: the paper's numbers were not found"

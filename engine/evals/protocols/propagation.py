@@ -7,11 +7,11 @@ the first and the previous frames, by cosine similarity and not far from its own
 Frames become 480 pixels high (their short side), the long side is rounded down to a multiple of 64 pixels, whichever patch size
 divides that; a patch size that does not takes multiples of itself, which is ours. Smaller frames, as those of the embedded clips,
 keep their short side. Resizing is bilinear without antialiasing, as in the released code. That one divides red by .228 where
-encoders are trained with .229; `red_std` chooses. Position embeddings are those that `engine.vit` interpolates (bicubic).
+encoders are trained with .229; `red_std` chooses. Position embeddings are those that `engine.model.vit` interpolates (bicubic).
 
-J, F and their statistics are `engine.metrics.video`'s. Beside them stand what the first mask scores if nothing moves, and what
-the true masks of all frames score after they went through the patch grid and this read-out: masks of whole patches, which means
-of several may surpass a little.
+J, F and their statistics are `engine.evals.metrics.video`'s. Beside them stand what the first mask scores if nothing moves, and
+what the true masks of all frames score after they went through the patch grid and this read-out: masks of whole patches, which
+means of several may surpass a little.
 
 Shapes: T frames, H x W pixels of a frame as stored, h x w patches of the input made of it, N = h * w, C width, K objects,
 M = K + 1 with the background, F frames to take masks from.
@@ -34,14 +34,14 @@ from torch.nn import functional
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from engine.data import dense
-from engine.data.davis import Video, VideoSet
+from engine.core.errors import BadInput
+from engine.data.annotated import dense
+from engine.data.annotated.davis import Video, VideoSet
 from engine.data.pipeline import IMAGENET_STD
-from engine.errors import BadInput
 from engine.evals.features import threads_for
+from engine.evals.metrics import video as metric
 from engine.evals.result import Result
 from engine.evals.subject import Subject
-from engine.metrics import video as metric
 
 READS = "video"
 WANTS = "model"

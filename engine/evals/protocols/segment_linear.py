@@ -7,12 +7,12 @@ and iBOT's (Zhou et al. 2021, arXiv 2111.07832; released configurations for ADE2
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from engine import optim
-from engine.data.objects import SemanticSet
+from engine.core import optim
+from engine.data.annotated.objects import SemanticSet
 from engine.evals import segmenting
 from engine.evals.result import Result
+from engine.evals.segmentation.heads import LinearHead, OnFrozen, taps
 from engine.evals.subject import Subject
-from engine.segmentation.heads import LinearHead, OnFrozen, taps
 
 READS, WANTS = "semantic", "model"
 

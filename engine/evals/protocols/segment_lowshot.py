@@ -1,10 +1,10 @@
 """Low-shot semantic segmentation: logistic regression on the frozen patches of a few images in which each class occurs.
 
-A proposal: no published protocol was found, so nothing here compares with published figures. Images are drawn greedily until each
-class occurs in 1, 2 or 5 of them (`engine.data.greedy`), or are 1 % or 10 % of the training set at random; mean and deviation are
-over three draws of fixed seeds. A class occurs in an image if a patch has it; the background is left out of the rule, and so are
-classes that occur in too few images of the whole set. All labelled patches of a drawn image are used. The images of each draw are
-in the result, by path, and lists of others are taken by `files`.
+A proposal: no published protocol was found, so nothing here compares with published figures. Images are drawn greedily until
+each class occurs in 1, 2 or 5 of them (`engine.data.annotated.greedy`), or are 1 % or 10 % of the training set at random; mean
+and deviation are over three draws of fixed seeds. A class occurs in an image if a patch has it; the background is left out of
+the rule, and so are classes that occur in too few images of the whole set. All labelled patches of a drawn image are used. The
+images of each draw are in the result, by path, and lists of others are taken by `files`.
 
 Patches, features and the judging at the pixels are those of `segment_patches`, but there is nothing to choose C on: it is fixed,
 and others are reported beside it.
@@ -18,16 +18,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine.data.greedy import few_positives
-from engine.data.objects import BACKGROUND, VOID, SemanticSet
+from engine.core.errors import BadInput
+from engine.data.annotated.greedy import few_positives
+from engine.data.annotated.objects import BACKGROUND, VOID, SemanticSet
 from engine.data.subsets import listed
-from engine.errors import BadInput
 from engine.evals import segmenting, semantic_patches
+from engine.evals.metrics.confusion import mean_iou
 from engine.evals.protocols.lowshot import draw_curve
 from engine.evals.protocols.segment_patches import fitted, pictures
 from engine.evals.result import Result
 from engine.evals.subject import Subject
-from engine.metrics.confusion import mean_iou
 
 READS, WANTS = "semantic", "model"
 

@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from tyro.conf import Suppress
 
-from engine.data import dense
-from engine.data.objects import VOID, SemanticSet
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated import dense
+from engine.data.annotated.objects import VOID, SemanticSet
 from engine.evals import label_maps, logistic, segmenting, semantic_patches
 from engine.evals.features import Features
+from engine.evals.metrics.confusion import class_iou, confusion, mean_iou
 from engine.evals.protocols import knn
 from engine.evals.result import Result
 from engine.evals.subject import Subject
-from engine.metrics.confusion import class_iou, confusion, mean_iou
 
 READS, WANTS = "semantic", "model"
 HELD_OUT = 10  # one image in so many

@@ -6,13 +6,13 @@ sources give for ViT-B. MAE's relative positions, added at transfer only, are le
 
 from dataclasses import asdict, dataclass
 
-from engine import optim
-from engine.data.objects import SemanticSet
-from engine.errors import BadInput
+from engine.core import optim
+from engine.core.errors import BadInput
+from engine.data.annotated.objects import SemanticSet
 from engine.evals import segmenting
 from engine.evals.result import Result
+from engine.evals.segmentation.upernet import SCALES, UPerNet
 from engine.evals.subject import Subject
-from engine.segmentation.upernet import SCALES, UPerNet
 
 READS, WANTS = "semantic", "model"
 AUXILIARY_WEIGHT = 0.4

@@ -21,12 +21,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tyro.conf import Suppress
 
-from engine.data.objects import ObjectSet
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated.objects import ObjectSet
 from engine.evals import patches
+from engine.evals.metrics.overlap import BIN, Scores, auroc, d_prime, equal_error, histogram, overlap
 from engine.evals.result import Result
 from engine.evals.subject import Subject
-from engine.metrics.overlap import BIN, Scores, auroc, d_prime, equal_error, histogram, overlap
 
 WANTS, READS = "model", "masks"
 SOURCE = "proposal after arXiv 2308.11448, not a reproduction: the paper's numbers were not found"

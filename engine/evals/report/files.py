@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from engine.durable import write_folder
-from engine.errors import BadInput
+from engine.core.durable import write_folder
+from engine.core.errors import BadInput
 from engine.evals.features import Features
 from engine.evals.report import markdown, page, pictures
 from engine.evals.report.content import Content, content

@@ -13,14 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from engine import eval as command
-from engine import evals, vit, weights
+from engine import evals
+from engine.core.errors import BadInput
 from engine.data import cache as user_cache
 from engine.data.sources import open_images
-from engine.errors import BadInput
 from engine.evals import extraction, features
 from engine.evals.extraction import extract
 from engine.evals.features import Features, Tokens, encoder_of, raw_pixels
 from engine.evals.protocols import attentive, linear
+from engine.model import vit, weights
 
 CLASSES, WIDTH = 6, 24
 

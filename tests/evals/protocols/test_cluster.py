@@ -8,7 +8,7 @@ import pytest
 import torch
 from sklearn.metrics import silhouette_samples
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals.features import Features
 from engine.evals.protocols import cluster
 

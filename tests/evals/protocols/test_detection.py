@@ -11,18 +11,19 @@ import torch
 from PIL import Image
 from torch import nn
 
-from engine import evals, vit
-from engine.data import coco
-from engine.data.jitter import fit
-from engine.detection import Form
-from engine.errors import BadInput
+from engine import evals
+from engine.core.errors import BadInput
+from engine.data.annotated import coco
+from engine.data.annotated.jitter import fit
 from engine.evals import detecting
 from engine.evals.detecting import Recipe
+from engine.evals.detection import Form
 from engine.evals.features import encoder_of, raw_pixels
+from engine.evals.metrics.coco_ap import coco_ap
 from engine.evals.protocols import detection
 from engine.evals.subject import Subject
 from engine.evals.training import Diverged
-from engine.metrics.coco_ap import coco_ap
+from engine.model import vit
 
 COLOURS = {"red": (220, 40, 40), "green": (40, 200, 60), "blue": (50, 60, 220)}
 TINY = Form(

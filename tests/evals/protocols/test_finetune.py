@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from engine import vit
+from engine.core.errors import BadInput
 from engine.data.sources import open_images
-from engine.errors import BadInput
 from engine.evals import Subject, encoder_of, finetuning, raw_pixels
 from engine.evals.protocols import finetune, multilabel_finetune
-from engine.heads import Classifier, MultiLabelClassifier
 from engine.methods.base import Labels
+from engine.model import vit
+from engine.model.heads import Classifier, MultiLabelClassifier
 from engine.recipes.supervised import fine_tuned
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from sklearn.neighbors import KNeighborsClassifier
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals.features import Features
 from engine.evals.protocols import knn
 

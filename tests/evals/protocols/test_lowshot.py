@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals.features import Features
 from engine.evals.protocols import lowshot
 

@@ -11,8 +11,8 @@ from sklearn.model_selection import cross_val_score
 from sklearn.svm import LinearSVC
 
 from engine import evals
-from engine.data import annotations
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated import opening as annotations
 from engine.evals import logistic
 from engine.evals.features import Features
 from engine.evals.protocols import multilabel

@@ -9,9 +9,9 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score
 
 from engine import evals
-from engine.data import annotations
-from engine.data.greedy import few_positives
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated import opening as annotations
+from engine.data.annotated.greedy import few_positives
 from engine.evals.features import Features
 from engine.evals.protocols import multilabel, multilabel_lowshot
 

@@ -10,10 +10,10 @@ from skimage.filters import threshold_otsu
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from engine import evals
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.evals.metrics.boundary import f, j
 from engine.evals.protocols import prompt
-from engine.metrics.boundary import f, j
-from engine.vit import create
+from engine.model.vit import create
 from tests.evals.painted import Eye, paint
 
 ALL = slice(None)

@@ -9,13 +9,14 @@ from PIL import Image
 from torch.nn import functional
 
 from engine import eval as command
-from engine import evals, vit
-from engine.data import clips, davis, dense
-from engine.errors import BadInput
+from engine import evals
+from engine.core.errors import BadInput
+from engine.data.annotated import clips, davis, dense
 from engine.evals import Subject, encoder_of, raw_pixels
+from engine.evals.metrics import video as metric
 from engine.evals.protocols import propagation
 from engine.evals.protocols.propagation import Settings
-from engine.metrics import video as metric
+from engine.model import vit
 from tests.data.published import write_davis
 
 

@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from engine.data import crops, dense
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated import crops, dense
 from engine.evals import segmenting
 from engine.evals.features import encoder_of
+from engine.evals.metrics.confusion import confusion, mean_iou
 from engine.evals.protocols import segment_linear
 from engine.evals.protocols.segment_linear import RECIPES, Settings, check, evaluate
+from engine.evals.segmentation.heads import LinearHead, OnFrozen
 from engine.evals.subject import Subject
-from engine.metrics.confusion import confusion, mean_iou
-from engine.segmentation.heads import LinearHead, OnFrozen
-from engine.vit import create
+from engine.model.vit import create
 from tests.evals.painted import paint
 
 HALVES = ((slice(0, 64), slice(0, 32)), (slice(0, 32), slice(32, 64)))

@@ -8,11 +8,11 @@ from matplotlib.figure import Figure
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from engine.data.dense import Frame
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated.dense import Frame
 from engine.evals import semantic_patches
+from engine.evals.metrics.confusion import SegmentationCounts
 from engine.evals.protocols import segment_lowshot as low
-from engine.metrics.confusion import SegmentationCounts
 from tests.evals.painted import paint
 from tests.evals.protocols.test_segment_patches import Seeing, micro, objects, spoilt
 

@@ -12,13 +12,13 @@ from sklearn.neighbors import KNeighborsClassifier
 from sklearn.preprocessing import StandardScaler
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from engine.data import dense
-from engine.data.dense import Frame
-from engine.errors import BadInput
+from engine.core.errors import BadInput
+from engine.data.annotated import dense
+from engine.data.annotated.dense import Frame
 from engine.evals.features import encoder_of, raw_pixels
 from engine.evals.protocols import segment_patches as sp
 from engine.evals.subject import Subject
-from engine.vit import create
+from engine.model.vit import create
 from tests.evals.painted import Eye, paint
 
 

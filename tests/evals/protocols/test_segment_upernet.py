@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals.features import encoder_of
 from engine.evals.protocols.segment_upernet import AUXILIARY_WEIGHT, RECIPES, Settings, evaluate, groups
+from engine.evals.segmentation.upernet import UPerNet
 from engine.evals.subject import Subject
-from engine.segmentation.upernet import UPerNet
-from engine.vit import create
+from engine.model.vit import create
 from tests.evals.painted import paint
 
 HALVES = ((slice(0, 64), slice(0, 32)), (slice(0, 32), slice(32, 64)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.errors import BadInput
+from engine.core.errors import BadInput
 from engine.evals.protocols import similarity
 from engine.evals.protocols.similarity import BACKGROUND, Group, across, compare, groups, within
 from tests.evals.painted import Eye, paint

@@ -1,0 +1,175 @@
+"""Ranks and collectives: the only place that talks to torch.distributed.
+
+A single process is world size 1 of the same code: every function below then returns its input. Gradients flow through
+`all_gather` and `all_reduce`; with gradients averaged over ranks (DDP) they add up to those of one large batch.
+"""
+
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as td
+from torch import Tensor, nn
+
+from engine.core.errors import BadInput
+from engine.core.host_memory import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is, and the device it computes on."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def rows(self, global_batch: int) -> slice:
+        """This rank's rows of a global batch."""
+        share = global_batch // self.world
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+
+def start(device: str = "auto") -> Ranks:
+    """Join the process group that `torchrun` describes in the environment, or be alone; make the process ready for it.
+
+    Args:
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+
+    Raises:
+        BadInput: the device is not one of these, or not on this machine.
+    """
+    if device not in ("auto", "cpu", "cuda"):
+        raise BadInput(f"--device {device} is unknown; choose auto, cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda was asked for, but torch sees no CUDA device; choose auto or cpu.")
+    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if kind == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise BadInput(f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}.")
+        torch.cuda.set_device(local_rank)
+    else:
+        keep_freed_memory()
+    if world > 1:
+        td.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    rank = td.get_rank() if world > 1 else 0
+    return Ranks(rank, world, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if td.is_initialized():
+        td.destroy_process_group()
+
+
+def world_size() -> int:
+    return td.get_world_size() if td.is_initialized() else 1
+
+
+def rank() -> int:
+    return td.get_rank() if td.is_initialized() else 0
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        td.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        td.all_reduce(grad)
+        return grad
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        out = x.new_empty((world_size() * x.shape[0], *x.shape[1:]))
+        td.all_gather(list(out.chunk(world_size())), x.contiguous())
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous().clone()
+        td.all_reduce(grad)
+        return grad.chunk(world_size())[rank()]
+
+
+def all_reduce(x: Tensor) -> Tensor:
+    """Sum of `x` over ranks; differentiable."""
+    return _AllReduce.apply(x) if world_size() > 1 else x
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Rows of all ranks, in rank order: [b, ...] -> [world * b, ...]; differentiable."""
+    return _AllGather.apply(x) if world_size() > 1 else x
+
+
+@torch.no_grad()
+def all_true(flag: Tensor) -> Tensor:
+    """A boolean scalar that is true where it is true on every rank. Stays on the device: no host sync."""
+    if world_size() == 1:
+        return flag
+    agreed = flag.to(torch.int32)
+    td.all_reduce(agreed, op=td.ReduceOp.MIN)
+    return agreed.bool()
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is up on any rank; all ranks get the same answer. Waits for the device."""
+    if world_size() == 1:
+        return flag
+    seen = torch.tensor(int(flag), device=device)
+    td.all_reduce(seen, op=td.ReduceOp.MAX)
+    return bool(seen.item())
+
+
+def group() -> td.ProcessGroup | None:
+    """All ranks, for what wants a process group; None when alone."""
+    return td.group.WORLD if world_size() > 1 else None
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        td.barrier()
+
+
+def share(value: object) -> object:
+    """Rank 0's value (JSON-like) on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    td.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def union(values: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Every rank's values without repeats, sorted: the same list on every rank."""
+    parts: list[list[tuple[str, ...]] | None] = [list(values)]
+    if world_size() > 1:
+        parts = [None] * world_size()
+        td.all_gather_object(parts, list(values))
+    return sorted({value for part in parts for value in part})
+
+
+def parallel(module: nn.Module) -> nn.Module:
+    """The module with gradients averaged over ranks; itself when alone or without anything to train."""
+    if world_size() == 1 or not any(p.requires_grad for p in module.parameters()):
+        return module
+    return nn.parallel.DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def without_sync(module: nn.Module) -> AbstractContextManager:
+    """Accumulate gradients locally: for all but the last micro-batch of a step."""
+    return module.no_sync() if isinstance(module, nn.parallel.DistributedDataParallel) else nullcontext()

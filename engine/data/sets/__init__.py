@@ -1,0 +1,1 @@
+"""Embedded sets and published small ones, and the readers of their archives."""

@@ -1,0 +1,395 @@
+"""What sits on the backbone during pre-training: the MAE decoder, projectors, predictor and prototypes, the queue of keys, and
+the teacher that follows them.
+
+Shapes: B images, N patches of an image, V visible and M masked ones, C encoder width, D decoder width, P patch size,
+R rows, K prototypes, E width of the bottleneck.
+"""
+
+from copy import deepcopy
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import kernels
+from engine.core import dist
+from engine.core.optim import move_average
+from engine.model.tokens import Packed
+from engine.model.vit import Block, VisionTransformer, initialise, sincos_positions
+
+
+class Decoder(nn.Module):
+    """The MAE decoder (He et al. 2022, section 3): visible tokens back in place, mask tokens elsewhere, blocks, pixels.
+
+    Parameter names are those of the published MAE files. Only masked patches get a prediction, since only they have a loss.
+
+    Args:
+        width: encoder width C.
+        grid: patches of an image, (rows, columns).
+        prefix: tokens before the patches; they pass through the blocks and are dropped at the end.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        grid: tuple[int, int],
+        patch_size: int,
+        prefix: int,
+        dim: int = 512,
+        depth: int = 8,
+        heads: int = 16,
+    ):
+        super().__init__()
+        self.prefix = prefix
+        self.decoder_embed = nn.Linear(width, dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
+        positions_ND = sincos_positions(dim, grid)
+        self.decoder_pos_embed = nn.Parameter(
+            torch.cat([positions_ND.new_zeros(prefix, dim), positions_ND])[None], requires_grad=False
+        )
+        self.decoder_blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.decoder_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.decoder_pred = nn.Linear(dim, patch_size**2 * 3)
+        initialise(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent_BLC: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
+        """[B, prefix + V, C] -> predicted pixels [B, M, P*P*3] of the masked patches, in the order of `masked_BM`."""
+        packed = Packed.pack([self.assemble(latent_BLC, visible_BV)])
+        tokens_TD, cu_seqlens = packed.tokens_TC, packed.layout.cu_seqlens(latent_BLC.device)
+        for block in self.decoder_blocks:
+            tokens_TD = block(tokens_TD, cu_seqlens, packed.layout.max_seqlen)
+        return self.predict(tokens_TD, masked_BM)
+
+    def assemble(self, latent_BLC: Tensor, visible_BV: Tensor) -> Tensor:
+        """Every token of the image in its place, with positions: [B, prefix + N, D]."""
+        tokens_BLD = self.decoder_embed(latent_BLC)
+        prefix_BpD, patches_BVD = tokens_BLD[:, : self.prefix], tokens_BLD[:, self.prefix :]
+        patches = self.decoder_pos_embed.shape[1] - self.prefix
+        rows_BVD = visible_BV[..., None].expand(-1, -1, patches_BVD.shape[-1])
+        full_BND = self.mask_token.to(tokens_BLD.dtype).repeat(len(latent_BLC), patches, 1)
+        full_BND = full_BND.scatter(1, rows_BVD, patches_BVD)
+        return torch.cat([prefix_BpD, full_BND], 1) + self.decoder_pos_embed
+
+    def predict(self, tokens_TD: Tensor, masked_BM: Tensor) -> Tensor:
+        """Norm and pixels, for the masked patches alone."""
+        tokens_BLD = tokens_TD.view(len(masked_BM), -1, tokens_TD.shape[-1])
+        rows_BMD = (masked_BM + self.prefix)[..., None].expand(-1, -1, tokens_TD.shape[-1])
+        return self.decoder_pred(self.decoder_norm(tokens_BLD.gather(1, rows_BMD)))
+
+    def flops(self, visible: int) -> float:
+        """Operations of one forward pass for one image with `visible` patches: matrix products only."""
+        tokens = self.decoder_pos_embed.shape[1]
+        ends = (self.prefix + visible) * self.decoder_embed.weight.numel()
+        ends += (tokens - self.prefix - visible) * self.decoder_pred.weight.numel()
+        return 2.0 * ends + sum(block.flops(tokens) for block in self.decoder_blocks)
+
+
+class PixelDecoder(nn.Module):
+    """Linear layers of the encoder's width with GELU after each, then one to pixels: a patch from its own token alone (SiT and
+    MC-SSL, whose last layer, a transposed convolution with kernel and stride P, is this one with other names).
+
+    Args:
+        width: encoder width C.
+        layers: linear layers before the last one.
+    """
+
+    def __init__(self, width: int, patch_size: int, layers: int = 2):
+        super().__init__()
+        self.patch_size = patch_size
+        parts = [part for _ in range(layers) for part in (nn.Linear(width, width), nn.GELU())]
+        self.mlp = nn.Sequential(*parts, nn.Linear(width, patch_size**2 * 3))
+        initialise(self)
+
+    def forward(self, tokens_BNC: Tensor) -> Tensor:
+        """Patch tokens [B, N, C] -> pixels [B, N, P*P*3], in the order (row, column, channel)."""
+        return self.mlp(tokens_BNC)
+
+    def images(self, pixels_BNp: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Patches [B, N, P*P*3] of a grid (rows, columns) -> the images [B, 3, H, W] that they make up."""
+        patch = (self.patch_size, self.patch_size, 3)
+        return pixels_BNp.unflatten(2, patch).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+
+class Classifier(nn.Linear):
+    """A linear layer from pooled features to classes, and its loss: cross-entropy with label smoothing (Szegedy et al. 2016,
+    section 7).
+
+    Args:
+        features: encoder width C.
+        classes: how many.
+        smoothing: share of every target that is spread evenly over all classes.
+        std: of the truncated normal that the weight starts from; MAE's fine-tuning takes 2e-5.
+    """
+
+    def __init__(self, features: int, classes: int, smoothing: float = 0.0, std: float = 2e-5):
+        super().__init__(features, classes)
+        self.smoothing = smoothing
+        nn.init.trunc_normal_(self.weight, std=std)
+        nn.init.zeros_(self.bias)
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        """[B, C] of any float dtype -> scores fp32 [B, K]."""
+        with torch.autocast(x_BC.device.type, enabled=False):
+            return super().forward(x_BC.float())
+
+    def targets(self, classes_B: Tensor) -> Tensor:
+        """Classes int64 [B] -> probabilities fp32 [B, K]: 1 - smoothing in the class, and smoothing / K everywhere."""
+        return F.one_hot(classes_B, self.out_features) * (1 - self.smoothing) + self.smoothing / self.out_features
+
+    def loss(self, scores_BK: Tensor, targets_BK: Tensor) -> Tensor:
+        """Mean cross-entropy of scores with targets that sum to 1, smoothed or mixed as they are."""
+        return F.cross_entropy(scores_BK, targets_BK)
+
+
+class MultiLabelClassifier(Classifier):
+    """As Classifier, where an image may show several classes, each judged on its own: binary cross-entropy per class."""
+
+    def targets(self, classes_BK: Tensor) -> Tensor:
+        """int8 [B, K]: 1 present, 0 absent, -1 not to be counted -> the same in fp32, smoothed towards one half."""
+        targets_BK = classes_BK.float()
+        return torch.where(targets_BK < 0, targets_BK, targets_BK * (1 - self.smoothing) + self.smoothing / 2)
+
+    def loss(self, scores_BK: Tensor, targets_BK: Tensor) -> Tensor:
+        """Mean over what counts; 0 where nothing does."""
+        counted_BK = targets_BK >= 0
+        each_BK = F.binary_cross_entropy_with_logits(scores_BK, targets_BK.clamp_min(0), reduction="none")
+        return (each_BK * counted_BK).sum() / counted_BK.sum().clamp_min(1)
+
+
+def head_flops(head: nn.Module) -> float:
+    """Operations of one forward pass of a head for one row: matrix products only."""
+    layers = [layer for layer in head.modules() if isinstance(layer, nn.Linear | WeightNormed)]
+    return 2.0 * sum(layer.in_features * layer.out_features for layer in layers)
+
+
+class BatchNorm(nn.Module):
+    """Batch normalisation over the rows of all ranks, in fp32; state-dict keys of nn.BatchNorm1d.
+
+    Running statistics wait in `pending` until `commit`, so that a skipped update leaves them as they were. Not `affine`, it
+    has neither weight nor bias.
+    """
+
+    def __init__(self, features: int, eps: float = 1e-5, momentum: float = 0.1, affine: bool = True):
+        super().__init__()
+        self.eps, self.momentum = eps, momentum
+        self.weight = nn.Parameter(torch.ones(features)) if affine else None
+        self.bias = nn.Parameter(torch.zeros(features)) if affine else None
+        self.register_buffer("running_mean", torch.zeros(features))
+        self.register_buffer("running_var", torch.ones(features))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.pending: list[tuple[Tensor, Tensor]] = []
+
+    def forward(self, x_BC: Tensor) -> Tensor:
+        with torch.autocast(x_BC.device.type, enabled=False):
+            x_BC = x_BC.float()
+            if not self.training:
+                return F.batch_norm(x_BC, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+            count = len(x_BC) * dist.world_size()
+            mean_C = dist.all_reduce(x_BC.sum(0)) / count
+            centred_BC = x_BC - mean_C
+            var_C = dist.all_reduce(centred_BC.square().sum(0)) / count
+            self.pending.append((mean_C.detach(), var_C.detach() * count / max(1, count - 1)))
+            normal_BC = centred_BC * (var_C + self.eps).rsqrt()
+            return normal_BC if self.weight is None else normal_BC * self.weight + self.bias
+
+    @torch.no_grad()
+    def commit(self, applied: Tensor) -> None:
+        """Move the running statistics by the passes since the last call, if the update was applied."""
+        for mean_C, var_C in self.pending:
+            for running, new in ((self.running_mean, mean_C), (self.running_var, var_C)):
+                running.copy_(torch.where(applied, torch.lerp(running, new, self.momentum), running))
+            self.num_batches_tracked += applied.to(torch.int64)
+        self.pending.clear()
+
+
+def projector(
+    features: int, hidden: int = 2048, out: int = 256, activation: type[nn.Module] = nn.ReLU
+) -> nn.Sequential:
+    """Three bias-free linear layers, batch norm after each, an activation between them (MAE-CT's NNCLR head: ReLU;
+    MIM-Refiner's: GELU)."""
+    return nn.Sequential(
+        nn.Linear(features, hidden, bias=False),
+        BatchNorm(hidden),
+        activation(),
+        nn.Linear(hidden, hidden, bias=False),
+        BatchNorm(hidden),
+        activation(),
+        nn.Linear(hidden, out, bias=False),
+        BatchNorm(out),
+    )
+
+
+def predictor(features: int = 256, hidden: int = 4096, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    """Two bias-free linear layers with batch norm and an activation between them (MAE-CT's NNCLR head: ReLU)."""
+    return nn.Sequential(
+        nn.Linear(features, hidden, bias=False),
+        BatchNorm(hidden),
+        activation(),
+        nn.Linear(hidden, features, bias=False),
+    )
+
+
+def contrast_projector(features: int, hidden: int = 4096, out: int = 256) -> nn.Sequential:
+    """Three linear layers with batch norm after each, the last one not affine; ReLU after the first, GELU after the second (SiT's
+    contrastive head). Biases are left out: the norm after them takes them away.
+    """
+    return nn.Sequential(
+        nn.Linear(features, hidden, bias=False),
+        BatchNorm(hidden),
+        nn.ReLU(),
+        nn.Linear(hidden, hidden, bias=False),
+        BatchNorm(hidden),
+        nn.GELU(),
+        nn.Linear(hidden, out, bias=False),
+        BatchNorm(out, affine=False),
+    )
+
+
+def normed_mlp(*widths: int) -> nn.Sequential:
+    """Linear layers between these widths, batch norm after each, the last one not affine, and ReLU between them (MoCo v3's
+    projector and predictor). Biases are left out: the norm after them takes them away.
+    """
+    layers: list[nn.Module] = []
+    for index, (wide, next_wide) in enumerate(pairwise(widths), 1):
+        last = index == len(widths) - 1
+        layers += [nn.Linear(wide, next_wide, bias=False), BatchNorm(next_wide, affine=not last), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+class WeightNormed(nn.Module):
+    """A linear layer without bias whose rows are g * v / |v| (Salimans & Kingma 2016); state-dict keys of torch's older
+    weight_norm, as published heads have them.
+
+    g starts at 1. It stays there, so that unit inputs give cosines, unless `free_norm` lets it learn.
+    """
+
+    def __init__(self, features: int, prototypes: int, free_norm: bool = False):
+        super().__init__()
+        self.in_features, self.out_features = features, prototypes
+        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=free_norm)
+        self.weight_v = nn.Parameter(nn.Linear(features, prototypes, bias=False).weight.detach())
+
+    def forward(self, x_RE: Tensor) -> Tensor:
+        return F.linear(x_RE, self.weight_g * F.normalize(self.weight_v, dim=1))
+
+
+class DinoHead(nn.Module):
+    """Linear layers with GELU between them, down to a bottleneck; L2 norm; weight-normed prototypes without bias.
+
+    The head of DINO (Caron et al. 2021, appendix C) and iBOT, and with a free norm of DINOv2; their parameter names.
+
+    Args:
+        features: encoder width C.
+        layers: linear layers before the prototypes, at least 1.
+        free_norm: let the prototypes' norms learn (DINO's norm_last_layer=False).
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int = 2048,
+        layers: int = 3,
+        bottleneck: int = 256,
+        prototypes: int = 65536,
+        free_norm: bool = False,
+    ):
+        super().__init__()
+        widths = [features, *(hidden,) * (layers - 1), bottleneck]
+        parts: list[nn.Module] = []
+        for index in range(layers):
+            parts += [nn.Linear(widths[index], widths[index + 1]), nn.GELU()]
+        self.mlp = nn.Sequential(*parts[:-1])
+        for layer in self.mlp[::2]:
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+        self.last_layer = WeightNormed(bottleneck, prototypes, free_norm)
+
+    def forward(self, x_RC: Tensor) -> Tensor:
+        """[R, C] -> scores [R, K]."""
+        return self.last_layer(self.embed(x_RC))
+
+    def embed(self, x_RC: Tensor) -> Tensor:
+        """[R, C] -> unit vectors fp32 [R, E]."""
+        return F.normalize(self.mlp(x_RC).float(), dim=-1)
+
+
+def swav_projector(features: int, hidden: int = 2048, out: int = 128) -> nn.Sequential:
+    """Two linear layers with batch norm and ReLU between them (SwAV's projection head); its output is not normalised yet."""
+    return nn.Sequential(nn.Linear(features, hidden), BatchNorm(hidden), nn.ReLU(), nn.Linear(hidden, out))
+
+
+class UnitPrototypes(nn.Linear):
+    """A linear layer without bias whose rows are brought to length 1 after every update (SwAV)."""
+
+    def __init__(self, features: int, prototypes: int):
+        super().__init__(features, prototypes, bias=False)
+        self.commit(torch.tensor(True, device=self.weight.device))
+
+    @torch.no_grad()
+    def commit(self, applied: Tensor) -> None:
+        """Normalise the rows, if the update was applied."""
+        self.weight.copy_(torch.where(applied, F.normalize(self.weight, dim=1), self.weight))
+
+
+class Teacher(nn.Module):
+    """Exponential averages of modules, without gradients: Teacher(encoder=..., head=...) has `encoder` and `head`."""
+
+    def __init__(self, **online: nn.Module):
+        super().__init__()
+        for name, module in online.items():
+            twin = module.copy() if isinstance(module, VisionTransformer) else deepcopy(module)
+            self.add_module(name, twin.requires_grad_(False))
+
+    @torch.no_grad()
+    def follow(self, online: nn.Module, weight: Tensor) -> None:
+        """Move every part by `weight` (a scalar on the device; 0 changes nothing) towards the part of that name in `online`.
+
+        Statistics of batch norm are left alone: they are of what the teacher itself saw.
+        """
+        pairs = []
+        for name, average in self.named_children():
+            module = getattr(online, name)
+            pairs += [(a, p) for a, p in zip(average.parameters(), module.parameters()) if p.requires_grad]
+        move_average([average for average, _ in pairs], [parameter for _, parameter in pairs], weight)
+
+
+class Queue(nn.Module):
+    """A first-in-first-out ring of normalised keys with the dataset ids they came from, equal on every rank.
+
+    Starts as normalised Gaussian noise with id -1. Keys offered in a step are written by `commit`, after all lookups.
+    """
+
+    def __init__(self, size: int, features: int):
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, features), dim=-1))
+        self.register_buffer("ids", torch.full((size,), -1))
+        self.register_buffer("pointer", torch.tensor(0))
+        self.offered: tuple[Tensor, Tensor] | None = None
+
+    @torch.no_grad()
+    def lookup(self, queries_bC: Tensor, ids_b: Tensor, choice_b: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A near key for each unit query, never of the same image: of its `top_k` nearest that of rank `choice`, int64 [b].
+
+        Returns keys [b, C], their slots int64 [b], and the mean similarity.
+        """
+        similarity_bk, slot_bk = kernels.nearest_neighbours(
+            queries_bC, self.keys, top_k, query_ids=ids_b, key_ids=self.ids
+        )
+        slot_b = slot_bk.gather(1, choice_b[:, None]).squeeze(1)
+        return self.keys[slot_b], slot_b, similarity_bk.gather(1, choice_b[:, None]).mean()
+
+    def offer(self, keys_bC: Tensor, ids_b: Tensor) -> None:
+        """Hand in this rank's new keys, [b, C]."""
+        self.offered = dist.all_gather(keys_bC.detach().float()), dist.all_gather(ids_b)
+
+    @torch.no_grad()
+    def commit(self, applied: Tensor) -> None:
+        """Write the offered keys over the oldest ones, if the update was applied."""
+        keys_BC, ids_B = self.offered
+        self.offered = None
+        slots_B = (self.pointer + torch.arange(len(keys_BC), device=keys_BC.device)) % len(self.keys)
+        self.keys[slots_B] = torch.where(applied, keys_BC, self.keys[slots_B])
+        self.ids[slots_B] = torch.where(applied, ids_B, self.ids[slots_B])
+        self.pointer.add_(applied * len(keys_BC)).remainder_(len(self.keys))

@@ -1,0 +1,61 @@
+"""A stage made ready to train: its method on the encoder, compiled where asked, with its update; and how it is judged."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from engine import methods
+from engine.methods.base import Labels, Method
+from engine.training.parts import Parts
+from engine.training.state import TrainState
+from engine.training.step import AUTOCAST, Update
+
+
+def build(parts: Parts, index: int, earlier: Method | None, *, anew: bool = True) -> TrainState:
+    """A stage at its first step, from the trained parts of the stage before; not `anew`, it waits for a checkpoint's content."""
+    name, settings = parts.plan.stages[index]
+    images = parts.images(index)
+    known = (Labels(torch.from_numpy(images.labels), images.classes),) if settings.labelled else ()
+    torch.manual_seed(parts.seed(index, "heads"))
+    method = methods.get(name)(parts.encoder, settings, *known)
+    if earlier is not None:
+        method.inherit(earlier)
+    method.to(parts.ranks.device).train()
+    if anew:
+        method.prepare(images, parts.ranks.device)
+    if parts.compiles:
+        compile_regions(method)
+    update = Update(method, parts.stages[index].total_steps, parts.precision, parts.plan.train.accumulate)
+    return TrainState(method, update, index, 0, [])
+
+
+def compile_regions(method: Method) -> None:
+    """Compile a method's regions, each full-graph. Blocks of one shape share one compiled graph."""
+    import torch._inductor.config  # takes seconds, which only a compiled run should spend
+
+    # On CPUs inductor proves every vector extension by a program built and run in a new process, 25 s on two cores. What the
+    # system lists for the processor is enough.
+    torch._inductor.config.cpp.vec_isa_ok = True
+    for dynamic, regions in ((False, method.regions()), (True, method.ragged_regions())):
+        for owner, name in regions:
+            region = getattr(owner, name)
+            if not hasattr(region, "get_compiler_config"):
+                setattr(owner, name, torch.compile(region, fullgraph=True, dynamic=dynamic))
+
+
+@contextmanager
+def as_evaluated(parts: Parts, state: TrainState) -> Iterator[None]:
+    """The encoder as it is judged and exported: averaged weights where there are any, eval mode, uncompiled."""
+    dtype = AUTOCAST[parts.precision]
+    with (
+        state.update.average.in_place(),
+        torch.compiler.set_stance("force_eager"),
+        torch.autocast(parts.ranks.device.type, dtype=dtype, enabled=dtype is not None),
+        torch.no_grad(),
+    ):
+        state.method.eval()
+        try:
+            yield
+        finally:
+            state.method.train()

@@ -1,0 +1,101 @@
+"""How a state becomes durable: safetensors and JSON, written aside, hashed, then renamed into place.
+
+A folder `checkpoints/step-N` exists only whole: its manifest names every file with its SHA-256. Reading takes the newest
+folder whose files match; a damaged one is named and passed over.
+"""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from engine.core.durable import write_folder
+from engine.core.errors import BadInput
+
+PREFIX = "step-"
+MANIFEST = "manifest.json"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save(folder: Path, global_step: int, tensors: dict[str, dict[str, Tensor]], position: dict, keep: int = 2) -> Path:
+    """Write one checkpoint and remove all but the newest `keep`.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        global_step: updates since the run began, over all stages; the checkpoint's name.
+        tensors: file stem -> tensor name -> host tensor.
+        position: JSON content of `state.json`.
+
+    Returns:
+        The checkpoint's folder. Until it is in place under that name, the older ones are left alone.
+    """
+
+    def fill(aside: Path) -> None:
+        for stem, named in tensors.items():
+            save_file(named, aside / f"{stem}.safetensors")
+        (aside / "state.json").write_text(json.dumps(position, indent=1))
+        hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        (aside / MANIFEST).write_text(json.dumps(hashes, indent=1))
+
+    final = folder / f"{PREFIX}{global_step:09d}"
+    write_folder(final, fill)
+    for old in found(folder)[keep:]:
+        shutil.rmtree(old)
+    # What a crash left half-written; ours alone writes here.
+    for left_over in folder.glob(f".{PREFIX}*"):
+        shutil.rmtree(left_over)
+    return final
+
+
+def found(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first, whether sound or not."""
+    return sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir()), reverse=True)
+
+
+def damage(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint's files; empty when they are as they were written."""
+    try:
+        hashes = json.loads((checkpoint / MANIFEST).read_text())
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, expected in hashes.items():
+        try:
+            if _sha256(checkpoint / name) != expected:
+                return f"{name} does not match its SHA-256"
+        except OSError:
+            return f"{name} is missing or unreadable"
+    return ""
+
+
+def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """The tensors and the position of one sound checkpoint."""
+    tensors = {path.stem: load_file(path) for path in checkpoint.glob("*.safetensors")}
+    return tensors, json.loads((checkpoint / "state.json").read_text())
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """The newest checkpoint that is sound; what was passed over is told to `say`.
+
+    Raises:
+        BadInput: there is none.
+    """
+    candidates = found(folder)
+    for checkpoint in candidates:
+        fault = damage(checkpoint)
+        if not fault:
+            try:
+                return load(checkpoint)
+            except (SafetensorError, ValueError, OSError) as error:
+                fault = str(error)
+        say(f"checkpoint {checkpoint.name} is damaged ({fault}); falling back to the one before it.")
+    count = f"all {len(candidates)} are damaged" if candidates else "there is none"
+    raise BadInput(f"no checkpoint to resume from in {folder}: {count}; start a new run without --resume.")

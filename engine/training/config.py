@@ -1,0 +1,250 @@
+"""The command line of `engine.train`, made from dataclasses by tyro, and the JSON that is saved beside a run."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from engine import methods, recipes
+from engine.core.errors import BadInput
+from engine.core.flags import read
+from engine.methods.base import StageSettings
+from engine.methods.parts.collapse import CHOICES
+from engine.recipes import small_data
+
+EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
+RESUME_MAY_CHANGE = (
+    "resume", "out", "compile", "device", "threads", "log_every", "probe_every", "save_every", "keep", "evaluate", "dry_run",
+    "bad_limit", "abort_after", "kernels", "accumulate",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a vision transformer without labels. Further flags, per stage, belong to the method that is named."""
+
+    method: Annotated[
+        str, tyro.conf.arg(help=f"The pretext task: {', '.join(methods.names())}. maect runs mae and nnclr first.")
+    ] = "maect"
+    model: str = ""
+    """A timm ViT name; default vit_micro_patch8_32 on the embedded digits, vit_base_patch16_224 on a folder, and ViT-S with the
+    set's image and patch size on a published set."""
+    data: str = ""
+    """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg, or a flat unlabelled one; or NAME:DIR, a published set as it lies
+    in DIR, with NAME one of cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100. Default: the embedded digits."""
+    weights: str = ""
+    """Start from these (a published file, a run folder, an exported folder); where stages follow MAE, leave that one out."""
+    preset: str = "auto"
+    """Which settings: a published preset of the method (plain, aug or the name of a set, where it has them), or digits; auto is
+    digits on the embedded data, the set's own on a published set, where there is one, and plain on others."""
+    epochs: tuple[int, ...] = ()
+    """Epochs of each stage, in order."""
+    batch_size: int = 0
+    """Images of a step over all ranks, for every stage; 0 is the recipe's."""
+    image_size: tuple[int, ...] = ()
+    """Height and width of the input, or one number for both; default: the model's."""
+    patch_size: int = 0
+    """Side of a patch in pixels; 0 is the model's."""
+    pool: str = ""
+    """What evaluation reads: token (CLS) or avg (mean of patches); default: the recipe's."""
+    collapse: str = ""
+    """What keeps a clustering from collapsing: centring, me-max, sinkhorn, me-max+sinkhorn or none; default: the recipe's."""
+    accumulate: int = 1
+    """Micro-batches per step and rank; a stage that compares images within the batch takes only 1."""
+    precision: str = "auto"
+    """fp32 or bf16; auto is bf16 on GPUs and fp32 on CPUs."""
+    compile: bool = False
+    """Compile blocks and losses with torch.compile."""
+    kernels: str = "auto"
+    """Implementation of the kernels: auto, reference, triton or cuda."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    threads: int = 0
+    """Loader threads; 0 is what the machine has for each rank."""
+    seed: int = 0
+    """Everything random follows from it."""
+    out: str = ""
+    """The run folder; default runs/METHOD-DATE-TIME."""
+    resume: str = ""
+    """Go on with this run folder, from its newest sound checkpoint."""
+    dry_run: bool = False
+    """Build everything, measure a few steps of each stage, print speed, memory and hours, write no run folder."""
+    log_every: int = 10
+    """Steps between logged values."""
+    probe_every: int = 10
+    """Epochs between k-NN and health measurements; 0 measures only at the end of a stage."""
+    save_every: int = 10
+    """Epochs between checkpoints; 0 saves only at the end of a stage."""
+    keep: int = 2
+    """Checkpoints to keep."""
+    evaluate: bool = True
+    """At the end, evaluate raw pixels and every stage by k-NN, linear probe, low-shot and clustering."""
+    bad_limit: float = 0.001
+    """Largest share of unreadable images that a run accepts; they are replaced and listed."""
+    abort_after: int = 50
+    """Stop when this many updates in a row were skipped because loss or gradients were not finite."""
+
+    def check(self) -> None:
+        """Raise BadInput for a value that cannot be meant."""
+        choices = {
+            "pool": ("", "token", "avg"),
+            "collapse": ("", *CHOICES),
+            "precision": ("auto", "fp32", "bf16"),
+            "device": ("auto", "cpu", "cuda"),
+            "kernels": ("auto", "reference", "triton", "cuda"),
+        }
+        for name, valid in choices.items():
+            if getattr(self, name) not in valid:
+                listed = ", ".join(filter(None, valid))
+                raise BadInput(f"--{name} is {getattr(self, name)!r}; choose one of {listed}.")
+        lowest = {"batch_size": 0, "patch_size": 0, "threads": 0, "probe_every": 0, "save_every": 0, "seed": 0}
+        lowest |= {"accumulate": 1, "log_every": 1, "keep": 1, "abort_after": 1}
+        for name, least in lowest.items():
+            if getattr(self, name) < least:
+                raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more.")
+        if any(epochs < 1 for epochs in self.epochs):
+            raise BadInput(f"--epochs is {' '.join(map(str, self.epochs))}; every stage needs at least 1.")
+        if len(self.image_size) > 2 or any(side < 1 for side in self.image_size):
+            raise BadInput("--image-size takes one positive number, or height and width.")
+        if not 0 <= self.bad_limit <= 1:
+            raise BadInput(f"--bad-limit is {self.bad_limit}; it must be a share from 0 to 1.")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run, resolved: the flags, the stages in order, and what the encoder is made with."""
+
+    train: Train
+    source: str
+    model: str
+    encoder: dict[str, Any]
+    stages: tuple[tuple[str, StageSettings], ...] = field(default=())
+
+    def as_json(self) -> str:
+        return json.dumps(
+            {
+                "train": asdict(self.train),
+                "source": self.source,
+                "model": self.model,
+                "encoder": self.encoder,
+                "stages": [{"method": name, **asdict(settings)} for name, settings in self.stages],
+            },
+            indent=1,
+        )
+
+
+def parse(arguments: Sequence[str]) -> Plan:
+    """Command-line arguments -> a checked plan.
+
+    The method decides which stage flags exist, so the general flags are read first and all of them a second time.
+
+    Raises:
+        BadInput: a flag does not exist or a value is not valid.
+        SystemExit: status 0 after --help.
+    """
+    wanted = [word for word in arguments if word not in ("-h", "--help")]
+    train, _ = read(Train, wanted, return_unknown_args=True, add_help=False)
+    before = _saved(Path(train.resume)) if train.resume else None
+    train = before.train if before else train
+    if before:
+        train, _ = read(Train, wanted, default=replace(train, resume=""), return_unknown_args=True, add_help=False)
+    train.check()
+    plan = before or _preset(train)
+    names = [name for name, _ in plan.stages]
+    flags = make_dataclass(
+        "Train",
+        [(name, type(settings), field(default=settings)) for name, settings in plan.stages],
+        bases=(Train,),
+        frozen=True,
+    )
+    default = flags(**{f.name: getattr(plan.train, f.name) for f in fields(Train)}, **dict(plan.stages))
+    description = f"{Train.__doc__}\n\nSettings of {train.method}: {plan.source}."
+    parsed = read(flags, arguments, prog="engine.train", default=default, description=description)
+    chosen = Train(**{f.name: getattr(parsed, f.name) for f in fields(Train)})
+    stages = tuple((name, getattr(parsed, name)) for name in names)
+    for name, settings in stages:
+        settings.check(name)
+    resolved = replace(plan, train=chosen, stages=stages)
+    if before:
+        _check_unchanged(before, resolved)
+    return resolved
+
+
+def _preset(train: Train) -> Plan:
+    embedded, named = train.data in ("", "digits"), small_data.of(train.data)
+    known = small_data.SETS.get(train.preset) or small_data.SETS.get(named)
+    model = train.model or (known.model if known else EMBEDDED_MODEL if embedded else FOLDER_MODEL)
+    preset = recipes.preset_for(train.method, train.preset, embedded, named)
+    recipe = recipes.recipe(train.method, model, preset, embedded)
+    encoder, source = dict(recipe.encoder), recipe.source
+    if known and not train.model:  # a model that is named comes with its own sizes
+        encoder |= known.encoder
+        if preset not in (*small_data.SETS, "digits"):
+            source = f"{'' if source.startswith('after ') else 'after '}{source}, at the sizes for {named}"
+    if train.image_size:
+        encoder["img_size"] = list(train.image_size * 2)[:2]
+    if train.patch_size:
+        encoder["patch_size"] = train.patch_size
+    if train.pool:
+        encoder["global_pool"] = train.pool
+    stages = recipe.stages
+    if train.weights and len(stages) > 1:
+        stages = tuple(stage for stage in stages if stage[0] != "mae")
+    if train.epochs:
+        if len(train.epochs) != len(stages):
+            names = ", ".join(name for name, _ in stages)
+            raise BadInput(
+                f"--epochs has {len(train.epochs)} numbers; give {len(stages)}, one for each stage ({names})."
+            )
+        stages = tuple((name, replace(s, epochs=epochs)) for (name, s), epochs in zip(stages, train.epochs))
+    if train.batch_size:
+        stages = tuple((name, replace(settings, batch_size=train.batch_size)) for name, settings in stages)
+    if train.collapse:
+        if not any(hasattr(settings, "collapse") for _, settings in stages):
+            raise BadInput(f"--collapse {train.collapse} is for methods that cluster, which {train.method} does not.")
+        stages = tuple(
+            (name, replace(settings, collapse=train.collapse) if hasattr(settings, "collapse") else settings)
+            for name, settings in stages
+        )
+    return Plan(train, source, model, encoder, stages)
+
+
+def _saved(run: Path) -> Plan:
+    """The plan in a run folder's config.json."""
+    path = run / "config.json"
+    try:
+        saved = json.loads(path.read_text())
+        train = Train(**_tuples(Train, saved["train"]))
+        stages = []
+        for entry in saved["stages"]:
+            settings = recipes.methods.get(entry["method"]).Settings
+            values = {key: value for key, value in entry.items() if key != "method"}
+            stages.append((entry["method"], settings(**_tuples(settings, values))))
+    except OSError as error:
+        raise BadInput(
+            f"--resume {run} is not a run folder: {path.name} cannot be read; give the folder a run wrote."
+        ) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise BadInput(f"{path} is not a configuration this version wrote ({error}); start a new run.") from error
+    return Plan(train, saved["source"], saved["model"], saved["encoder"], tuple(stages))
+
+
+def _tuples(kind: type, values: dict[str, Any]) -> dict[str, Any]:
+    assert is_dataclass(kind)
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _check_unchanged(before: Plan, now: Plan) -> None:
+    """A resumed run may change how it runs, not what it computes."""
+    for name, value in asdict(now.train).items():
+        if name not in RESUME_MAY_CHANGE and value != getattr(before.train, name):
+            raise BadInput(
+                f"--resume cannot change --{name.replace('_', '-')} from {getattr(before.train, name)!r} to {value!r}; "
+                "start a new run for that."
+            )
+    for (name, old), (_, new) in zip(before.stages, now.stages):
+        if old != new:
+            raise BadInput(f"--resume cannot change the settings of stage {name}; start a new run for that.")

@@ -1,0 +1,58 @@
+"""The run folder: where it is, and what lies in it.
+
+config.json, metrics.jsonl, summary.json, tensorboard/, checkpoints/, export/ (the newest encoder, which timm loads), stages/ (the
+encoder at the end of each stage), evaluation/, pictures/, and bad_files.json if there were any.
+"""
+
+import json
+import time
+from pathlib import Path
+
+from engine.core.durable import write_file
+from engine.core.errors import BadInput
+from engine.model import weights
+from engine.training.config import Plan
+from engine.training.loop import Stage
+from engine.training.parts import Parts
+from engine.training.state import TrainState
+
+
+def of_run(plan: Plan) -> Path:
+    """The folder that a run has or will have; nothing is written.
+
+    Raises:
+        BadInput: something else is there.
+    """
+    if plan.train.resume:
+        return Path(plan.train.resume)
+    folder = Path(plan.train.out or f"runs/{plan.train.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(
+            f"--out {folder} exists and is not an empty folder; choose another, or --resume it if it is a run."
+        )
+    return folder
+
+
+def begin(folder: Path, plan: Plan) -> None:
+    """Make a new run's folder and leave its configuration there."""
+    folder.mkdir(parents=True, exist_ok=True)  # an empty one is welcome
+    write_file(folder / "config.json", lambda aside: aside.write_text(plan.as_json()))
+
+
+def of_stage(folder: Path, stage: Stage) -> Path:
+    """Where a stage's encoder lies once the stage has ended."""
+    return folder / "stages" / f"{stage.index + 1}-{stage.name}"
+
+
+def export(parts: Parts, state: TrainState, folder: Path) -> None:
+    """Write the encoder as it is judged, with its classifier if there is one, so that timm loads it."""
+    with state.update.average.in_place():
+        classes = parts.train_images.classes or ()
+        weights.export(state.method.evaluated, folder, classifier=state.method.classifier, classes=classes)
+
+
+def list_bad_files(parts: Parts, state: TrainState, folder: Path) -> None:
+    """Write which images were unreadable and replaced, if any were."""
+    bad = [*parts.train_images.bad, *state.bad_files]
+    if bad:
+        write_file(folder / "bad_files.json", lambda aside: aside.write_text(json.dumps(bad, indent=1)))

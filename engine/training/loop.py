@@ -1,0 +1,154 @@
+"""The loop of one stage: when to log, probe, save and stop. It waits for the device only when something is logged."""
+
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.core import dist
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.data.pipeline import Batch
+from engine.training.log import RunLog
+from engine.training.probe import neighbour_agreement
+from engine.training.state import TrainState
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a stage lies in its run. Steps are updates; `first_step` counts those of the stages before."""
+
+    name: str
+    index: int
+    count: int
+    first_step: int
+    total_steps: int
+    steps_per_epoch: int
+    images_per_step: int
+
+
+@dataclass(frozen=True)
+class Cadence:
+    """Steps between logged values; epochs between probes and between checkpoints (0: only at the end of a stage)."""
+
+    log_every: int
+    probe_every: int
+    save_every: int
+    abort_after: int
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and its state is saved."""
+
+
+class StopRequest:
+    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps. A second signal changes nothing."""
+
+    def __init__(self) -> None:
+        self.raised = False
+        self._before: dict[int, object] = {}
+
+    def _raise(self, number: int, frame: FrameType | None) -> None:
+        self.raised = True
+
+    def __enter__(self) -> "StopRequest":
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._before[number] = signal.signal(number, self._raise)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+def run_stage(
+    state: TrainState,
+    stage: Stage,
+    batches: Iterator[Batch],
+    draws: Callable[[int], Draws],
+    log: RunLog,
+    cadence: Cadence,
+    stop: StopRequest,
+    *,
+    probe: Callable[[], dict[str, float | str]],
+    save: Callable[[], None],
+    labels: np.ndarray | None,
+) -> None:
+    """Train from `state.step` to the end of the stage.
+
+    Args:
+        batches: this rank's rows of the batches from `state.step` on.
+        draws: the random choices of a step.
+        probe: measures the encoder; its values are logged.
+        save: makes the state durable.
+        labels: class by dataset id, where the data have classes: only for the agreement of looked-up neighbours.
+
+    Raises:
+        Stopped: a signal came; the state was saved.
+        BadInput: too many updates in a row were not finite.
+    """
+    log.start_stage(
+        stage.name,
+        stage.index,
+        stage.count,
+        stage.first_step,
+        stage.total_steps,
+        stage.images_per_step,
+        flops_per_image=state.method.flops_per_image(),
+    )
+    while state.step < stage.total_steps:
+        batch = next(batches)
+        images, ids = batch.images, batch.ids.to(state.update.skipped.device, non_blocking=True)
+        report = state.update(state.step, images, ids, state.method.draw(draws(state.step)))
+        state.step += 1
+        done, last = stage.first_step + state.step, state.step == stage.total_steps
+        log.tick(done)
+        logs = last or state.step % cadence.log_every == 0
+        if logs:
+            log.log(done, _read(report, state, batch, labels))
+            _check_guard(state, stage, cadence)
+        # Ranks agree on stopping only where they wait for one another anyway.
+        stopping = dist.any_rank(stop.raised, ids.device) if logs or dist.world_size() == 1 else False
+        if last or _due(state.step, stage, cadence.probe_every):
+            with log.aside():
+                measured = probe()
+            log.log(done, measured, kind="probe")
+        if last or stopping or _due(state.step, stage, cadence.save_every):
+            with log.aside():
+                save()
+        if stopping:
+            raise Stopped
+
+
+def _due(step: int, stage: Stage, every: int) -> bool:
+    return every > 0 and step % (every * stage.steps_per_epoch) == 0
+
+
+def _read(
+    report: dict[str, Tensor | float], state: TrainState, batch: Batch, labels: np.ndarray | None
+) -> dict[str, float]:
+    """One wait for the device: every reported scalar as a float, averaged over ranks."""
+    scalars = {name: value for name, value in report.items() if isinstance(value, Tensor)}
+    scalars["skipped_updates"] = state.update.skipped
+    if state.method.neighbours is not None and labels is not None:
+        found = dist.all_gather(state.method.neighbours)
+        own = dist.all_gather(batch.ids.to(found.device))
+        classes = torch.as_tensor(labels, device=found.device)
+        of_found = torch.where(found >= 0, classes[found.clamp_min(0)], -1)
+        scalars["neighbour_agreement"] = neighbour_agreement(classes[own], of_found)
+    values = torch.stack([value.detach().double() for value in scalars.values()])
+    values = (dist.all_reduce(values) / dist.world_size()).tolist()
+    return dict(zip(scalars, values)) | {name: v for name, v in report.items() if not isinstance(v, Tensor)}
+
+
+def _check_guard(state: TrainState, stage: Stage, cadence: Cadence) -> None:
+    in_a_row = int(state.update.skipped_in_a_row)
+    if in_a_row >= cadence.abort_after:
+        raise BadInput(
+            f"the last {in_a_row} updates of stage {stage.name} were skipped because loss or gradients were not finite; "
+            "try a lower learning rate, --precision fp32 or gradient clipping, and resume from the last checkpoint."
+        )

@@ -1,0 +1,177 @@
+"""What a run is made of: data, encoder, stages and ranks, checked before anything is written."""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+import kernels
+from engine.core import dist
+from engine.core.draws import Draws, seed_of
+from engine.core.errors import BadInput
+from engine.data.pipeline import Augmentation, Batch, TrainLoader, each_once
+from engine.data.sources import ImageSet, has_split, open_images
+from engine.data.subsets import few_per_class
+from engine.methods.base import StageSettings
+from engine.model import vit, weights
+from engine.training.config import Plan, Train
+from engine.training.loop import Stage
+from engine.training.state import TrainState
+from engine.training.step import AUTOCAST
+
+
+@dataclass
+class Parts:
+    """Everything a run is made of, checked; nothing is written yet."""
+
+    plan: Plan
+    ranks: dist.Ranks
+    train_images: ImageSet
+    val_images: ImageSet | None
+    encoder: vit.VisionTransformer
+    stages: list[Stage]
+    precision: str
+    compiles: bool
+    loaded: str = ""
+    """What --weights brought, in words."""
+    started: float = field(default_factory=time.monotonic)
+
+    def settings(self, index: int) -> StageSettings:
+        return self.plan.stages[index][1]
+
+    def seed(self, *purpose: int | str) -> int:
+        return seed_of(self.plan.train.seed, *purpose)
+
+    def images(self, index: int) -> ImageSet:
+        """What stage `index` trains on: all training images, or a fixed few of each class."""
+        return _stage_images(self.train_images, self.settings(index), self.plan.train.seed)
+
+    def loader(self, state: TrainState) -> TrainLoader:
+        """This rank's batches of the stage, from the state's step on. A method without views stores what it needs first."""
+        stage, views = self.stages[state.stage], state.method.views()
+        if not views:
+            self._store(state)
+        return TrainLoader(
+            self.images(state.stage), views, stage.images_per_step, seed=self.seed(stage.index, "data"),
+            rank=self.ranks.rank, world=self.ranks.world, device=self.ranks.device,
+            threads=self.plan.train.threads or None, start_step=state.step, ledger=state.bad_files,
+        )  # fmt: skip
+
+    def _store(self, state: TrainState) -> None:
+        images, ranks, dtype = self.images(state.stage), self.ranks, AUTOCAST[self.precision]
+
+        def crops(views: Sequence[Augmentation], turn: int) -> Iterator[Batch]:
+            return each_once(
+                images, views, max(1, self.stages[state.stage].images_per_step // ranks.world),
+                seed=self.seed(state.stage, "stored"), turn=turn, rank=ranks.rank, world=ranks.world, device=ranks.device,
+                threads=self.plan.train.threads or None, ledger=state.bad_files,
+            )  # fmt: skip
+
+        with torch.no_grad(), torch.autocast(ranks.device.type, dtype=dtype, enabled=dtype is not None):
+            state.method.store(crops, len(images))
+
+    def draws(self, index: int, step: int) -> Draws:
+        """The random choices of a step of stage `index`, this rank's rows."""
+        batch = self.stages[index].images_per_step
+        rows = self.ranks.rows(batch)
+        return Draws(self.plan.train.seed, index, step, batch=batch, rows=rows, device=self.ranks.device)
+
+
+def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
+    """Check everything and build what all stages share.
+
+    Raises:
+        BadInput: data, model, weights, batch or settings do not fit.
+    """
+    train = plan.train
+    _choose_kernels(train, ranks)
+    if ranks.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    train_images, val_images = _open(train, ranks)
+    torch.manual_seed(seed_of(train.seed, "encoder"))
+    encoder = vit.create(plan.model, **plan.encoder)
+    for name, settings in plan.stages:
+        settings.check_encoder(name, encoder)
+        if settings.labelled and train_images.labels is None:
+            raise BadInput(f"stage {name} learns from classes, but {train_images.root} has none: give train/CLASS/*.")
+        _check_batch(name, settings, plan, ranks, len(_stage_images(train_images, settings, train.seed)))
+    loaded = str(weights.load(encoder, train.weights)) if train.weights and not train.resume else ""
+    return Parts(
+        plan,
+        ranks,
+        train_images,
+        val_images,
+        encoder.to(ranks.device),
+        _stages(plan, train_images),
+        {"auto": "bf16" if ranks.device.type == "cuda" else "fp32"}.get(train.precision, train.precision),
+        _compiles(train, ranks),
+        loaded,
+    )
+
+
+def _choose_kernels(train: Train, ranks: dist.Ranks) -> None:
+    try:
+        if train.kernels != "auto":  # auto leaves the environment variable its say
+            kernels.use(train.kernels)
+        kernels.check(ranks.device)
+    except ValueError as error:
+        asked = "the environment's TESSERA_KERNELS" if train.kernels == "auto" else f"--kernels {train.kernels}"
+        raise BadInput(f"{asked} cannot be had: {error}.") from error
+
+
+def _open(train: Train, ranks: dist.Ranks) -> tuple[ImageSet, ImageSet | None]:
+    """The training and the held-out images. Rank 0 screens and writes the cache first, so that the others find it."""
+    source, found = train.data or None, (None, None)
+    for turn in (ranks.first, not ranks.first):
+        if turn:
+            held_out = open_images(source, "val", train.bad_limit) if has_split(source, "val") else None
+            found = open_images(source, "train", train.bad_limit), held_out
+        dist.barrier()
+    return found
+
+
+def _stages(plan: Plan, images: ImageSet) -> list[Stage]:
+    stages, first_step = [], 0
+    for index, (name, settings) in enumerate(plan.stages):
+        per_epoch = len(_stage_images(images, settings, plan.train.seed)) // settings.batch_size
+        total = settings.epochs * per_epoch
+        stages.append(Stage(name, index, len(plan.stages), first_step, total, per_epoch, settings.batch_size))
+        first_step += total
+    return stages
+
+
+def _stage_images(images: ImageSet, settings: StageSettings, seed: int) -> ImageSet:
+    return few_per_class(images, settings.shots, seed) if settings.shots else images
+
+
+def _check_batch(stage: str, settings: StageSettings, plan: Plan, ranks: dist.Ranks, images: int) -> None:
+    batch, accumulate = settings.batch_size, plan.train.accumulate
+    if batch > images:
+        raise BadInput(
+            f"stage {stage} has a batch of {batch}, but there are {images} training images; set --batch-size lower."
+        )
+    if batch % (ranks.world * accumulate):
+        raise BadInput(
+            f"stage {stage} has a batch of {batch}, which {ranks.world} processes with {accumulate} micro-batches each "
+            "cannot share evenly; choose a multiple."
+        )
+    if accumulate > 1 and not settings.splits:
+        raise BadInput(f"stage {stage} compares images within the batch, so it takes only --accumulate 1.")
+
+
+def _compiles(train: Train, ranks: dist.Ranks) -> bool:
+    if not train.compile or ranks.device.type == "cuda":
+        return train.compile
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) or shutil.which("clang++"):
+        return True
+    if ranks.first:
+        print(
+            f"note: --compile needs a C++ compiler on CPUs and found neither {compiler} nor clang++: running uncompiled.",
+            file=sys.stderr,
+        )
+    return False

@@ -1,0 +1,178 @@
+"""A run from its first step, or its newest checkpoint, to its summary."""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+import kernels
+from engine.core import dist
+from engine.data.sources import check_bad
+from engine.training import checkpoint, folder, pictures, probe
+from engine.training.build import as_evaluated, build
+from engine.training.log import RunLog, peak_flops, read_metrics
+from engine.training.loop import Cadence, Stopped, StopRequest, run_stage
+from engine.training.parts import Parts
+from engine.training.state import TrainState, position, restore, to_host
+
+# What judges a finished run: of its parts, its folder and a way to say something, the figures by name, by weights.
+Evaluate = Callable[[Parts, Path, Callable[[str], None]], dict[str, dict[str, float]]]
+
+
+def run(parts: Parts, evaluate: Evaluate) -> int:
+    """Train all stages, evaluate, leave the run folder. A stop request ends it early with a saved state."""
+    out = Path(dist.share(str(folder.of_run(parts.plan))))
+    log = RunLog(out if parts.ranks.first else None, rank=parts.ranks.rank, peak_flops=_peak_flops(parts.ranks))
+    state = _resumed(parts, out, log) if parts.plan.train.resume else None
+    if state is None and parts.ranks.first:
+        folder.begin(out, parts.plan)
+    _introduce(parts, out, log)
+    with log, StopRequest() as stop:
+        try:
+            for index in range(state.stage if state else 0, len(parts.stages)):
+                state = _at_stage(parts, index, state, out)
+                _train(parts, state, out, log, stop)
+                _finish(parts, state, out)
+        except Stopped:
+            log.message(f"stopped and saved; go on with: python -m engine.train --resume {out}")
+            return 0
+        log.close()
+        if parts.ranks.first:
+            log.close(_summary(parts, state, out, evaluate, log.message))
+        dist.barrier()
+    return 0
+
+
+def _resumed(parts: Parts, out: Path, log: RunLog) -> TrainState:
+    """The state in the newest sound checkpoint."""
+    tensors, where = checkpoint.newest(out / "checkpoints", log.message)
+    state = build(parts, where["stage"], None, anew=False)
+    restore(state, tensors, where)
+    log.resume(parts.stages[state.stage].first_step + state.step)
+    return state
+
+
+def _at_stage(parts: Parts, index: int, state: TrainState | None, out: Path) -> TrainState:
+    """The state, if it is in this stage; else the stage at its first step, after that state's."""
+    if state is not None and state.stage == index:
+        return state
+    bad_files = state.bad_files if state else []
+    state = build(parts, index, state.method if state else None)
+    state.bad_files = bad_files
+    if parts.ranks.first:
+        state.method.keepsakes(out)
+    return state
+
+
+def _peak_flops(ranks: dist.Ranks) -> float | None:
+    """Of all devices of the run together; None where it is not known."""
+    peak = peak_flops(torch.cuda.get_device_name(ranks.device)) if ranks.device.type == "cuda" else None
+    return peak and peak * ranks.world
+
+
+def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
+    plan, ranks = parts.plan, parts.ranks
+    device = (
+        torch.cuda.get_device_name(ranks.device)
+        if ranks.device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
+    log.message(f"{plan.train.method} ({plan.source}) with {plan.model} on {len(parts.train_images):,} images")
+    log.message(
+        f"{ranks.world} x {device}, {parts.precision}, {'compiled' if parts.compiles else 'not compiled'}; run folder {out}"
+    )
+    log.message("kernels: " + "; ".join(" ".join(line.split()) for line in kernels.describe(ranks.device).splitlines()))
+    if parts.loaded:
+        log.message(parts.loaded)
+    bad = parts.train_images.bad
+    if bad:
+        log.message(f"{len(bad)} unreadable images are replaced; they are listed in {out / 'bad_files.json'}")
+
+
+def _train(parts: Parts, state: TrainState, out: Path, log: RunLog, stop: StopRequest) -> None:
+    """The stage from the state's step to its end."""
+    train, stage = parts.plan.train, parts.stages[state.stage]
+    if state.step == stage.total_steps:
+        return
+    began = time.monotonic()
+    loader = parts.loader(state)
+    if not state.method.views():
+        seconds = time.monotonic() - began
+        log.log(stage.first_step + state.step, {"storing_features_seconds": seconds}, kind="event")
+    try:
+        run_stage(
+            state, stage, loader, partial(parts.draws, stage.index), log,
+            Cadence(train.log_every, train.probe_every, train.save_every, train.abort_after), stop,
+            probe=_probe(parts, state, out), save=partial(_save, parts, state, out), labels=parts.images(stage.index).labels,
+        )  # fmt: skip
+    finally:
+        loader.close()
+
+
+def _save(parts: Parts, state: TrainState, out: Path) -> None:
+    """A checkpoint, the encoder's export, the list of bad files."""
+    step = parts.stages[state.stage].first_step + state.step
+    state.bad_files[:] = dist.union(state.bad_files)
+    if parts.ranks.first:
+        checkpoint.save(out / "checkpoints", step, to_host(state), position(state), parts.plan.train.keep)
+        folder.export(parts, state, out / "export")
+        folder.list_bad_files(parts, state, out)
+    dist.barrier()
+    # each rank held its own finds against the limit; here all of them are
+    images = parts.train_images
+    check_bad((*images.bad, *state.bad_files), len(images), images.bad_limit, out / "bad_files.json")
+
+
+def _probe(parts: Parts, state: TrainState, out: Path) -> Callable[[], dict[str, float | str]]:
+    """What measures the encoder, with a verdict in words on the first rank."""
+    ranks = parts.ranks
+    online = probe.OnlineProbe(
+        parts.train_images, parts.val_images, parts.encoder.img_size, device=ranks.device, batch_size=256,
+        rank=ranks.rank, world=ranks.world, gather=dist.all_gather,
+        # a classifier's own accuracy is a result, not a sign of health: it is taken over the whole split
+        **({} if state.method.classifier is None or parts.val_images is None else {"max_val": len(parts.val_images)}),
+    )  # fmt: skip
+
+    def measure() -> dict[str, float | str]:
+        with as_evaluated(parts, state):
+            method = state.method
+            choose = method.choose if method.prototype_count else None
+            values = online.measure(method.features, choose, method.prototype_count, method.classifier)
+        if not ranks.first:
+            return values
+        step = parts.stages[state.stage].first_step + state.step
+        course = probe.history(read_metrics(out / "metrics.jsonl")) if (out / "metrics.jsonl").exists() else []
+        return values | {"verdict": probe.verdict([*course, probe.Health.of(step, values)])}
+
+    return measure
+
+
+def _finish(parts: Parts, state: TrainState, out: Path) -> None:
+    """Keep the stage's encoder and draw what it learned."""
+    if parts.ranks.first:
+        folder.export(parts, state, folder.of_stage(out, parts.stages[state.stage]))
+        if state.method.trains_encoder:
+            pictures.draw(parts, state, out / "pictures")
+    dist.barrier()
+
+
+def _summary(parts: Parts, state: TrainState, out: Path, evaluate: Evaluate, say: Callable[[str], None]) -> dict:
+    """What summary.json holds; evaluates the stages on the way."""
+    from engine.training import curves  # brings matplotlib
+
+    curves.draw(out / "pictures" / "curves.png", out / "metrics.jsonl")
+    summary = {
+        "method": parts.plan.train.method,
+        "model": parts.plan.model,
+        "source": parts.plan.source,
+        "steps": parts.stages[-1].first_step + parts.stages[-1].total_steps,
+        "skipped_updates_of_last_stage": int(state.update.skipped),
+        "unreadable_images": len(parts.train_images.bad) + len(state.bad_files),
+        "export": str(out / "export"),
+        "probes": [record for record in read_metrics(out / "metrics.jsonl") if record["kind"] == "probe"],
+    }
+    if parts.plan.train.evaluate:
+        summary["evaluation"] = evaluate(parts, out, say)
+    return summary | {"seconds_of_this_process": round(time.monotonic() - parts.started, 1)}

@@ -9,7 +9,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 COMMANDS = {"train", "eval", "study", "codebook"}
 # From the commands down to the kernels; a room may use those below it, not those beside it.
-FLOORS = [COMMANDS, {"studies"}, {"evals"}, {"training"}, {"recipes"}, {"methods"}, {"model", "data"}, {"core", "kernels"}]
+FLOORS = [
+    COMMANDS,
+    {"studies"},
+    {"evals"},
+    {"training"},
+    {"recipes"},
+    {"methods"},
+    {"model", "data"},
+    {"core", "kernels"},
+]
 MOST_IN_ROOT = 10  # folders, and files
 LONGEST = 450  # lines of a file outside the kernels
 FLOOR_OF = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

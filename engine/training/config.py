@@ -11,6 +11,7 @@ import tyro
 from engine import methods, recipes
 from engine.core.errors import BadInput
 from engine.core.flags import read
+from engine.core.short_help import short_help
 from engine.methods.base import StageSettings
 from engine.methods.parts.collapse import CHOICES
 from engine.recipes import small_data
@@ -20,6 +21,19 @@ RESUME_MAY_CHANGE = (
     "resume", "out", "compile", "device", "threads", "log_every", "probe_every", "save_every", "keep", "evaluate", "dry_run",
     "bad_limit", "abort_after", "kernels", "accumulate",
 )  # fmt: skip
+
+IN_FULL = ("--help-method", "--help-all")
+MORE_HELP = (
+    f"Methods: {', '.join(methods.names())}. --method NAME --help-method lists the settings of a method's stages "
+    "(--mae.epochs, ...), --help-all every flag in full. Brackets have what holds where nothing is said."
+)
+HELP = {
+    "what": (
+        "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
+    ),
+    "how": ("compile", "precision", "accumulate", "kernels", "device", "threads", "seed"),
+    "run": ("out", "resume", "dry_run", "log_every", "probe_every", "save_every", "keep", "evaluate", "bad_limit", "abort_after"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -143,9 +157,13 @@ def parse(arguments: Sequence[str]) -> Plan:
 
     Raises:
         BadInput: a flag does not exist or a value is not valid.
-        SystemExit: status 0 after --help.
+        SystemExit: status 0 after --help, --help-method or --help-all.
     """
-    wanted = [word for word in arguments if word not in ("-h", "--help")]
+    asked = next((word for word in arguments if word in ("-h", "--help", *IN_FULL)), "")
+    if asked in ("-h", "--help"):
+        print(short_help(Train, "usage: python -m engine.train --method NAME [flags]", HELP, MORE_HELP))
+        raise SystemExit(0)
+    wanted = [word for word in arguments if word not in IN_FULL]
     train, _ = read(Train, wanted, return_unknown_args=True, add_help=False)
     before = _saved(Path(train.resume)) if train.resume else None
     train = before.train if before else train
@@ -154,15 +172,15 @@ def parse(arguments: Sequence[str]) -> Plan:
     train.check()
     plan = before or _preset(train)
     names = [name for name, _ in plan.stages]
-    flags = make_dataclass(
-        "Train",
-        [(name, type(settings), field(default=settings)) for name, settings in plan.stages],
-        bases=(Train,),
-        frozen=True,
-    )
+    of_stages = [(name, type(settings), field(default=settings)) for name, settings in plan.stages]
+    description = f"Settings of {train.method}: {plan.source}."
+    if asked == "--help-method":
+        read(make_dataclass("Stages", of_stages, frozen=True), ["--help"], prog="engine.train", description=description)
+    flags = make_dataclass("Train", of_stages, bases=(Train,), frozen=True)
     default = flags(**{f.name: getattr(plan.train, f.name) for f in fields(Train)}, **dict(plan.stages))
-    description = f"{Train.__doc__}\n\nSettings of {train.method}: {plan.source}."
-    parsed = read(flags, arguments, prog="engine.train", default=default, description=description)
+    description = f"{Train.__doc__}\n\n{description}"
+    wanted += ["--help"] * bool(asked)
+    parsed = read(flags, wanted, prog="engine.train", default=default, description=description)
     chosen = Train(**{f.name: getattr(parsed, f.name) for f in fields(Train)})
     stages = tuple((name, getattr(parsed, name)) for name in names)
     for name, settings in stages:

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -195,3 +195,24 @@ def test_a_published_set_takes_the_preset_of_its_name_where_there_is_one(monkeyp
     ):
         source("--data", "/folder")
     assert source("--data", "svhn:/data") == "of its own"
+
+
+def test_help_fits_a_screen_and_knows_every_flag(capsys):
+    with pytest.raises(SystemExit) as left:
+        config.parse(["--method", "mae", "--help"])
+    assert left.value.code in (0, None)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 45 and max(map(len, lines)) <= 100
+    shown = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert sorted(shown) == sorted(f"--{field.name.replace('_', '-')}" for field in fields(config.Train))
+    assert all(len(line.split()) > 1 for line in lines if line.startswith("  --"))  # each says something
+
+
+@pytest.mark.parametrize("asked, general", [("--help-method", False), ("--help-all", True)])
+def test_a_methods_own_flags_are_told_when_asked_for(capsys, asked: str, general: bool):
+    with pytest.raises(SystemExit) as left:
+        config.parse(["--method", "mae", asked])
+    assert left.value.code in (0, None)
+    said = capsys.readouterr().out
+    assert "--mae.mask-ratio" in said and "--maect." not in said
+    assert ("--bad-limit" in said) == general

@@ -1,0 +1,43 @@
+"""Run folders that an earlier version left, `earlier/METHOD`, are gone on with as that version went on with them.
+
+They were made at the commit before the code was put into rooms, by small runs on the embedded digits in one thread;
+`went_on.json` has the losses of that version after its checkpoint. On the machine where both ran, every tensor of the last
+checkpoint was equal to the last bit; other processors round otherwise, so here losses are compared.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.training import checkpoint
+from engine.training.log import read_metrics
+
+ROOT, EARLIER = Path(__file__).parents[2], Path(__file__).parent / "earlier"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", sorted(folder.name for folder in EARLIER.iterdir()))
+def test_an_earlier_run_goes_on_as_it_did_then(method: str, tmp_path: Path):
+    folder = tmp_path / method
+    shutil.copytree(EARLIER / method, folder)
+    saved = checkpoint.found(folder / "checkpoints")[0]
+    tensors, where = checkpoint.load(saved)
+    done = subprocess.run(
+        [sys.executable, "-m", "engine.train", "--resume", str(folder)],
+        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = {int(step): loss for step, loss in json.loads((EARLIER / method / "went_on.json").read_text()).items()}
+    first = min(expected)
+    records = read_metrics(folder / "metrics.jsonl")
+    found = {r["step"]: r["loss"] for r in records if r["kind"] == "train" and r["step"] >= first}
+    assert found == pytest.approx(expected, rel=1e-3)
+    ended, at = checkpoint.load(checkpoint.found(folder / "checkpoints")[0])
+    assert at["step"] == where["step"] + len(expected) and at["stage"] == where["stage"]
+    shapes = [{name: {k: v.shape for k, v in named.items()} for name, named in t.items()} for t in (tensors, ended)]
+    assert shapes[0] == shapes[1]

@@ -30,6 +30,7 @@ LOW_USAGE = 0.01  # one prototype in a hundred does all the work
 # even one of 64 is more than LOW_USAGE: fewer than three of thirty or more are too few as well
 FEW_USED, OF_MANY = 3, 0.1
 HALVED = 0.5  # a rank below this share of its best is a sharp drop
+AT_LN_K = 1e-3  # of ln K: nearer than that, a loss is what equal scores for all K prototypes give
 LOST = 0.1  # of the k-NN accuracy above chance, and 2 points at least: less is noise of a small probe
 CACHE_BYTES = 256 * 2**20
 CHOOSING = 512  # samples at once: scores of 65,536 prototypes are large
@@ -102,6 +103,8 @@ class Health:
     usage: float | None = None
     prototypes_used: float | None = None
     loss: float | None = None
+    loss_over_ln_k: float | None = None
+    prototypes: int = 0
 
     @classmethod
     def of(cls, step: int, values: Mapping[str, float]) -> "Health":
@@ -124,6 +127,10 @@ class Health:
         return few or (self.usage is not None and self.usage < LOW_USAGE)
 
     @property
+    def at_ln_k(self) -> bool:
+        return self.loss_over_ln_k is not None and abs(self.loss_over_ln_k - 1) < AT_LN_K
+
+    @property
     def chance(self) -> float:
         return self.knn_chance or 0.0
 
@@ -144,6 +151,15 @@ class Health:
         return f"k-NN {self.knn_top1:.1f} % (chance {self.chance:.1f} %), {spread}"
 
 
+def loss_over_ln_k(record: Mapping[str, float | str | None], prototypes: int) -> dict[str, float]:
+    """Of a line of metrics.jsonl, the cross-entropy over `prototypes` that is nearest to ln K, over ln K: 1 is what a student
+    gives that says the same of every image. A loss of several terms counts term by term. Nothing where there is no such number.
+    """
+    terms = [name for name in record if name.endswith("_loss")] or [name for name in record if name == "loss"]
+    shares = [record[name] / math.log(prototypes) for name in terms if record[name] is not None] if prototypes else []
+    return {"loss_over_ln_k": min(shares, key=lambda share: abs(share - 1))} if shares else {}
+
+
 def history(records: Iterable[Mapping]) -> list[Health]:
     """The course so far, from the "probe" lines of metrics.jsonl: a resumed run judges as an uninterrupted one does."""
     probes = (r for r in records if r["kind"] == "probe" and "rank_me" in r)
@@ -162,7 +178,8 @@ def verdict(course: Sequence[Health]) -> str:
       while k-NN lost a tenth of its best (above chance) at two probes in a row, without labels while feature_std halved
       too; or usage < 1 %, or fewer than 3 of many prototypes in use, at two probes in a row. Features are not called
       narrow where k-NN keeps over half its best and 10 points above chance.
-    - watch: any of these for the first time; k-NN alone falling; k-NN no better than chance.
+    - watch: any of these for the first time; a loss that stands at ln K, as it does while the student says the same of all; k-NN
+      alone falling; k-NN no better than chance.
 
     The untrained network (step 0) is no yardstick: on small images its k-NN and rank may be the run's highest.
     """
@@ -186,6 +203,10 @@ def verdict(course: Sequence[Health]) -> str:
     same = "features of all images are almost the same"
     fell = f"the rank fell from {best_rank:.1f} to {now.rank_me:.1f}"
     few = f"few prototypes get all images, usage is {now.usage or 0:.1%}"
+    stuck = f"loss = ln K ({math.log(now.prototypes):.4f} = ln {now.prototypes})" if now.at_ln_k else ""
+    if stuck:
+        stuck += ": the student says the same of everything"
+        same, few = f"{same}, {stuck}", f"{few}, {stuck}"
     remedy = "lower the learning rate or the temperature, lengthen the warm-up, or strengthen what keeps features apart"
 
     if narrow and previous is None:
@@ -203,6 +224,8 @@ def verdict(course: Sequence[Health]) -> str:
         return f"collapsing: {fell} and the features lose what they knew. {now}. {remedy.capitalize()}."
     if low_rank and fallen:
         return f"watch: {fell} and k-NN from {best.knn_top1:.1f} %. {now}. If the next probe agrees: {remedy}."
+    if stuck and previous is not None and previous.at_ln_k:
+        return f"watch: {stuck}. {now}. If the next probe agrees: {remedy}."
     if falls_again:
         advice = f"The learning rate may be too high, or the checkpoint of step {best.step} the better one"
         return (

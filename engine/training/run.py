@@ -142,9 +142,12 @@ def _probe(parts: Parts, state: TrainState, out: Path) -> Callable[[], dict[str,
             values = online.measure(method.features, choose, method.prototype_count, method.classifier)
         if not ranks.first:
             return values
-        step = parts.stages[state.stage].first_step + state.step
-        course = probe.history(read_metrics(out / "metrics.jsonl")) if (out / "metrics.jsonl").exists() else []
-        return values | {"verdict": probe.verdict([*course, probe.Health.of(step, values)])}
+        stage, prototypes = parts.stages[state.stage], state.method.prototype_count
+        records = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
+        last = next((r for r in reversed(records) if r["kind"] == "train" and r["stage"] == stage.name), {})
+        values |= probe.loss_over_ln_k(last, prototypes)
+        now = probe.Health.of(stage.first_step + state.step, values | {"prototypes": prototypes})
+        return values | {"verdict": probe.verdict([*probe.history(records), now])}
 
     return measure
 

@@ -17,6 +17,7 @@ from engine.training.probe import (
     OnlineProbe,
     feature_std,
     history,
+    loss_over_ln_k,
     neighbour_agreement,
     rank_me,
     usage,
@@ -203,6 +204,27 @@ def test_what_is_not_finite_is_broken_and_forgotten_later(broken):
     assert word(health(1), health(2), broken) == "broken"
     assert "step 3" in verdict([broken])
     assert word(health(1), broken, health(4)) == "healthy"
+
+
+def test_a_loss_at_ln_k_is_the_nearest_term_over_ln_k():
+    k = 4096
+    of_terms = {"loss": 2 * math.log(k), "class_loss": 8.3178, "patch_loss": 4.2, "verdict": "words", "lr": 1.0}
+    assert loss_over_ln_k(of_terms, k) == {"loss_over_ln_k": pytest.approx(1, abs=1e-5)}
+    assert loss_over_ln_k({"loss": 4.1, "lr": 8.3178}, k) == {"loss_over_ln_k": pytest.approx(4.1 / math.log(k))}
+    assert loss_over_ln_k({"loss": None}, k) == loss_over_ln_k({"loss": 8.3178}, 0) == loss_over_ln_k({}, k) == {}
+
+
+def test_a_loss_that_stands_at_ln_k_is_named():
+    signature = "loss = ln K (8.3178 = ln 4096): the student says the same of everything"
+    at, learning = ({"loss_over_ln_k": share, "prototypes": 4096} for share in (1.0002, 0.9))
+    assert verdict([health(5, **at)]).startswith("healthy:")  # every run begins there
+    stands = verdict([health(5, **at), health(9, **at)])
+    assert stands.startswith("watch:") and signature in stands
+    assert verdict([health(5, **at), health(9, **learning)]).startswith("healthy:")
+    collapsed = verdict([health(5, 1.0, 0.01, 10.0), health(9, 1.0, 0.01, 10.0, **at)])
+    assert collapsed.startswith("collapsing:") and signature in collapsed
+    few = verdict([health(5, usage=0.001, **at), health(9, usage=0.001, **at)])
+    assert few.startswith("collapsing: few prototypes") and signature in few
 
 
 def test_history_in_the_log_gives_the_same_verdict(tmp_path):

@@ -16,8 +16,8 @@ from torch import Tensor
 from engine.core import dist
 from engine.core.errors import BadInput
 from engine.core.flags import read
-from engine.data.augment import Augmentation
 from engine.data.sources import open_images
+from engine.data.views import Augmentation
 from engine.methods.parts.tokenizers import Codebook
 
 FOLDER_SIZE, EMBEDDED_SIZE = 224, 32

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import CLIP_OVER, OPTIMIZERS, SCHEDULES, Group, Moment
-from engine.data.pipeline import Augmentation, Batch
+from engine.data.batch import Batch
 from engine.data.sources import ImageSet
+from engine.data.views import Augmentation
 from engine.methods.parts.collapse import Collapse
 from engine.model.heads import BatchNorm, Classifier, UnitPrototypes
 from engine.model.tokens import View

@@ -16,8 +16,8 @@ from engine.core import dist, masking
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
-from engine.data.pipeline import Augmentation
 from engine.data.sources import ImageSet
+from engine.data.views import Augmentation
 from engine.methods.base import Method, StageSettings
 from engine.methods.ibot import TRIES_AT_ONCE, Masked
 from engine.methods.parts.collapse import usage

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from engine.core.errors import BadInput
 from engine.core.optim import Group, cosine, ramp, scaled_lr, with_decay
-from engine.data.pipeline import Augmentation, multi_crop
+from engine.data.views import Augmentation, multi_crop
 from engine.methods.base import Method, StageSettings
 from engine.methods.parts.collapse import CHOICES, Collapse, across_views
 from engine.model.heads import Teacher, head_flops

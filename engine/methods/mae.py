@@ -9,7 +9,7 @@ from torch import Tensor
 import kernels
 from engine.core.draws import Draws
 from engine.core.optim import Group, scaled_lr, with_decay
-from engine.data.pipeline import Augmentation, minimal
+from engine.data.views import Augmentation, minimal
 from engine.methods.base import Method, StageSettings
 from engine.model.heads import Decoder
 from engine.model.tokens import View, random_masking

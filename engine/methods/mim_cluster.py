@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.core.draws import Draws
-from engine.data.pipeline import Augmentation
+from engine.data.views import Augmentation
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import cross_entropy, usage
 from engine.methods.parts.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean

@@ -16,7 +16,7 @@ from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
-from engine.data.pipeline import Augmentation, multi_crop
+from engine.data.views import Augmentation, multi_crop
 from engine.methods.base import Method
 from engine.methods.nnclr import NeighbourSettings
 from engine.model.heads import BatchNorm, Queue, head_flops, predictor, projector

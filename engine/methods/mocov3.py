@@ -13,7 +13,7 @@ from torch import Tensor
 import kernels
 from engine.core import dist
 from engine.core.optim import Group, cosine, scaled_lr
-from engine.data.pipeline import Augmentation, two_views
+from engine.data.views import Augmentation, two_views
 from engine.methods.base import Method, StageSettings
 from engine.model.heads import Teacher, head_flops, normed_mlp
 from engine.model.tokens import View

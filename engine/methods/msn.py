@@ -15,7 +15,7 @@ from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, linear, with_decay
-from engine.data.pipeline import Augmentation
+from engine.data.views import Augmentation
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import Collapse
 from engine.model.heads import BatchNorm, Teacher, head_flops

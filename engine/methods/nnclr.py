@@ -17,7 +17,8 @@ from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
-from engine.data.pipeline import Augmentation, Batch, two_views
+from engine.data.batch import Batch
+from engine.data.views import Augmentation, two_views
 from engine.methods.base import Method, StageSettings
 from engine.model.heads import Queue, head_flops, predictor, projector
 from engine.model.tokens import View, random_masking

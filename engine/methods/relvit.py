@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
-from engine.data.pipeline import Augmentation, minimal
+from engine.data.views import Augmentation, minimal
 from engine.methods.base import LabelledSettings, Labels, Method
 from engine.methods.parts.patch_augmentation import PatchSettings, arrange, draw_patches
 from engine.methods.parts.relations import DirectionHead, MapHead, PlaceHead, angles, distances

@@ -15,7 +15,7 @@ import kernels
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
-from engine.data.pipeline import Augmentation, minimal
+from engine.data.views import Augmentation, minimal
 from engine.methods.base import Method, StageSettings
 from engine.model.heads import PixelDecoder, head_flops
 from engine.model.tokens import View, random_masking

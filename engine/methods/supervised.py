@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from engine.core.draws import Draws
 from engine.core.optim import Group, by_layer, decays_as_listed, scaled_lr
 from engine.data.augment import MAX_OPERATIONS
-from engine.data.pipeline import Augmentation, minimal
+from engine.data.views import Augmentation, minimal
 from engine.methods.base import LabelledSettings, Labels, Method
 from engine.methods.parts import mixing
 from engine.model.heads import Classifier, MultiLabelClassifier, head_flops

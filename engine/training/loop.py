@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
-from engine.data.pipeline import Batch
+from engine.data.batch import Batch
 from engine.training.log import RunLog
 from engine.training.probe import neighbour_agreement
 from engine.training.state import TrainState

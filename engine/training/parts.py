@@ -13,9 +13,11 @@ import kernels
 from engine.core import dist
 from engine.core.draws import Draws, seed_of
 from engine.core.errors import BadInput
-from engine.data.pipeline import Augmentation, Batch, TrainLoader, each_once
+from engine.data.batch import Batch
+from engine.data.pipeline import TrainLoader, each_once
 from engine.data.sources import ImageSet, has_split, open_images
 from engine.data.subsets import few_per_class
+from engine.data.views import Augmentation
 from engine.methods.base import StageSettings
 from engine.model import vit, weights
 from engine.training.config import Plan, Train

@@ -72,3 +72,12 @@ def write_hostile(folder: Path) -> dict[str, str]:
     for name, (write, _) in HOSTILE.items():
         write(folder / name)
     return {name: reason for name, (_, reason) in HOSTILE.items()}
+
+
+def with_bad_file(root, bad):
+    """Two classes of ten photos; `bad` names the files to be damaged, of which only the pixel data are."""
+    for name in ("a", "b"):
+        write_photos(root / "train" / name, 10)
+    for path in bad:
+        HOSTILE["truncated.jpg"][0](root / "train" / path)
+    return root

@@ -8,16 +8,14 @@ from torchvision.transforms import RandomResizedCrop
 
 from engine.data.augment import (
     OPERATIONS,
-    Augmentation,
-    byol_views,
     drawn_operations,
     epoch_order,
-    minimal,
     operation_parameters,
     uniforms,
     view_parameters,
     view_uniforms,
 )
+from engine.data.views import Augmentation, byol_views, minimal
 
 BATCH = 20_000
 

@@ -12,7 +12,7 @@ from engine import methods
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Moment
-from engine.data.augment import byol_views
+from engine.data.views import byol_views
 from engine.methods.dino import Dino, Settings
 from engine.methods.parts.collapse import CHOICES
 from engine.model import vit

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from engine.core import dist
 from engine.core.errors import BadInput
 from engine.core.optim import Moment
-from engine.data.augment import byol_views, minimal
+from engine.data.views import byol_views, minimal
 from engine.methods.mocov3 import Mocov3, Settings
 from engine.model import vit
 from engine.model.heads import BatchNorm, normed_mlp

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
-from engine.data.pipeline import Batch
+from engine.data.batch import Batch
 from engine.methods.nnclr import Nnclr, Settings
 from engine.model import vit
 from engine.model.heads import BatchNorm, Queue, projector

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
-from engine.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
+from engine.data.views import IMAGENET_MEAN, IMAGENET_STD
 from engine.methods.base import Labels
 from engine.methods.parts import patch_augmentation
 from engine.methods.parts.patch_augmentation import arrange, draw_patches, join, recolour, split, zoom

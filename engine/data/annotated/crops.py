@@ -20,7 +20,7 @@ from torchvision.transforms.v2 import functional as tv
 from engine.data.annotated import dense
 from engine.data.annotated.objects import VOID, SemanticSet
 from engine.data.augment import epoch_order, uniforms
-from engine.data.pipeline import IMAGENET_MEAN
+from engine.data.views import IMAGENET_MEAN
 
 _CROP = 3  # purpose of these draws: the first key, after those of `engine.data.augment`
 # columns of a crop's uniform numbers; the photometric ones come in pairs (whether, how much)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from engine.core.errors import BadInput
-from engine.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
 from engine.data.sources import ImageSet, usable_cpus
+from engine.data.views import IMAGENET_MEAN, IMAGENET_STD
 
 T = TypeVar("T")
 

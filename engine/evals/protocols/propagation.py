@@ -37,7 +37,7 @@ from torchvision.transforms.v2 import functional as tv
 from engine.core.errors import BadInput
 from engine.data.annotated import dense
 from engine.data.annotated.davis import Video, VideoSet
-from engine.data.pipeline import IMAGENET_STD
+from engine.data.views import IMAGENET_STD
 from engine.evals.features import threads_for
 from engine.evals.metrics import video as metric
 from engine.evals.result import Result

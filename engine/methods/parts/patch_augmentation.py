@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
-from engine.data.pipeline import IMAGENET_MEAN, IMAGENET_STD
+from engine.data.views import IMAGENET_MEAN, IMAGENET_STD
 
 STRENGTH, HUE = 0.4, 0.1
 LUMA = (0.299, 0.587, 0.114)
@@ -200,7 +200,7 @@ def _weights_of_places(side: int, cut: int, device: torch.device) -> Tensor:
 def recolour(settings: PatchSettings, patches: Tensor, uniforms_BNU: Tensor) -> Tensor:
     """Colour jitter, then loss of colour, for every normalised patch [B, N, 3, P, P] on its own.
 
-    As the loader's jitter (engine/data/augment.py): contrast about mid-grey, brightness, saturation, hue as a rotation in YIQ, in
+    As the loader's jitter (engine/data/views.py): contrast about mid-grey, brightness, saturation, hue as a rotation in YIQ, in
     this order, in one linear map; values are clipped to an image's at the end. RelViT's is torchvision's, which draws the order,
     clips between, takes contrast about the mean and hue in HSV.
     """

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import kernels
 from engine.core.durable import write_file
 from engine.core.errors import BadInput
-from engine.data.augment import Augmentation
-from engine.data.pipeline import IMAGENET_MEAN, IMAGENET_STD, TrainLoader
+from engine.data.pipeline import TrainLoader
 from engine.data.sources import ImageSet, usable_cpus
+from engine.data.views import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 
 PATCHES_PER_CODE = 50
 PATCHES_PER_CROP = 16

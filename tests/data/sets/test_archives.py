@@ -18,9 +18,9 @@ from engine import eval as eval_command
 from engine import train as train_command
 from engine.core.errors import BadInput
 from engine.data import cache, sources
-from engine.data.augment import Augmentation
-from engine.data.pipeline import IMAGENET_MEAN, IMAGENET_STD, TrainLoader, eval_batches
+from engine.data.pipeline import TrainLoader, eval_batches
 from engine.data.sets import archives, arrays
+from engine.data.views import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 from tests.data import published
 from tests.data.published import CIFAR10, CIFAR100, WNIDS, cifar_files, python2, random_split, write_files, write_tar
 

@@ -15,8 +15,8 @@ from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor, nn
 
 from engine.core.errors import BadInput
-from engine.data.augment import minimal
 from engine.data.sources import open_images
+from engine.data.views import minimal
 from engine.methods.parts.tokenizers import Codebook, DiscreteVae, k_means
 
 

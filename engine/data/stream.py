@@ -1,0 +1,161 @@
+"""Runs a DALI pipeline over numbered steps, and goes on without a file that it cannot decode."""
+
+import os
+from collections.abc import Callable, MutableSequence
+
+import numpy as np
+import torch
+from nvidia.dali import Pipeline, fn, pipeline_def
+from nvidia.dali.data_node import DataNode
+
+from engine.data import screen
+from engine.data.batch import Batch
+from engine.data.graph import Graph, Inputs, decode
+from engine.data.sources import ImageSet, check_bad, substitutes, usable_cpus
+
+MAX_THREADS = 16
+QUEUE = 2  # batches made ahead
+
+# a step -> the ids that are read, int64 [b], and what the graph is given for them; StopIteration past the last step
+Plan = Callable[[int], tuple[np.ndarray, Inputs]]
+
+
+class Files:
+    """What is known of the files by now: the verdicts of screening and those of training."""
+
+    def __init__(self, images: ImageSet, ledger: MutableSequence[tuple[str, str]]):
+        self.images, self.ledger = images, ledger
+        self.good, self.substitute = images.good, images.substitute
+        self.bad = (*images.bad, *ledger)
+        if ledger:  # a resumed run knows what it had found
+            found = {path for path, _ in ledger}
+            self.good &= np.array([path not in found for path in images.paths])
+            self.substitute = substitutes(self.good)
+
+    def path(self, index: int) -> np.ndarray:
+        """uint8 [characters], as DALI takes a file name."""
+        return np.frombuffer(os.fsencode(f"{self.images.root}/{self.images.paths[index]}"), np.uint8)
+
+    def condemn(self, index: int, reason: str) -> None:
+        """Note a file as bad. Raises BadInput where these are too many now."""
+        entry = (self.images.paths[index], reason)
+        self.ledger.append(entry)
+        self.bad += (entry,)
+        self.good[index] = False
+        check_bad(self.bad, len(self.images), self.images.bad_limit, "the run's ledger")
+        self.substitute = substitutes(self.good)
+
+
+def _read(paths: DataNode) -> DataNode:
+    return fn.io.file.read(paths, dont_use_mmap=True)  # a mapped file that shrinks meanwhile would kill the process
+
+
+class Stream:
+    """Runs a pipeline over numbered steps; builds it anew, at the same step, without a file that it cannot decode.
+
+    `branches`: whether the graph has an `if` about a node, which costs the build a rewriting of its functions.
+    """
+
+    def __init__(
+        self,
+        files: Files,
+        graph: Graph,
+        branches: bool,
+        plan: Plan,
+        batch: int,
+        device: torch.device,
+        threads: int | None,
+        start: int,
+    ):
+        self._files, self._graph, self._branches, self._plan, self._batch = files, graph, branches, plan, batch
+        on_gpu = device.type == "cuda"
+        self._device_id = (torch.cuda.current_device() if device.index is None else device.index) if on_gpu else None
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        self._threads = threads or max(1, min(MAX_THREADS, usable_cpus() // local_processes))
+        self._step, self._retried = start, -1
+        self._flying: dict[int, np.ndarray] = {}
+        self._pipeline: Pipeline | None = None
+
+    def __iter__(self) -> "Stream":
+        return self
+
+    def __next__(self) -> Batch:
+        while True:
+            self._pipeline = self._pipeline or self._build()
+            try:
+                outputs = self._pipeline.run()
+                break
+            except RuntimeError as error:
+                self._mend(error)
+        step, ids = self._step, self._flying.pop(self._step)
+        self._step += 1
+        # the dynamic executor gives the buffers away: they are not written again while a tensor refers to them
+        views = tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+        return Batch.of(self._files.images, step, ids, views)
+
+    def close(self) -> None:
+        """Frees the pipeline; batches already given stay valid."""
+        self._pipeline = None
+        self._flying.clear()
+
+    def _build(self) -> Pipeline:
+        first = self._step
+        names = list(self._plan(first)[1])
+
+        def give(iteration: int) -> list:
+            ids, inputs = self._plan(first + iteration)
+            self._flying[first + iteration] = ids
+            return [[self._files.path(index) for index in ids], *(inputs[name] for name in names)]
+
+        def define() -> tuple[DataNode, ...]:
+            paths, *given = fn.external_source(give, num_outputs=1 + len(names), batch=True)
+            return self._graph(_read(paths), dict(zip(names, given)), self._decoder)
+
+        pipeline = pipeline_def(define, enable_conditionals=self._branches)(
+            batch_size=self._batch,
+            num_threads=self._threads,
+            device_id=self._device_id,
+            prefetch_queue_depth=QUEUE,
+            exec_dynamic=True,
+        )
+        pipeline.build()
+        return pipeline
+
+    @property
+    def _decoder(self) -> str:
+        return "cpu" if self._device_id is None else "mixed"
+
+    def _mend(self, error: RuntimeError) -> None:
+        """Finds the bad files of the first failing step in flight; without one, tries the step once more."""
+        flying, self._flying, self._pipeline = self._flying, {}, None
+        for step in sorted(flying):
+            if found := self._undecodable(flying[step]):
+                for index, reason in found.items():
+                    self._files.condemn(index, reason)
+                return
+        if self._retried == self._step:
+            raise error
+        self._retried = self._step
+
+    def _undecodable(self, ids: np.ndarray) -> dict[int, str]:
+        """{id: reason} of the files that fail when decoded alone, as the pipeline decodes them."""
+        images, found, pipeline = self._files.images, {}, None
+        for index in np.unique(ids).tolist():
+            pipeline = pipeline or _one_file_pipeline(self._device_id, self._decoder)
+            try:
+                (pixels,) = pipeline.run(path=[self._files.path(index)])
+                height, width, _ = pixels.shape()[0]
+                if (width, height) != tuple(images.sizes[index]):
+                    found[index] = f"changed: {width}x{height} pixels now"
+            except RuntimeError:
+                _, reason = screen.inspect(images.root / images.paths[index], decode=True)
+                found[index], pipeline = reason or "unreadable: the decoder refuses it", None
+        return found
+
+
+def _one_file_pipeline(device_id: int | None, decoder: str) -> Pipeline:
+    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True)
+    with pipeline:
+        pipeline.set_outputs(decode(_read(fn.external_source(name="path")), decoder))
+    pipeline.build()
+    return pipeline

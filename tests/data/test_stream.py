@@ -1,0 +1,103 @@
+"""What a stream keeps and mends: batches that stay as they were, bad files found late, errors that no file explains."""
+
+import pytest
+import torch
+
+from engine.core.errors import BadInput
+from engine.data import sources
+from engine.data.pipeline import eval_batches
+from engine.data.views import byol_views
+from tests.data.corpus import picture, with_bad_file
+from tests.data.loading import SIZE, assert_same, loader, take
+
+
+def test_a_batch_keeps_its_values_while_the_loader_runs_on(digits_train):
+    batches = loader(digits_train)
+    kept = [(batch, [view.clone() for view in batch.images]) for batch in take(batches, 8)]
+    batches.close()
+    for batch, copies in kept:
+        assert all(torch.equal(view, copy) for view, copy in zip(batch.images, copies, strict=True))
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_file_found_bad_while_training_is_replaced_like_one_found_before(tmp_path, views):
+    with_bad_file(tmp_path, ["a/photo003.jpg", "b/photo009.jpg"])
+    known = sources.open_images(tmp_path, "train", bad_limit=0.1)
+    unknown = sources.open_images(tmp_path, "train", bad_limit=0.1, screening="header")
+    assert len(known.bad) == 2
+    assert not unknown.bad
+    ledger = []
+    found = take(loader(unknown, byol_views(SIZE)[:views], batch_size=5, ledger=ledger), 9)
+    assert_same(take(loader(known, byol_views(SIZE)[:views], batch_size=5), 9), found)
+    assert sorted(ledger) == list(known.bad)
+    assert not unknown.bad
+    assert unknown.good.all()
+
+
+def test_a_file_that_vanishes_or_changes_is_found(tmp_path):
+    images = sources.open_images(with_bad_file(tmp_path, []), "train", bad_limit=0.2)
+    (tmp_path / "train/a/photo001.jpg").unlink()
+    picture(20, 20).save(tmp_path / "train/b/photo002.jpg")
+    ledger = []
+    take(loader(images, batch_size=20, ledger=ledger), 1)
+    assert {path: reason.split()[0] for path, reason in ledger} == {
+        "train/a/photo001.jpg": "unreadable:", "train/b/photo002.jpg": "changed:"
+    }  # fmt: skip
+
+
+def test_too_many_files_found_bad_while_training_end_the_run(tmp_path):
+    with_bad_file(tmp_path, ["a/photo003.jpg", "a/photo004.jpg"])
+    images = sources.open_images(tmp_path, "train", bad_limit=0.05, screening="header")
+    ledger = []
+    with pytest.raises(BadInput, match="2 of 20 images are bad"):
+        take(loader(images, batch_size=20, ledger=ledger), 1)
+    assert len(ledger) == 2
+
+
+def test_evaluation_goes_on_without_a_file_found_bad(tmp_path):
+    with_bad_file(tmp_path, ["a/photo003.jpg", "b/photo009.jpg"])
+    images = sources.open_images(tmp_path, "train", bad_limit=0.1, screening="header")
+    ledger = []
+    batches = list(eval_batches(images, SIZE, 4, threads=1, ledger=ledger))
+    assert torch.cat([batch.ids for batch in batches]).tolist() == [id for id in range(20) if id not in (3, 19)]
+    assert [batch.step for batch in batches] == list(range(5))
+    assert len(ledger) == 2
+
+
+def test_an_error_that_no_file_explains_is_tried_once_more_and_then_raised(photos, monkeypatch):
+    batches = loader(photos, batch_size=8)
+    expected = next(loader(photos, batch_size=8))
+    build, failures = batches._stream._build, []
+
+    class Failing:
+        def run(self):
+            failures.append(1)
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(batches._stream, "_build", lambda: build() if failures else Failing())
+    assert_same([expected], [next(batches)])
+    monkeypatch.setattr(batches._stream, "_build", Failing)
+    batches.close()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(batches)
+    assert len(failures) == 3
+
+
+@pytest.mark.gpu
+def test_a_batch_on_the_gpu_keeps_its_values_while_the_loader_runs_on(digits_train):
+    batches = loader(digits_train, device="cuda")
+    kept = [(batch, [view.clone() for view in batch.images]) for batch in take(batches, 12)]
+    batches.close()
+    for batch, copies in kept:
+        assert all(torch.equal(view, copy) for view, copy in zip(batch.images, copies, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_loader_on_the_gpu_resumes_and_replaces_bad_files(tmp_path):
+    with_bad_file(tmp_path, ["a/photo003.jpg", "b/photo009.jpg"])
+    images = sources.open_images(tmp_path, "train", bad_limit=0.1, screening="header")
+    ledger = []
+    whole = take(loader(images, batch_size=5, device="cuda", ledger=ledger), 9)
+    assert {path for path, _ in ledger} == {"train/a/photo003.jpg", "train/b/photo009.jpg"}
+    known = sources.open_images(tmp_path, "train", bad_limit=0.1)
+    assert_same(whole[3:], take(loader(known, batch_size=5, device="cuda", start_step=3), 6))

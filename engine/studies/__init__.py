@@ -1,4 +1,4 @@
-"""Comparisons of pretext tasks. A study is a file in this folder, found by its name, with a `STUDY`."""
+"""Comparisons of pretext tasks: files in this folder, found by name, each with a `STUDY`. `conduct` carries one out."""
 
 import importlib
 import pkgutil
@@ -7,8 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from engine.core.errors import BadInput
-
-_NOT_STUDIES = {"grid", "judge", "report"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class Study:
 
 def names() -> tuple[str, ...]:
     """Every study there is."""
-    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name not in _NOT_STUDIES))
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.ispkg))
 
 
 def get(name: str) -> Study:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,6 +130,18 @@ def encoders_differ(runs: Sequence[Run]) -> str:
         if len({str(encoder.get(name)) for encoder in encoders.values()}) > 1
     ]
     return f"The encoders are not all alike: {'; '.join(differing)}." if differing else ""
+
+
+def length(runs: Sequence[Run]) -> str:
+    """Epochs and batch of these runs, in words."""
+    epochs = _range(run.epochs for run in runs)
+    batch = _range(settings.batch_size for run in runs for _, settings in run.plan.stages)
+    return f"{epochs} epoch{'s' * (epochs != '1')} in batches of {batch}"
+
+
+def _range(numbers: Iterable[int]) -> str:
+    numbers = sorted(set(numbers))
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
 def _check_equal(runs: list[Run], names: Sequence[str]) -> None:

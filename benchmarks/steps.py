@@ -10,7 +10,7 @@ from engine import methods, recipes
 from engine.core.draws import Draws
 from engine.methods.base import Labels, Method, StageSettings
 from engine.model import vit
-from engine.train import compile_regions
+from engine.training.build import compile_regions
 from engine.training.step import Update
 
 CLASSES = 1000  # of ImageNet

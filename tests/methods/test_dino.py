@@ -18,7 +18,7 @@ from engine.methods.parts.collapse import CHOICES
 from engine.model import vit
 from engine.model.heads import DinoHead, WeightNormed
 from engine.recipes import recipe
-from engine.train import compile_regions
+from engine.training.build import compile_regions
 from engine.training.config import parse
 from engine.training.step import Update
 from tests.methods.small import small

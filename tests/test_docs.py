@@ -105,7 +105,7 @@ def command(line: str) -> Iterator[str]:
     start = next(i for i, word in enumerate(words) if word == "-m" and words[i + 1].partition(".")[0] in ROOMS)
     module, arguments = words[start + 1], words[start + 2 :]
     end = next((i for i, word in enumerate(arguments) if word in OTHER_COMMANDS), len(arguments))
-    arguments = [word for word in arguments[:end] if word != "..."]
+    arguments = [word for word in arguments[:end] if word not in ("...", "--help")]
     if find_spec(module.partition(".")[0]) is None or find_spec(module) is None:
         yield f"no module {module} in: {line}"
     elif arguments and module in PARSERS:

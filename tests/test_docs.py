@@ -14,17 +14,24 @@ from pathlib import Path
 
 import pytest
 
-from engine import codebook, evals, methods, study
+from engine import codebook, evals, methods
 from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.evals import command_line
+from engine.studies.conduct import command_line as study
 from engine.training import config
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = ("engine", "kernels", "benchmarks", "docs", "tests", "csrc")
 BENCHMARKS = ("gpu", "throughput", "multicrop", "detection_attention")
-ELSEWHERE = {"--help", "--group", "--build"}  # flags of uv and cmake, and the one that all commands have
+ELSEWHERE = {
+    "--help",
+    "--help-method",
+    "--help-all",
+    "--group",
+    "--build",
+}  # of uv and cmake, and those that only show help
 OTHER_COMMANDS = {"&&", "|", ">", ";"}
 FENCE = re.compile(r"^ *(```|~~~).*?^ *\1 *$", re.MULTILINE | re.DOTALL)
 PLACEHOLDER = re.compile(r"[A-Z]{2,}")

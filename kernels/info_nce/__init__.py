@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels.checks import DTYPES, check_range
 from kernels.choice import chosen, load
 from kernels.cost import Cost
+from kernels.registration import implement
 
 torch.library.define(
     "tessera::info_nce_forward",
@@ -81,13 +82,13 @@ def cost(queries: int, keys: int, channels: int, element_size: int) -> tuple[Cos
     return Cost(inputs + 12 * queries, products), Cost(2 * inputs + 12 * queries, 3 * products)
 
 
-@torch.library.impl("tessera::info_nce_forward", "CompositeExplicitAutograd")
+@implement("tessera::info_nce_forward")
 def _forward(queries, keys, targets, temperature, implementation):
     check_range("info_nce", "targets", targets, len(keys))
     return load("info_nce", implementation).forward(queries, keys, targets, temperature)
 
 
-@torch.library.impl("tessera::info_nce_backward", "CompositeExplicitAutograd")
+@implement("tessera::info_nce_backward")
 def _backward(grad_loss, queries, keys, targets, lse, temperature, implementation):
     return load("info_nce", implementation).backward(grad_loss, queries, keys, targets, lse, temperature)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.checks import DTYPES
 from kernels.choice import chosen, load
 from kernels.cost import Cost
+from kernels.registration import implement
 
 torch.library.define(
     "tessera::nearest_neighbours",
@@ -75,7 +76,7 @@ def cost(queries: int, keys: int, channels: int, element_size: int, k: int = 1) 
     return Cost((queries + keys) * channels * element_size + 12 * queries * k, 2 * queries * keys * channels)
 
 
-@torch.library.impl("tessera::nearest_neighbours", "CompositeExplicitAutograd")
+@implement("tessera::nearest_neighbours")
 def _forward(queries, keys, k, query_ids, key_ids, implementation):
     return load("nearest_neighbours", implementation).forward(queries, keys, k, query_ids, key_ids)
 

@@ -22,6 +22,7 @@ from kernels.checks import DTYPES, checks_values
 from kernels.choice import chosen, load
 from kernels.cost import Cost
 from kernels.packed_attention import layout
+from kernels.registration import implement
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 
@@ -103,7 +104,7 @@ def _check_int32(name: str, value: Tensor, device: torch.device) -> None:
         )
 
 
-@torch.library.impl("tessera::packed_attention_forward", "CompositeExplicitAutograd")
+@implement("tessera::packed_attention_forward")
 def _forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale, implementation):
     on_cpu = cu_seqlens.device.type == "cpu"
     # on the CPU the reference reads the layout itself
@@ -112,7 +113,7 @@ def _forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale, implementation):
     return load("packed_attention", implementation).forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale)
 
 
-@torch.library.impl("tessera::packed_attention_backward", "CompositeExplicitAutograd")
+@implement("tessera::packed_attention_backward")
 def _backward(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, kv_lengths, scale, implementation):
     # forward has checked the layout, and autograd hands back no tensor that was written to since
     backward = load("packed_attention", implementation).backward

@@ -57,7 +57,7 @@ def forward(
         if len(out_rows) == tokens and isinstance(group.rows, slice):
             return out_rows.contiguous(), lse_rows.contiguous()
         out_THD[group.rows] = out_rows
-        lse_HT[:, group.rows] = lse_rows.to(lse_HT.dtype)  # autocast reaches into the formula
+        lse_HT[:, group.rows] = lse_rows
     return out_THD, lse_HT
 
 
@@ -90,7 +90,7 @@ def backward(
         attend = _cpu_flash_backward if on_cpu and group.length > _SHORT else _plain_backward
         grads = attend(grad_out, q, k[:, :, : group.keys], v[:, :, : group.keys], out, lse, scale)
         if in_place and group.keys == group.length and group.sequences * group.length == tokens:
-            return torch.stack([grad.transpose(1, 2) for grad in grads], 2).flatten(0, 1)
+            return torch.stack([grad.transpose(1, 2) for grad in grads], 2).flatten(0, 1).to(qkv_T3HD.dtype)
         for target, grad in zip(grad_SL3HD.permute(2, 0, 3, 1, 4), grads, strict=True):
             rows = grad.shape[2]
             target[:, :, :rows] = grad

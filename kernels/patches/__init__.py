@@ -23,6 +23,7 @@ from torch import Tensor
 from kernels.checks import check_range
 from kernels.choice import chosen, load
 from kernels.cost import Cost
+from kernels.registration import implement
 
 torch.library.define(
     "tessera::gather_patches", "(Tensor images, Tensor indices, int patch_size, str implementation) -> Tensor"
@@ -131,24 +132,24 @@ def _check_range(op: str, images: Tensor, indices: Tensor, patch_size: int) -> N
     check_range(op, "indices", indices, (height // patch_size) * (width // patch_size))
 
 
-@torch.library.impl("tessera::gather_patches", "CompositeExplicitAutograd")
+@implement("tessera::gather_patches")
 def _gather(images, indices, patch_size, implementation):
     _check_range("gather_patches", images, indices, patch_size)
     return load("patches", implementation).gather(images, indices, patch_size)
 
 
-@torch.library.impl("tessera::scatter_patches", "CompositeExplicitAutograd")
+@implement("tessera::scatter_patches")
 def _scatter(rows, indices, height, width, patch_size, dtype, implementation):
     return load("patches", implementation).scatter(rows, indices, height, width, patch_size, dtype)
 
 
-@torch.library.impl("tessera::masked_pixel_loss", "CompositeExplicitAutograd")
+@implement("tessera::masked_pixel_loss")
 def _loss(prediction, images, indices, patch_size, normalise, implementation):
     _check_range("masked_pixel_loss", images, indices, patch_size)
     return load("patches", implementation).loss_forward(prediction, images, indices, patch_size, normalise)
 
 
-@torch.library.impl("tessera::masked_pixel_loss_backward", "CompositeExplicitAutograd")
+@implement("tessera::masked_pixel_loss_backward")
 def _loss_backward(grad_loss, prediction, images, indices, patch_size, normalise, of_pixels, implementation):
     backward = load("patches", implementation).loss_backward
     return backward(grad_loss, prediction, images, indices, patch_size, normalise, of_pixels)

@@ -23,6 +23,7 @@ from torch import Tensor
 from kernels.checks import DTYPES, check_range
 from kernels.choice import chosen, load
 from kernels.cost import Cost
+from kernels.registration import implement
 
 CLASSES = 9
 
@@ -98,13 +99,13 @@ def cost(images: int, tokens: int, channels: int, element_size: int) -> tuple[Co
     return Cost(inputs + numbers, products), Cost(2 * inputs + numbers, 3 * products)
 
 
-@torch.library.impl("tessera::relation_forward", "CompositeExplicitAutograd")
+@implement("tessera::relation_forward")
 def _forward(queries, keys, places, columns, scale, implementation):
     check_range("relation_loss", "places", places, 2**31)
     return load("relation", implementation).forward(queries, keys, places, columns, scale)
 
 
-@torch.library.impl("tessera::relation_backward", "CompositeExplicitAutograd")
+@implement("tessera::relation_backward")
 def _backward(grad_loss, queries, keys, places, lse, columns, scale, implementation):
     return load("relation", implementation).backward(grad_loss, queries, keys, places, lse, columns, scale)
 

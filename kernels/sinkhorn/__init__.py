@@ -28,6 +28,7 @@ from torch import Tensor
 from kernels.checks import DTYPES
 from kernels.choice import chosen, load
 from kernels.cost import Cost
+from kernels.registration import implement
 from kernels.soft_cross_entropy import cost as cross_entropy_cost
 from kernels.soft_cross_entropy import soft_cross_entropy
 
@@ -181,12 +182,12 @@ def _check(op: str, scores: Tensor, iterations: int, **temperatures: float) -> N
             raise ValueError(f"{op} needs a positive {name}, got {temperature}")
 
 
-@torch.library.impl("tessera::sinkhorn_sweep", "CompositeExplicitAutograd")
+@implement("tessera::sinkhorn_sweep")
 def _sweep(scores, log_u, temperature, implementation):
     return load("sinkhorn", implementation).sweep(scores, log_u, temperature)
 
 
-@torch.library.impl("tessera::sinkhorn_balance", "CompositeExplicitAutograd")
+@implement("tessera::sinkhorn_balance")
 def _balance_alone(scores, temperature, iterations, implementation):
     module = load("sinkhorn", implementation)
     if hasattr(module, "balance"):
@@ -197,7 +198,7 @@ def _balance_alone(scores, temperature, iterations, implementation):
     return log_u
 
 
-@torch.library.impl("tessera::sinkhorn_assign", "CompositeExplicitAutograd")
+@implement("tessera::sinkhorn_assign")
 def _assign(scores, log_u, temperature, implementation):
     return load("sinkhorn", implementation).assign(scores, log_u, temperature)
 

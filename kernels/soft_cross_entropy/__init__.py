@@ -27,6 +27,7 @@ from torch import Tensor
 from kernels.checks import DTYPES, checks_values
 from kernels.choice import chosen, load
 from kernels.cost import Cost
+from kernels.registration import implement
 
 _INPUTS = "Tensor teacher_logits, Tensor student_logits, Tensor? centre, Tensor? teacher_rows, Tensor? weights"
 _PLAIN = "float teacher_temperature, float student_temperature, str implementation"
@@ -160,7 +161,7 @@ def _check(
         )
 
 
-@torch.library.impl("tessera::soft_cross_entropy_forward", "CompositeExplicitAutograd")
+@implement("tessera::soft_cross_entropy_forward")
 def _forward(teacher_logits, student_logits, centre, teacher_rows, weights, *plain):
     *temperatures, implementation = plain
     if teacher_rows is not None and len(teacher_rows) and checks_values(teacher_rows.device):
@@ -173,7 +174,7 @@ def _forward(teacher_logits, student_logits, centre, teacher_rows, weights, *pla
     return forward(teacher_logits, student_logits, centre, teacher_rows, weights, *temperatures)
 
 
-@torch.library.impl("tessera::soft_cross_entropy_backward", "CompositeExplicitAutograd")
+@implement("tessera::soft_cross_entropy_backward")
 def _backward(grad_loss, *inputs):
     *tensors_and_temperatures, implementation = inputs
     return load("soft_cross_entropy", implementation).backward(grad_loss, *tensors_and_temperatures)

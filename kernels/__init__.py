@@ -2,7 +2,7 @@
 
 import os
 
-from kernels.choice import check, describe, request, use
+from kernels.choice import check, describe, request, understood, use
 from kernels.info_nce import info_nce
 from kernels.nearest_neighbours import nearest_neighbours
 from kernels.packed_attention import packed_attention
@@ -24,6 +24,7 @@ __all__ = [
     "sinkhorn_centre",
     "sinkhorn_cross_entropy",
     "soft_cross_entropy",
+    "understood",
     "use",
 ]
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import tyro
 
+import kernels
 from engine import methods, recipes
 from engine.core.errors import BadInput
 from engine.core.flags import read
@@ -73,7 +74,8 @@ class Train:
     compile: bool = False
     """Compile blocks and losses with torch.compile."""
     kernels: str = "auto"
-    """Implementation of the kernels: auto, reference, triton or cuda."""
+    """Which form of the kernels runs: auto, reference, triton or cuda, for all ops that have it, or by op, as in
+    packed_attention=cuda,sinkhorn=triton."""
     device: str = "auto"
     """auto, cpu or cuda."""
     threads: int = 0
@@ -108,12 +110,15 @@ class Train:
             "collapse": ("", *CHOICES),
             "precision": ("auto", "fp32", "bf16"),
             "device": ("auto", "cpu", "cuda"),
-            "kernels": ("auto", "reference", "triton", "cuda"),
         }
         for name, valid in choices.items():
             if getattr(self, name) not in valid:
                 listed = ", ".join(filter(None, valid))
                 raise BadInput(f"--{name} is {getattr(self, name)!r}; choose one of {listed}.")
+        try:
+            kernels.understood(self.kernels)
+        except ValueError as error:
+            raise BadInput(f"--kernels {self.kernels} cannot be had: {error}.") from error
         lowest = {"batch_size": 0, "patch_size": 0, "threads": 0, "probe_every": 0, "save_every": 0, "seed": 0}
         lowest |= {"accumulate": 1, "log_every": 1, "keep": 1, "abort_after": 1}
         for name, least in lowest.items():

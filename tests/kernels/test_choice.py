@@ -54,15 +54,34 @@ def test_what_no_op_has_is_refused_at_once():
 
 
 @pytest.mark.usefixtures("a_triton_version")
-def test_what_one_op_lacks_is_told_by_that_op():
+def test_a_choice_for_all_means_where_it_exists():
     kernels.use("triton")
     assert (kernels.gather_patches(IMAGES, INDICES, 4) == 7).all()
-    with pytest.raises(ValueError, match="sinkhorn has no implementation 'triton'; choose from auto, reference"):
-        kernels.sinkhorn(torch.zeros(2, 3), 0.1)
-    assert "sinkhorn            none (triton asked)" in kernels.describe()
-    kernels.use("reference", "sinkhorn")
     assert kernels.sinkhorn(torch.zeros(2, 3), 0.1).shape == (2, 3)
+    assert "sinkhorn            reference  (exists: reference; asked: triton, which it has not)" in kernels.describe()
+    kernels.check("cuda")
+    with pytest.raises(ValueError, match="sinkhorn has no implementation 'triton'; choose from auto, reference"):
+        kernels.use("triton", "sinkhorn")
+
+
+@pytest.mark.usefixtures("a_triton_version")
+def test_a_choice_can_be_given_by_op():
+    kernels.use("patches=triton, info_nce=reference")
     assert (kernels.gather_patches(IMAGES, INDICES, 4) == 7).all()
+    assert choice.chosen("info_nce", torch.device("cpu")) == "reference"
+    kernels.use("triton,patches=reference")
+    assert choice.chosen("patches", torch.device("cpu")) == "reference"
+    assert choice.chosen("info_nce", torch.device("cpu")) == "triton"
+    before = kernels.describe()
+    for wrong, sentence in {
+        "patches=triton,attention=triton": "there is no kernel 'attention'; choose from info_nce, nearest_neighbours",
+        "sinkhorn=triton": "sinkhorn has no implementation 'triton'; choose from auto, reference",
+        "patches=": "kernels 'patches=' is no choice; write triton, or packed_attention=cuda,sinkhorn=triton",
+        "patches=triton,triton": "is no choice",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            kernels.use(wrong)
+    assert kernels.describe() == before, "a refused choice changes nothing"
 
 
 @pytest.mark.usefixtures("a_triton_version")
@@ -110,6 +129,16 @@ def test_a_wrong_environment_variable_is_told_by_describe_and_by_the_first_call(
     assert result.returncode != 0
     names = ", ".join(("auto", *choice.AVAILABLE["patches"]))
     assert f"patches has no implementation 'fast'; choose from {names} (kernels.use or TESS" in result.stderr
+
+
+def test_a_wrong_list_in_the_environment_breaks_no_import():
+    choice.request("patchs=triton")
+    try:
+        with pytest.raises(ValueError, match=r"there is no kernel 'patchs' \(TESSERA_KERNELS\)"):
+            kernels.check("cpu")
+    finally:
+        choice.request("auto")
+    kernels.check("cpu")
 
 
 def test_what_cannot_run_here_is_told_by_check_and_by_the_call(monkeypatch):

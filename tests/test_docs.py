@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import codebook, evals, methods
+from engine import codebook, evals, export, methods
 from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.evals import command_line
@@ -145,15 +145,22 @@ def _codebook(arguments: Sequence[str]) -> None:
     read(codebook.Fit, arguments)
 
 
+def _export(arguments: Sequence[str]) -> None:
+    read(export.Export, arguments)
+
+
 PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "engine.train": _train, "engine.eval": _eval, "engine.study": _study, "engine.codebook": _codebook,
+    "engine.export": _export,
 }  # fmt: skip
 
 
 def _known_flags() -> set[str]:
     """Every flag of every command here, with hyphens, and those that switch one off."""
     benchmarks = [importlib.import_module(f"benchmarks.{name}").Options for name in BENCHMARKS]
-    kinds = [("", kind) for kind in (config.Train, command_line.Eval, study.Flags, codebook.Fit, *benchmarks)]
+    kinds = [
+        ("", kind) for kind in (config.Train, command_line.Eval, study.Flags, codebook.Fit, export.Export, *benchmarks)
+    ]
     kinds += [(f"{name}.", methods.get(name).Settings) for name in methods.names()]
     kinds += [(f"{name}.", evals.protocol(name).Settings) for name in evals.protocols()]
     named = {(prefix, field.name) for prefix, kind in kinds for field in settings_of(kind)}

@@ -22,7 +22,7 @@ from engine.data.sources import open_images
 from engine.evals.protocols import knn
 from engine.model import VisionTransformer, create, load
 from engine.training import config
-from engine.training.log import read_metrics
+from engine.training.metrics import read_metrics
 
 STAGES = {"MAE": "1-mae", "MAE-CT": "3-maect"}
 BLUE = "#3b6fb6"

@@ -12,7 +12,7 @@ from PIL import Image
 
 from engine import evals, study
 from engine.training import checkpoint
-from engine.training.log import read_metrics
+from engine.training.metrics import read_metrics
 from tests.studies.small import TINY
 
 ROOT = Path(__file__).parents[1]

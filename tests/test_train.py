@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from engine.data.pipeline import eval_batches
 from engine.data.sources import open_images
 from engine.model import weights
-from engine.training.log import TIME_FIELDS, read_metrics
+from engine.training.metrics import TIME_FIELDS, read_metrics
 
 ROOT = Path(__file__).parents[1]
 FAST = (

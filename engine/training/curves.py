@@ -9,7 +9,7 @@ from matplotlib.ticker import LogLocator, NullLocator
 
 from engine.core.durable import write_file
 from engine.core.pictures import DPI, FAINT, INK
-from engine.training.log import read_metrics
+from engine.training.metrics import read_metrics
 
 COLOURS = ("#3b6fb6", "#c8553d", "#4a9c6d", "#8e6bb0", "#c08a2e")  # one per stage
 CURVES = {"loss": "loss", "lr": "learning rate", "knn_top1": "k-NN top-1 (%)", "rank_me": "effective rank (RankMe)"}

@@ -9,11 +9,13 @@ import torch
 
 import kernels
 from engine.core import dist
+from engine.core.gpus import peak_flops
 from engine.data.sources import check_bad
 from engine.training import checkpoint, folder, pictures, probe
 from engine.training.build import as_evaluated, build
-from engine.training.log import RunLog, peak_flops, read_metrics
+from engine.training.log import RunLog
 from engine.training.loop import Cadence, Stopped, StopRequest, run_stage
+from engine.training.metrics import read_metrics
 from engine.training.parts import Parts
 from engine.training.state import TrainState, position, restore, to_host
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from engine.training import checkpoint
-from engine.training.log import read_metrics
+from engine.training.metrics import read_metrics
 
 ROOT, EARLIER = Path(__file__).parents[2], Path(__file__).parent / "earlier"
 

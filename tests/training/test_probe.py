@@ -11,7 +11,8 @@ from PIL import Image
 
 from engine.data.pipeline import eval_batches
 from engine.data.sources import open_images
-from engine.training.log import RunLog, read_metrics
+from engine.training.log import RunLog
+from engine.training.metrics import read_metrics
 from engine.training.probe import (
     Health,
     OnlineProbe,

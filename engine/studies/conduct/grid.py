@@ -10,7 +10,7 @@ from typing import Any
 from engine.core.errors import BadInput
 from engine.studies import Arm, Study
 from engine.training import checkpoint, config
-from engine.training.log import read_metrics
+from engine.training.metrics import read_metrics
 
 TAIL = 1 << 16  # bytes at the end of metrics.jsonl: many lines
 NEW, HALF, DONE = "new", "half-trained", "done"

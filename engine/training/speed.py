@@ -1,0 +1,53 @@
+"""How fast a stage trains: images per second and MFU between two logged steps, time set aside left out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import monotonic
+
+
+class Speed:
+    """Measures one stage after another.
+
+    Args:
+        peak_flops: peak FLOP/s of all devices of the run together; MFU is known only with it and a stage's cost.
+    """
+
+    def __init__(self, peak_flops: float | None):
+        self._peak_flops = peak_flops
+        self._aside = 0.0
+        self._mark: tuple[float, int] | None = None
+
+    def begin(self, images_per_step: int, flops_per_image: float | None) -> None:
+        """A stage begins."""
+        self._images_per_step, self._flops_per_image = images_per_step, flops_per_image
+        self._mark = None
+
+    def tick(self, step: int) -> None:
+        """`step` is finished. A stage's first update compiles and loads kernels: rates are measured from its end on."""
+        if self._mark is None:
+            self._mark = (self._clock(), step)
+
+    def rates(self, step: int) -> dict[str, float]:
+        """images_per_second since the last call or the stage's first tick, and mfu (0 to 1) where it is known."""
+        if self._mark is None:
+            return {}
+        now, (then, marked_step) = self._clock(), self._mark
+        if step <= marked_step or now <= then:
+            return {}
+        self._mark = (now, step)
+        rates = {"images_per_second": (step - marked_step) * self._images_per_step / (now - then)}
+        if self._flops_per_image and self._peak_flops:
+            rates["mfu"] = rates["images_per_second"] * self._flops_per_image / self._peak_flops
+        return rates
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Time spent inside is left out."""
+        began = monotonic()
+        try:
+            yield
+        finally:
+            self._aside += monotonic() - began
+
+    def _clock(self) -> float:
+        return monotonic() - self._aside

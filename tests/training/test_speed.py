@@ -1,0 +1,33 @@
+import pytest
+
+from engine.training.log import RunLog
+from engine.training.metrics import read_metrics
+from tests.training.logged import Clock, train
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def test_rates_leave_out_the_first_update_and_time_aside(tmp_path, clock):
+    with RunLog(tmp_path, quiet=True, flops_per_image=1e9, peak_flops=1e12) as run:
+        run.start_stage("mae", 0, 1, 0, 100, 50)
+        clock.now += 60  # compiling
+        run.log(1, {"loss": 1.0})
+        for step in range(2, 12):
+            clock.now += 0.5
+            run.tick(step)
+            if step == 6:
+                with run.aside():
+                    clock.now += 1000
+        run.log(11, {"loss": 1.0})
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert "images_per_second" not in first
+    assert second["images_per_second"] == pytest.approx(50 / 0.5)
+    assert second["mfu"] == pytest.approx(100 * 1e9 / 1e12)
+
+
+def test_no_mfu_without_a_known_peak(tmp_path):
+    train(tmp_path, 1, 10)
+    assert not any("mfu" in record for record in read_metrics(tmp_path / "metrics.jsonl"))

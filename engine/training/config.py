@@ -16,11 +16,12 @@ from engine.core.short_help import short_help
 from engine.methods.base import StageSettings
 from engine.methods.parts.collapse import CHOICES
 from engine.recipes import small_data
+from engine.training import trackers
 
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
 RESUME_MAY_CHANGE = (
     "resume", "out", "compile", "device", "threads", "log_every", "probe_every", "save_every", "keep", "evaluate", "dry_run",
-    "bad_limit", "abort_after", "kernels", "accumulate",
+    "bad_limit", "abort_after", "kernels", "accumulate", "track",
 )  # fmt: skip
 
 IN_FULL = ("--help-method", "--help-all")
@@ -96,6 +97,9 @@ class Train:
     """Epochs between checkpoints; 0 saves only at the end of a stage."""
     keep: int = 2
     """Checkpoints to keep."""
+    track: tuple[str, ...] = ()
+    """Where to show the numbers besides TensorBoard: wandb, trackio, mlflow, each a package of its own to install. They stay in
+    the run folder unless their own environment variables (WANDB_MODE, TRACKIO_SPACE_ID, MLFLOW_TRACKING_URI) say otherwise."""
     evaluate: bool = True
     """At the end, evaluate raw pixels and every stage by k-NN, linear probe, low-shot and clustering."""
     bad_limit: float = 0.001
@@ -124,6 +128,7 @@ class Train:
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more.")
+        trackers.check(self.track)
         if any(epochs < 1 for epochs in self.epochs):
             raise BadInput(f"--epochs is {' '.join(map(str, self.epochs))}; every stage needs at least 1.")
         if len(self.image_size) > 2 or any(side < 1 for side in self.image_size):

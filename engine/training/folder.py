@@ -1,7 +1,8 @@
 """The run folder: where it is, and what lies in it.
 
 config.json, metrics.jsonl, summary.json, tensorboard/, checkpoints/, export/ (the newest encoder, which timm loads), stages/ (the
-encoder at the end of each stage), evaluation/, pictures/, and bad_files.json if there were any.
+encoder at the end of each stage), evaluation/, pictures/, and bad_files.json if there were any. With --track, wandb/, trackio/ or
+mlflow/, and trackers.json (the run's id in each).
 """
 
 import json

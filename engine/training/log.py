@@ -1,10 +1,10 @@
 """What a run leaves to read and shows while it trains: the one thing the loop talks to.
 
-It hands on to metrics.jsonl (the record), TensorBoard, a progress display, and summary.json.
+It hands on to metrics.jsonl (the record), TensorBoard and the trackers that were asked for, a progress display, and summary.json.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from time import time
@@ -15,7 +15,7 @@ from engine.core.durable import write_file
 from engine.training.metrics import KINDS, RESERVED, MetricsFile, keep_until, strict
 from engine.training.progress import Progress, Stretch
 from engine.training.speed import Speed
-from engine.training.trackers import TensorBoard
+from engine.training.trackers import TensorBoard, Trackers
 
 
 class RunLog:
@@ -26,6 +26,7 @@ class RunLog:
         rank: this process's rank.
         flops_per_image: floating-point operations the model needs per image, forward and backward.
         peak_flops: peak FLOP/s of all devices of the run together; MFU is known only with both.
+        track: where to show the numbers besides (`engine.training.trackers`); the folder then holds a config.json.
         quiet: show nothing; files are written all the same.
         console: where to show progress, by default standard output; a terminal gets a live bar, all else plain lines.
     """
@@ -37,6 +38,7 @@ class RunLog:
         rank: int = 0,
         flops_per_image: float | None = None,
         peak_flops: float | None = None,
+        track: Sequence[str] = (),
         quiet: bool = False,
         console: Console | None = None,
     ):
@@ -45,6 +47,7 @@ class RunLog:
         self._active = rank == 0
         self._speed = Speed(peak_flops)
         self._progress = Progress(console or Console(), shown=self._active and not quiet)
+        self._trackers = Trackers(track, self.message)
         self._file: MetricsFile | None = None
         self._board: TensorBoard | None = None
         self._step = 0
@@ -107,7 +110,7 @@ class RunLog:
         self._progress.tick(step)
 
     def log(self, step: int, values: Mapping[str, float | str], *, kind: str = "train") -> None:
-        """Record the values of a step: one line of metrics.jsonl, TensorBoard, the progress display.
+        """Record the values of a step: one line of metrics.jsonl, TensorBoard, the trackers, the progress display.
 
         Lines of kind "train" also get images_per_second (since the previous one, time in `aside` left out; absent for
         the first update of a stage) and, where peak and cost are known, mfu between 0 and 1.
@@ -154,6 +157,8 @@ class RunLog:
         """End the display and close the files; with a summary, write summary.json (durable, aside and renamed)."""
         if not self._active:
             return
+        stage = self._progress.stage
+        whole = stage is not None and stage.index + 1 == stage.count and self._step == stage.end_step
         self._progress.end()
         if self._file is not None:
             self._file.close()
@@ -161,6 +166,7 @@ class RunLog:
         if self._board is not None:
             self._board.close()
             self._board = None
+        self._trackers.close(whole)
         if summary is not None and self.folder is not None:
             self.folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(strict(summary), indent=2, allow_nan=False, default=str) + "\n"
@@ -173,8 +179,10 @@ class RunLog:
         record = {"step": step, "stage": stage.name if stage else "", "kind": kind, "time": round(now, 3)}
         self._file.append(record | values)
         self._board.log(step, kind, values, now)
+        self._trackers.log(step, kind, values, now)
 
     def _open(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._file = MetricsFile(self.folder / "metrics.jsonl")
         self._board = TensorBoard(self.folder / "tensorboard", self._resumed_at)
+        self._trackers.open(self.folder)

@@ -15,6 +15,7 @@ from pathlib import Path
 from engine.core.durable import write_file
 
 TIME_FIELDS = ("time", "images_per_second", "mfu")
+OF_THE_LINE = ("step", "stage", "kind", "time", "not_finite")
 RESERVED = ("step", "stage", "kind", "not_finite", *TIME_FIELDS)
 KINDS = ("train", "probe", "event")
 
@@ -22,6 +23,14 @@ KINDS = ("train", "probe", "event")
 def read_metrics(path: Path) -> list[dict]:
     """The records of a metrics.jsonl, oldest first; a line torn by a crash, or still being written, is left out."""
     return [record for record in map(_parsed, path.read_bytes().splitlines()) if record is not None]
+
+
+def values_of(record: Mapping) -> dict[str, float | str]:
+    """What was logged as one record: its values without the line's own fields, numbers that aren't finite as they were."""
+    odd = record.get("not_finite", {})
+    return {
+        name: float(odd.get(name, "nan")) if v is None else v for name, v in record.items() if name not in OF_THE_LINE
+    }
 
 
 def keep_until(path: Path, last_step: float) -> None:

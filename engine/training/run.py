@@ -26,9 +26,10 @@ Evaluate = Callable[[Parts, Path, Callable[[str], None]], dict[str, dict[str, fl
 def run(parts: Parts, evaluate: Evaluate) -> int:
     """Train all stages, evaluate, leave the run folder. A stop request ends it early with a saved state."""
     out = Path(dist.share(str(folder.of_run(parts.plan))))
-    log = RunLog(out if parts.ranks.first else None, rank=parts.ranks.rank, peak_flops=_peak_flops(parts.ranks))
-    state = _resumed(parts, out, log) if parts.plan.train.resume else None
-    if state is None and parts.ranks.first:
+    train, ranks = parts.plan.train, parts.ranks
+    log = RunLog(out if ranks.first else None, rank=ranks.rank, peak_flops=_peak_flops(ranks), track=train.track)
+    state = _resumed(parts, out, log) if train.resume else None
+    if state is None and ranks.first:
         folder.begin(out, parts.plan)
     _introduce(parts, out, log)
     with log, StopRequest() as stop:
@@ -41,7 +42,7 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
             log.message(f"stopped and saved; go on with: python -m engine.train --resume {out}")
             return 0
         log.close()
-        if parts.ranks.first:
+        if ranks.first:
             log.close(_summary(parts, state, out, evaluate, log.message))
         dist.barrier()
     return 0

@@ -26,9 +26,9 @@ def shown(run: RunLog) -> str:
     return run._progress._console.file.getvalue()
 
 
-def train(folder, first, last, resume_at=None):
+def train(folder, first, last, resume_at=None, **options):
     """Two stages of 10 steps; logs every second step and probes every fifth, as a loop would."""
-    with RunLog(folder, quiet=True) as run:
+    with RunLog(folder, **{"quiet": True} | options) as run:
         if resume_at is not None:
             run.resume(resume_at)
         for step in range(first, last + 1):

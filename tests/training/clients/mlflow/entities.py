@@ -1,0 +1,20 @@
+"""Stands in for mlflow.entities."""
+
+from typing import NamedTuple
+
+
+class Metric(NamedTuple):
+    key: str
+    value: float
+    timestamp: int
+    step: int
+
+
+class Param(NamedTuple):
+    key: str
+    value: str
+
+
+class RunTag(NamedTuple):
+    key: str
+    value: str

@@ -1,0 +1,1 @@
+"""Stands in for sqlalchemy, which mlflow needs for a database."""

@@ -146,6 +146,37 @@ def test_a_stopped_run_resumes_to_the_same_end(run: tuple[Path, str], data: Path
 
 
 @pytest.mark.long
+def test_trackers_and_a_profile_change_nothing(
+    run: tuple[Path, str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stand-ins of three trackers' packages, in a run that is stopped and resumed."""
+    whole, folder, names = run[0], tmp_path / "tracked", ("wandb", "trackio", "mlflow")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests" / "training" / "clients"))
+    monkeypatch.setenv("STAND_IN_CALLS", str(tmp_path / "calls.jsonl"))
+    process = start("--data", data, "--out", folder, *FAST, *EPOCHS, "--track", "wandb", "trackio", "--profile", 2)
+    while not (folder / "metrics.jsonl").exists() or len(read_metrics(folder / "metrics.jsonl")) < 3:
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output_of(process)
+    output = output_of(start("--resume", folder, "--track", *names, "--no-evaluate"))
+    calls = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    assert [call["exit_code"] for call in calls if call["call"] == "wandb.finish"] == [1, 0]
+    assert set(json.loads((folder / "trackers.json").read_text())) == set(names)
+    assert all(f"{name}: " in output for name in names)
+    records = [(r["step"], r["loss"]) for r in read_metrics(folder / "metrics.jsonl") if r["kind"] == "train"]
+    batches = [
+        {m["key"]: (m["step"], m["value"]) for m in c["metrics"]} for c in calls if c["call"] == "mlflow.log_batch"
+    ]
+    assert [batch["train/loss"] for batch in batches if "train/loss" in batch] == records
+    shown = [(c["step"], c["values"]) for c in calls if c["call"] == "trackio.log"]
+    assert [(step, values["train/loss"]) for step, values in shown if "train/loss" in values] == records
+    assert {"operators.txt", "trace.json.gz"} == {path.name for path in (folder / "profile").iterdir()}
+    for name, value in load_file(whole / "export" / "model.safetensors").items():
+        assert torch.equal(load_file(folder / "export" / "model.safetensors")[name], value), name
+
+
+@pytest.mark.long
 def test_torchrun_trains_with_two_processes_from_earlier_weights(run: tuple[Path, str], data: Path, tmp_path: Path):
     whole, _ = run
     screened = tmp_path / "images"

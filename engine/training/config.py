@@ -21,7 +21,7 @@ from engine.training import trackers
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
 RESUME_MAY_CHANGE = (
     "resume", "out", "compile", "device", "threads", "log_every", "probe_every", "save_every", "keep", "evaluate", "dry_run",
-    "bad_limit", "abort_after", "kernels", "accumulate", "track",
+    "bad_limit", "abort_after", "kernels", "accumulate", "track", "profile",
 )  # fmt: skip
 
 IN_FULL = ("--help-method", "--help-all")
@@ -100,6 +100,9 @@ class Train:
     track: tuple[str, ...] = ()
     """Where to show the numbers besides TensorBoard: wandb, trackio, mlflow, each a package of its own to install. They stay in
     the run folder unless their own environment variables (WANDB_MODE, TRACKIO_SPACE_ID, MLFLOW_TRACKING_URI) say otherwise."""
+    profile: int = 0
+    """Steps to watch, from the fourth of this process on, for a trace, a table of the costliest operators and, on GPUs, a record
+    of memory, in the run folder's profile/; 0 is off."""
     evaluate: bool = True
     """At the end, evaluate raw pixels and every stage by k-NN, linear probe, low-shot and clustering."""
     bad_limit: float = 0.001
@@ -124,7 +127,7 @@ class Train:
         except ValueError as error:
             raise BadInput(f"--kernels {self.kernels} cannot be had: {error}.") from error
         lowest = {"batch_size": 0, "patch_size": 0, "threads": 0, "probe_every": 0, "save_every": 0, "seed": 0}
-        lowest |= {"accumulate": 1, "log_every": 1, "keep": 1, "abort_after": 1}
+        lowest |= {"profile": 0, "accumulate": 1, "log_every": 1, "keep": 1, "abort_after": 1}
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more.")

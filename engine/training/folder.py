@@ -2,7 +2,7 @@
 
 config.json, metrics.jsonl, summary.json, tensorboard/, checkpoints/, export/ (the newest encoder, which timm loads), stages/ (the
 encoder at the end of each stage), evaluation/, pictures/, and bad_files.json if there were any. With --track, wandb/, trackio/ or
-mlflow/, and trackers.json (the run's id in each).
+mlflow/, and trackers.json (the run's id in each); with --profile, profile/ (operators.txt, trace.json.gz, on GPUs memory.pickle).
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import FrameType
 
@@ -74,6 +75,7 @@ def run_stage(
     cadence: Cadence,
     stop: StopRequest,
     *,
+    watch: Callable[[], AbstractContextManager[None]],
     probe: Callable[[], dict[str, float | str]],
     save: Callable[[], None],
     labels: np.ndarray | None,
@@ -83,6 +85,7 @@ def run_stage(
     Args:
         batches: this rank's rows of the batches from `state.step` on.
         draws: the random choices of a step.
+        watch: entered around every step, for a profile.
         probe: measures the encoder; its values are logged.
         save: makes the state durable.
         labels: class by dataset id, where the data have classes: only for the agreement of looked-up neighbours.
@@ -101,16 +104,17 @@ def run_stage(
         flops_per_image=state.method.flops_per_image(),
     )
     while state.step < stage.total_steps:
-        batch = next(batches)
-        images, ids = batch.images, batch.ids.to(state.update.skipped.device, non_blocking=True)
-        report = state.update(state.step, images, ids, state.method.draw(draws(state.step)))
-        state.step += 1
-        done, last = stage.first_step + state.step, state.step == stage.total_steps
-        log.tick(done)
-        logs = last or state.step % cadence.log_every == 0
-        if logs:
-            log.log(done, _read(report, state, batch, labels))
-            _check_guard(state, stage, cadence)
+        with watch():
+            batch = next(batches)
+            images, ids = batch.images, batch.ids.to(state.update.skipped.device, non_blocking=True)
+            report = state.update(state.step, images, ids, state.method.draw(draws(state.step)))
+            state.step += 1
+            done, last = stage.first_step + state.step, state.step == stage.total_steps
+            log.tick(done)
+            logs = last or state.step % cadence.log_every == 0
+            if logs:
+                log.log(done, _read(report, state, batch, labels))
+                _check_guard(state, stage, cadence)
         # Ranks agree on stopping only where they wait for one another anyway.
         stopping = dist.any_rank(stop.raised, ids.device) if logs or dist.world_size() == 1 else False
         if last or _due(state.step, stage, cadence.probe_every):

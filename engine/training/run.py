@@ -17,6 +17,7 @@ from engine.training.log import RunLog
 from engine.training.loop import Cadence, Stopped, StopRequest, run_stage
 from engine.training.metrics import read_metrics
 from engine.training.parts import Parts
+from engine.training.profiling import Profile
 from engine.training.state import TrainState, position, restore, to_host
 
 # What judges a finished run: of its parts, its folder and a way to say something, the figures by name, by weights.
@@ -28,6 +29,7 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
     out = Path(dist.share(str(folder.of_run(parts.plan))))
     train, ranks = parts.plan.train, parts.ranks
     log = RunLog(out if ranks.first else None, rank=ranks.rank, peak_flops=_peak_flops(ranks), track=train.track)
+    profile = Profile(train.profile if ranks.first else 0, out, ranks.device, log)
     state = _resumed(parts, out, log) if train.resume else None
     if state is None and ranks.first:
         folder.begin(out, parts.plan)
@@ -36,7 +38,7 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
         try:
             for index in range(state.stage if state else 0, len(parts.stages)):
                 state = _at_stage(parts, index, state, out)
-                _train(parts, state, out, log, stop)
+                _train(parts, state, out, log, stop, profile)
                 _finish(parts, state, out)
         except Stopped:
             log.message(f"stopped and saved; go on with: python -m engine.train --resume {out}")
@@ -94,7 +96,7 @@ def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
         log.message(f"{len(bad)} unreadable images are replaced; they are listed in {out / 'bad_files.json'}")
 
 
-def _train(parts: Parts, state: TrainState, out: Path, log: RunLog, stop: StopRequest) -> None:
+def _train(parts: Parts, state: TrainState, out: Path, log: RunLog, stop: StopRequest, profile: Profile) -> None:
     """The stage from the state's step to its end."""
     train, stage = parts.plan.train, parts.stages[state.stage]
     if state.step == stage.total_steps:
@@ -105,11 +107,12 @@ def _train(parts: Parts, state: TrainState, out: Path, log: RunLog, stop: StopRe
         seconds = time.monotonic() - began
         log.log(stage.first_step + state.step, {"storing_features_seconds": seconds}, kind="event")
     try:
-        run_stage(
-            state, stage, loader, partial(parts.draws, stage.index), log,
-            Cadence(train.log_every, train.probe_every, train.save_every, train.abort_after), stop,
-            probe=_probe(parts, state, out), save=partial(_save, parts, state, out), labels=parts.images(stage.index).labels,
-        )  # fmt: skip
+        with profile.stage(stage.name, stage.first_step + state.step, stage.total_steps - state.step) as watch:
+            run_stage(
+                state, stage, loader, partial(parts.draws, stage.index), log,
+                Cadence(train.log_every, train.probe_every, train.save_every, train.abort_after), stop, watch=watch,
+                probe=_probe(parts, state, out), save=partial(_save, parts, state, out), labels=parts.images(stage.index).labels,
+            )  # fmt: skip
     finally:
         loader.close()
 

@@ -34,7 +34,10 @@ HELP = {
         "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
     ),
     "how": ("compile", "precision", "accumulate", "kernels", "device", "threads", "seed"),
-    "run": ("out", "resume", "dry_run", "log_every", "probe_every", "save_every", "keep", "evaluate", "bad_limit", "abort_after"),
+    "run": (
+        "out", "resume", "dry_run", "log_every", "probe_every", "save_every", "keep", "evaluate", "track", "profile", "bad_limit",
+        "abort_after",
+    ),
 }  # fmt: skip
 
 

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from engine import evals
 from engine.core.errors import BadInput
 from engine.core.flags import read, written
-from engine.evals import report
+from engine.evals import registry, report
 from engine.evals.features import BOTH
+from engine.evals.sets import KINDS
 
 RAW = "raw"
 RANDOM = "random:"
@@ -30,7 +30,7 @@ class Eval:
     compare: tuple[str, ...] = ()
     """Further weights: --weights A --compare B C is --weights A B C."""
     protocol: Annotated[
-        tuple[str, ...], tyro.conf.arg(help=f"One or more of {', '.join((*evals.protocols(), evals.ALL))}.")
+        tuple[str, ...], tyro.conf.arg(help=f"One or more of {', '.join((*registry.protocols(), registry.ALL))}.")
     ] = ("knn",)
     data: str = ""
     """For protocols that read classes: an image folder, train/CLASS/*.jpg and val/CLASS/*.jpg; or NAME:DIR, a published set as it
@@ -118,7 +118,7 @@ def parse(arguments: Sequence[str]) -> tuple[Eval, dict]:
         BadInput: a flag does not exist, does not parse or is not valid.
         SystemExit: status 0 after --help.
     """
-    protocols = [(name, evals.protocol(name).Settings) for name in evals.protocols()]
+    protocols = [(name, registry.protocol(name).Settings) for name in registry.protocols()]
     flags = make_dataclass(
         "Flags",
         [(name, settings, field(default_factory=settings)) for name, settings in protocols],
@@ -130,12 +130,12 @@ def parse(arguments: Sequence[str]) -> tuple[Eval, dict]:
     chosen = Eval(**{name: getattr(parsed, name) for name in Eval.__dataclass_fields__})
     chosen.check()
     given = {name: getattr(parsed, name) for name, _ in protocols}
-    return chosen, evals.settings_for(chosen.protocol, given, chosen.seed)
+    return chosen, registry.settings_for(chosen.protocol, given, chosen.seed)
 
 
 def command(flags: Eval, source: str, protocol: str, settings: Any) -> str:
     """What repeats the result of one source of weights by one protocol: both, and every other flag that matters to it."""
-    kinds = {flag: "" for flag in evals.KINDS.values() if flag != evals.KINDS[evals.reads(protocol)]}
+    kinds = {flag: "" for flag in KINDS.values() if flag != KINDS[registry.reads(protocol)]}
     only = replace(
         flags,
         weights=(),

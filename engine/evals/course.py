@@ -40,6 +40,15 @@ class Course:
         stopped = {pairing: "the evaluation was stopped" for pairing in self.plan if pairing not in found}
         return _said("left out", self.left_out) + _said("failed", self.failures) + _said("not finished", stopped)
 
+    @property
+    def failed(self) -> str:
+        """The first failure, and how many more there are; "" where there is none."""
+        if not self.failures:
+            return ""
+        (weights, protocol), why = next(iter(self.failures.items()))
+        others = f" (and {len(self.failures) - 1} more)" if len(self.failures) > 1 else ""
+        return f"{protocol} of {weights} failed{others}: {why}" if self.results else why
+
     def announce(self) -> None:
         """Tell what will be run, and what not."""
         if len(self.plan) + len(self.left_out) < 2:

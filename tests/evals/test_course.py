@@ -12,7 +12,9 @@ import pytest
 from engine import eval as command
 from engine import evals
 from engine.core.errors import BadInput
-from engine.evals import Course
+from engine.evals import Course, registry
+from engine.evals.command_line import Eval
+from engine.evals.encoders import encoder
 from engine.model import vit, weights
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +77,7 @@ def test_all_means_every_protocol():
 
 
 def test_all_leaves_out_what_does_not_go_with_the_weights(call, monkeypatch):
-    monkeypatch.setattr(evals, "protocols", lambda: FEW)
+    monkeypatch.setattr(registry, "protocols", lambda: FEW)
     status, said, whole = call("--weights", "raw", "--protocol", "all")
     assert status == 0 and made(whole) == [("raw pixels", "cluster"), ("raw pixels", "knn")]
     reasons = [f"{name} of raw pixels, left out: raw pixels (32x32 pixels) have no patch" for name in FEW[::3]]
@@ -84,13 +86,13 @@ def test_all_leaves_out_what_does_not_go_with_the_weights(call, monkeypatch):
 
 
 def test_what_is_left_out_for_one_reason_is_told_of_together(call, monkeypatch):
-    monkeypatch.setattr(evals, "protocols", lambda: ("detection", "knn", "prompt"))
+    monkeypatch.setattr(registry, "protocols", lambda: ("detection", "knn", "prompt"))
     said = call("--weights", "raw", "--protocol", "all")[1]
     assert said[1].startswith("detection, prompt of raw pixels, left out: raw pixels (32x32 pixels) have no patches")
 
 
 def test_all_leaves_out_sizes_that_a_model_does_not_take(call, monkeypatch, tmp_path):
-    monkeypatch.setattr(evals, "protocols", lambda: ("knn", "multilabel", "propagation"))
+    monkeypatch.setattr(registry, "protocols", lambda: ("knn", "multilabel", "propagation"))
     weights.export(vit.create("vit_micro_patch8_32", positions="relative", depth=1), tmp_path / "one-size")
     status, said, whole = call("--weights", str(tmp_path / "one-size"), "--protocol", "all")
     assert status == 0 and made(whole) == [("one-size", "knn")]
@@ -151,7 +153,7 @@ def test_random_weights_are_drawn_by_the_seed(call):
     assert status == 0 and made(whole) == [("random vit_micro_patch8_32", "knn")]
     assert "--weights random:vit_micro_patch8_32 --protocol knn" in whole["results"][0]["command"]
     assert " --seed 1" in whole["results"][0]["command"]
-    drawn = [command.encoder("random:vit_micro_patch8_32", command.Eval(seed=seed), "cpu")[1] for seed in (1, 1, 2)]
+    drawn = [encoder("random:vit_micro_patch8_32", Eval(seed=seed), "cpu")[1] for seed in (1, 1, 2)]
     assert drawn[0].fingerprint == drawn[1].fingerprint != drawn[2].fingerprint
 
 

@@ -4,7 +4,7 @@ from engine.evals.charts import MAPS
 from engine.evals.report.compare import Compared, compared
 from engine.evals.report.environment import PACKAGES
 from engine.evals.report.files import check_folder, write
-from engine.evals.report.table import differences, sentence, sweeps, table
+from engine.evals.report.table import differences, sentence, show, sweeps, table
 
 __all__ = [
     "MAPS",
@@ -14,6 +14,7 @@ __all__ = [
     "compared",
     "differences",
     "sentence",
+    "show",
     "sweeps",
     "table",
     "write",

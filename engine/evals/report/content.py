@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import evals
+from engine.evals import registry
 from engine.evals.features import Features
 from engine.evals.report import environment, pictures
 from engine.evals.report.compare import Compared, compared
@@ -239,9 +239,9 @@ def _section(
 
 def _about(protocol: str) -> str:
     """The first paragraph of what the protocol's file says about itself."""
-    if protocol not in evals.protocols():
+    if protocol not in registry.protocols():
         return ""
-    said = inspect.getdoc(evals.protocol(protocol)) or ""
+    said = inspect.getdoc(registry.protocol(protocol)) or ""
     return " ".join(said.partition("\n\n")[0].split())
 
 

@@ -1,14 +1,33 @@
 """Results on the screen."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from engine.evals.report.compare import SAMPLES, SEEDS, Compared
+from engine.evals.report.compare import SAMPLES, SEEDS, Compared, compared
 from engine.evals.report.figures import bracket, cells, change, keys, tables, text
 from engine.evals.result import Result
+
+FEW = 4  # results whose sweeps fit on a screen
+
+
+def show(results: Sequence[Result], title: str, folder: Path) -> None:
+    """Print the table, of a few results their sweeps, the differences, the settings, and where the report lies."""
+    console = Console()
+    console.print(table(results, title))
+    # more would bury the figures; the report has them all
+    for result in results if len(results) <= FEW else ():
+        for sweep in sweeps(result):
+            console.print(sweep)
+    if found := compared(results):
+        console.print(differences(found, results[0].weights))
+    for line in dict.fromkeys(f"{result.protocol}: {sentence(result)}" for result in results):
+        console.print(line, style="dim", highlight=False, markup=False)
+    console.print(f"report: {folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 def table(results: Sequence[Result], title: str | None = None) -> Table:

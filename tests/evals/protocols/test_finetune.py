@@ -11,7 +11,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from engine.core.errors import BadInput
 from engine.data.sources import open_images
-from engine.evals import Subject, encoder_of, finetuning, raw_pixels
+from engine.evals import Subject, finetuning, raw_pixels
+from engine.evals.features import encoder_of
 from engine.evals.protocols import finetune, multilabel_finetune
 from engine.methods.base import Labels
 from engine.model import vit

@@ -12,7 +12,8 @@ from engine import eval as command
 from engine import evals
 from engine.core.errors import BadInput
 from engine.data.annotated import clips, davis, dense
-from engine.evals import Subject, encoder_of, raw_pixels
+from engine.evals import Subject, raw_pixels
+from engine.evals.features import encoder_of
 from engine.evals.metrics import video as metric
 from engine.evals.protocols import propagation
 from engine.evals.protocols.propagation import Settings

@@ -48,11 +48,17 @@ class Group:
     clips: bool = True
 
 
-def warmup_cosine(step: int, total_steps: int, warmup_steps: int, start: float = 0.0, end: float = 0.0) -> float:
+def warmup_cosine(
+    step: int, total_steps: int, warmup_steps: float, start: float = 0.0, end: float = 0.0, ahead: int = 0
+) -> float:
     """Share of the peak lr at a step: linear from the share `start` over the warm-up, then half a cosine to the share `end`
-    (per step, not per epoch)."""
+    (per step, not per epoch).
+
+    Args:
+        ahead: steps by which the warm-up has begun before the first; 1 where a first step at a rate of 0 would be none.
+    """
     if step < warmup_steps:
-        return start + (1 - start) * (step / warmup_steps)
+        return start + (1 - start) * ((step + ahead) / (warmup_steps + ahead))
     return cosine(step - warmup_steps, total_steps - warmup_steps, 1.0, end)
 
 
@@ -79,7 +85,7 @@ def share_of_peak(
     return max(end, 0.1 ** sum(step >= round(drop * total_steps) for drop in drops))
 
 
-def cosine(step: int, total_steps: int, start: float, end: float) -> float:
+def cosine(step: float, total_steps: float, start: float, end: float) -> float:
     """Half a cosine from `start` at step 0 to `end` at the last."""
     return end + (start - end) * (0.5 * (1 + math.cos(math.pi * step / max(1, total_steps))))
 

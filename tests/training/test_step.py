@@ -116,6 +116,8 @@ def test_schedule_is_linear_then_cosine():
     assert shares[60] == pytest.approx(0.5)
     assert shares[100] == pytest.approx(0)
     assert optim.warmup_cosine(0, 10, 0) == 1
+    ahead = [optim.warmup_cosine(step, 100, 20, ahead=1) for step in range(101)]
+    assert ahead[:21] == [(step + 1) / 21 for step in range(21)] and ahead[20:] == shares[20:]
     assert optim.scaled_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
+from engine.core import optim
 from engine.core.errors import BadInput
 from engine.evals.features import Features, Labelled, check_labelled, number_of_classes, threads_for
 from engine.evals.result import Result
@@ -55,11 +56,8 @@ def check(train: Labelled, test: Labelled, settings: Settings) -> None:
 
 
 def schedule(step: int, steps: int, warmup: float) -> float:
-    """Share of the peak learning rate at `step` of `steps`: linear warm-up, then half a cosine to 0."""
-    ramp = warmup * steps
-    if step < ramp:
-        return (step + 1) / (ramp + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - ramp) / (steps - ramp)))
+    """Share of the peak learning rate at `step` of `steps`: linear warm-up that begins above 0, then half a cosine to 0."""
+    return optim.warmup_cosine(step, steps, warmup * steps, ahead=1)
 
 
 class Probe:

@@ -1,4 +1,4 @@
-"""A run judges itself at its end: raw pixels and the encoder of every stage that trains one."""
+"""A run judges itself at its end: the encoder of every stage that trains one, and raw pixels to compare with."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -6,20 +6,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from engine import evals, methods
+from engine import methods
 from engine.core.errors import BadInput
-from engine.evals import report
+from engine.evals import judging, registry, report
 from engine.evals.command_line import RAW, Eval, command
+from engine.evals.features import raw_pixels
 from engine.model import vit, weights
 from engine.training.folder import of_stage
 from engine.training.parts import Parts
 
 PROTOCOLS = ("knn", "linear", "lowshot", "cluster")
 EVALUATED_HERE = 100_000  # training images up to which a run evaluates itself at the end
+PIXELS = "raw pixels"
 
 
 def evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
-    """Judge raw pixels and the encoder of every stage that trains one; by weights, the figures by name."""
+    """Judge the encoder of every stage that trains one, and raw pixels; by weights, the figures by name."""
     command = f"python -m engine.eval --weights {folder}" + (
         f" --data {parts.plan.train.data}" if parts.plan.train.data else ""
     )
@@ -29,7 +31,7 @@ def evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str
     if len(parts.train_images) > EVALUATED_HERE:
         say(f"more than {EVALUATED_HERE:,} images: evaluate at leisure with {command}")
         return {}
-    encoders: dict[str, object] = {"raw pixels": evals.raw_pixels()}
+    encoders: dict[str, object] = {}
     sources = {"given weights": parts.plan.train.weights} if parts.plan.train.weights else {}
     for stage in parts.stages:
         if methods.get(stage.name).trains_encoder:
@@ -38,18 +40,19 @@ def evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str
         encoder = vit.create(parts.plan.model, **parts.plan.encoder)
         weights.load(encoder, source)
         encoders[name] = encoder.to(parts.ranks.device)
+    encoders[PIXELS] = raw_pixels()  # last: differences are those to the first
     how = {"device": parts.ranks.device, "precision": parts.precision, "threads": parts.plan.train.threads or None}
     fitting = []
-    for name, settings in evals.settings_for(PROTOCOLS, seed=parts.plan.train.seed).items():
+    for name, settings in registry.settings_for(PROTOCOLS, seed=parts.plan.train.seed).items():
         try:
-            evals.protocol(name).check(parts.train_images, parts.val_images, settings)
+            registry.protocol(name).check(parts.train_images, parts.val_images, settings)
             fitting.append(name)
         except BadInput as error:
             say(f"evaluation by {name} is left out: {error}")
     if not fitting:
         return {}
-    features = evals.encode(encoders, parts.train_images, parts.val_images, **how)
-    results = evals.evaluate(features, protocols=fitting, seed=parts.plan.train.seed, device=parts.ranks.device)
+    features = judging.encode(encoders, parts.train_images, parts.val_images, **how)
+    results = judging.evaluate(features, protocols=fitting, seed=parts.plan.train.seed, device=parts.ranks.device)
     results = [replace(result, data=parts.plan.train.data or "digits") for result in results]
     report.write(
         folder / "evaluation",
@@ -58,7 +61,10 @@ def evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str
         features,
         commands=_commands(parts, sources, fitting),
     )
-    Console().print(report.table(results, f"held-out {parts.val_images.split} split, {len(parts.val_images):,} images"))
+    shown = [
+        replace(result, weights=f"{PIXELS} (no model)") if result.weights == PIXELS else result for result in results
+    ]
+    Console().print(report.table(shown, f"held-out {parts.val_images.split} split, {len(parts.val_images):,} images"))
     figures: dict[str, dict[str, float]] = {}
     for result in results:
         figures.setdefault(result.weights, {}).update({f"{result.protocol} {k}": v for k, v in result.values.items()})
@@ -69,9 +75,9 @@ def _commands(parts: Parts, sources: Mapping[str, str | Path], fitting: Sequence
     """By weights and protocol, what `engine.eval` repeats the figures of this run with."""
     train = parts.plan.train
     shared = {name: getattr(train, name) for name in ("data", "seed", "bad_limit", "precision", "device")}
-    settings = evals.settings_for(fitting, seed=train.seed)
+    settings = registry.settings_for(fitting, seed=train.seed)
     found = {}
-    for name, source in {"raw pixels": RAW, **sources}.items():
+    for name, source in {**sources, PIXELS: RAW}.items():
         own = {"image_size": train.image_size, "model": parts.plan.model} if name == "given weights" else {}
         flags = Eval(weights=(str(source),), **shared, **own)
         for protocol, chosen in settings.items():

@@ -3,7 +3,7 @@
 Shapes: K classes, n images, C feature width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
@@ -12,6 +12,7 @@ from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
 from engine.evals.features import Features, as_numpy, threads_for
+from engine.training.curves import COLOURS
 
 MAPS = {"pca": "principal components", "tsne": "t-SNE"}
 _SIZE = (6, 5.2)
@@ -59,4 +60,44 @@ def feature_map(test: Features, kind: str = "pca") -> Figure:
     if len(present) <= _NAMED_CLASSES:
         figure.legend(loc="outside right upper", markerscale=2, fontsize=8)
     axes.set(xticks=[], yticks=[])
+    return figure
+
+
+def over_images(title: str, figure: str, names: list[str], images: list[float], runs: list[list[float]]) -> Figure:
+    """A picture of a figure over the images of each subset: mean and deviation of its runs, in percent, and each run."""
+    order = np.argsort(images, kind="stable")
+    picture = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    axes = picture.add_subplot()
+    means, spreads = zip(*((100 * np.mean(runs[i]), 100 * np.std(runs[i])) for i in order))
+    axes.errorbar([images[i] for i in order], means, spreads, marker="o", capsize=3)
+    for i in order:
+        axes.plot([images[i]] * len(runs[i]), 100 * np.array(runs[i]), ".", color="grey", markersize=3)
+        axes.annotate(names[i], (images[i], 100 * np.mean(runs[i])), (4, 6), textcoords="offset points", fontsize=8)
+    axes.set_xscale("log")
+    axes.margins(x=0.1)
+    ticks = np.unique(images)
+    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set(title=title, xlabel="labelled images", ylabel=f"{figure}, %")
+    axes.grid(alpha=0.3)
+    return picture
+
+
+def losses(courses: Mapping[str, Sequence[float]], looks: Mapping[int, float] | None = None) -> Figure:
+    """The running mean of losses by update, and of a single course each loss, faintly; mIoU where it was looked at on the way."""
+    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for number, (name, course) in enumerate(courses.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        steps, window = np.arange(1, len(course) + 1), max(1, len(course) // 20)
+        if len(courses) == 1:
+            axes.plot(steps, course, color=colour, alpha=0.3, linewidth=1)
+        axes.plot(steps[window - 1 :], np.convolve(course, np.ones(window) / window, "valid"), color=colour, label=name)
+    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
+    if len(courses) > 1:
+        axes.legend()
+    if looks:
+        other = axes.twinx()
+        other.plot(list(looks), [100 * value for value in looks.values()], "o-", color=COLOURS[1], markersize=4)
+        other.set(ylabel="mIoU (%)", ylim=(0, 100))
     return figure

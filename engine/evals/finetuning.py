@@ -10,9 +10,7 @@ import math
 import tempfile
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tyro.conf import Suppress
 
@@ -20,6 +18,7 @@ from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.data.pipeline import TrainLoader, eval_batches
 from engine.data.sources import ImageSet
+from engine.evals.result import as_chosen
 from engine.evals.subject import Subject
 from engine.evals.training import progress
 from engine.methods import supervised
@@ -104,8 +103,9 @@ def chosen(given: Settings, model: VisionTransformer, images: int, whole: int = 
     if images < whole:
         updates = settings.epochs * (whole // min(settings.batch_size, whole))
         epochs = max(1, min(MOST_EPOCHS, round(updates / (images // batch))))
-    said = f"; {', '.join(numbers).replace('_', ' ')} as chosen" if numbers else ""
-    return Chosen(found.source + said, replace(settings, batch_size=batch, epochs=epochs), found.overrides)
+    return Chosen(
+        found.source + as_chosen(numbers), replace(settings, batch_size=batch, epochs=epochs), found.overrides
+    )
 
 
 def prepared(subject: Subject, overrides: dict[str, object]) -> VisionTransformer:
@@ -217,16 +217,3 @@ def scores(subject: Subject, method: supervised.Supervised, images: ImageSet) ->
 def feature(method: supervised.Supervised) -> str:
     """What the classifier read, in words."""
     return f"{'class token' if method.encoder.global_pool == 'token' else 'mean of patch tokens'}, fine-tuned"
-
-
-def curves(courses: dict[str, list[float]]) -> Figure:
-    """Losses by update of each share of the labels, each point the mean of a fiftieth of them."""
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axes = figure.add_subplot()
-    for share, losses in courses.items():
-        window = max(1, len(losses) // 50)
-        means = [float(np.mean(losses[i : i + window])) for i in range(0, len(losses), window)]
-        axes.plot(np.arange(len(means)) * window, means, label=f"{share} of the labels")
-    axes.set(xlabel="update", ylabel="loss")
-    axes.legend()
-    return figure

@@ -3,7 +3,7 @@
 Shapes: m samples that a figure is the mean over, such as test images or objects.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -77,6 +77,12 @@ class Result:
         """The headline, or all figures where there is none, completed by the partners of best-epoch figures; no spreads."""
         named = {name for each in self.headline or self.values for name in (each, *self.partners(each))}
         return tuple(name for name in self.values if name in named and not name.endswith(" std"))
+
+
+def as_chosen(names: Iterable[str]) -> str:
+    """What follows the source of a recipe in a result's settings where its numbers of these names were replaced; or nothing."""
+    said = ", ".join(names).replace("_", " ")
+    return f"; {said} as chosen" if said else ""
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,8 @@
 Shapes: B crops, K classes, H x W pixels of an image as stored, h x w of what is judged, S the side of a crop and of a window.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -18,9 +17,9 @@ from engine.core.draws import seed_of
 from engine.core.errors import BadInput
 from engine.data.annotated import crops, dense
 from engine.data.annotated.objects import VOID, ObjectSet, SemanticSet
-from engine.evals import label_maps, training
+from engine.evals import charts, label_maps, training
 from engine.evals.metrics.confusion import SegmentationCounts, class_iou, mean_iou
-from engine.evals.result import Result
+from engine.evals.result import Result, as_chosen
 from engine.evals.segmentation.heads import pixel_loss, resize
 from engine.evals.segmentation.sliding import slide
 from engine.evals.subject import Subject
@@ -77,20 +76,6 @@ class Recipe:
         return SCHEDULES[self.schedule](step - self.warmup, self.steps - self.warmup, 1.0, 0.0)
 
 
-def chosen(recipe: Recipe, **given: Any) -> tuple[Recipe, str]:
-    """The recipe with what is given (and not 0) in the place of its own, and the departures from it, in words.
-
-    The warm-up keeps its share of the steps; short side and stride keep their proportion to the size.
-    """
-    given = {name: value for name, value in given.items() if value}
-    departures = f"; {', '.join(given).replace('_', ' ')} as chosen" if given else ""
-    if "steps" in given:
-        given["warmup"] = round(recipe.warmup * given["steps"] / recipe.steps)
-    if "size" in given:
-        given |= {name: round(getattr(recipe, name) * given["size"] / recipe.size) for name in ("short", "stride")}
-    return replace(recipe, **given), departures
-
-
 @dataclass(frozen=True)
 class Settings:
     """What protocols with trained heads have in common; 0 is the recipe's number."""
@@ -122,6 +107,21 @@ class Settings:
         for name in ("size", "looks"):
             if getattr(self, name) < 0:
                 raise BadInput(f"{protocol} {name} = {getattr(self, name)} must be at least 0.")
+
+
+def chosen(recipe: Recipe, settings: Settings) -> tuple[Recipe, str]:
+    """The recipe with what the settings give (and not 0) in the place of its own, and the departures from it, in words.
+
+    The warm-up keeps its share of the steps; short side and stride keep their proportion to the size.
+    """
+    own = {field.name for field in fields(recipe)}
+    given = {name: value for name, value in asdict(settings).items() if name in own and value}
+    departures = as_chosen(given)
+    if "steps" in given:
+        given["warmup"] = round(recipe.warmup * given["steps"] / recipe.steps)
+    if "size" in given:
+        given |= {name: round(getattr(recipe, name) * given["size"] / recipe.size) for name in ("short", "stride")}
+    return replace(recipe, **given), departures
 
 
 def check_sets(protocol: str, train: SemanticSet, test: SemanticSet) -> None:
@@ -195,9 +195,10 @@ def run(
     groups: Iterator[optim.Group],
     recipe: Recipe,
     *,
-    settings: Any,
+    settings: Settings,
+    departures: str,
     weights: Sequence[float] = (1.0,),
-    said: dict[str, Any],
+    said: Mapping[str, str] | None = None,
     feature: str,
 ) -> Result:
     """Trains a segmenter and judges it after the last step, and on the way where the settings' `looks` ask for that.
@@ -205,7 +206,7 @@ def run(
     Args:
         model: of images and a generator to the scores of each of its heads, [B, K, ., .]; the first head is judged.
         groups: what of it is trained.
-        settings: the protocol's own; `seed` and `looks` are read.
+        recipe, departures: as `chosen` gives them.
         weights: of each head's loss.
         said: further settings for the result.
 
@@ -259,7 +260,10 @@ def run(
         values=values,
         headline=("mIoU", "pixel accuracy"),
         samples=samples,
-        settings=asdict(settings) | said,
+        settings=asdict(settings)
+        | asdict(recipe)
+        | {"recipe": f"{settings.recipe}: {recipe.source}{departures}"}
+        | dict(said or {}),
         details={
             "IoU by class": {
                 name: None if np.isnan(iou) else float(iou) for name, iou in zip(names, iou_K, strict=True)
@@ -272,7 +276,7 @@ def run(
         pictures={
             "images, truth and prediction": _examples(model, test, recipe, subject),
             "IoU by class": label_maps.iou_bars({protocol: iou_K}, truth_K, names),
-            "loss": _curve(losses, miou_at),
+            "loss": charts.losses({"loss": losses}, miou_at),
         },
         counts={
             "training images": len(train),
@@ -294,18 +298,3 @@ def _examples(model: nn.Module, test: SemanticSet, recipe: Recipe, subject: Subj
         image_HW3 = pixels_3HW.permute(1, 2, 0).numpy()
         shown.append({"image": image_HW3, "truth": test.semantic(index), "prediction": found_HW})
     return label_maps.beside(shown, test.semantic_classes)
-
-
-def _curve(losses: Sequence[float], looks: dict[int, float]) -> Figure:
-    """The loss of every step and its running mean; mIoU where it was looked at."""
-    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    steps, window = np.arange(1, len(losses) + 1), max(1, len(losses) // 20)
-    axes.plot(steps, losses, color="#3b6fb6", alpha=0.3, linewidth=1)
-    axes.plot(steps[window - 1 :], np.convolve(losses, np.ones(window) / window, "valid"), color="#3b6fb6")
-    axes.set(xlabel="step", ylabel="loss", ylim=(0, None))
-    if looks:
-        other = axes.twinx()
-        other.plot(list(looks), [100 * value for value in looks.values()], "o-", color="#c8553d", markersize=4)
-        other.set(ylabel="mIoU (%)", ylim=(0, 100))
-    return figure

@@ -25,7 +25,7 @@ from tyro.conf import Suppress
 from engine.core.errors import BadInput
 from engine.evals.features import Features, Labelled, check_labelled, number_of_classes, threads_for
 from engine.evals.protocols.linear import schedule
-from engine.evals.result import Result
+from engine.evals.result import Result, as_chosen
 from engine.evals.subject import Subject
 
 WANTS = "tokens"
@@ -297,8 +297,7 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
 
 def _departures(settings: Settings, recipe: Recipe, batch: int) -> str:
     """How a training differs from its recipe's numbers, in words."""
-    chosen = [name for name in ("epochs", "batch_size", "lr") if getattr(settings, name)]
-    said = f"; {', '.join(chosen).replace('_', ' ')} as chosen" if chosen else ""
+    said = as_chosen(name for name in ("epochs", "batch_size", "lr") if getattr(settings, name))
     if batch < (settings.batch_size or recipe.batch_size):
         said += f"; batch cut from {settings.batch_size or recipe.batch_size} to {batch} for a small set, lr kept"
     return said

@@ -22,7 +22,7 @@ from engine.data.augment import epoch_order
 from engine.evals import detecting, tuning
 from engine.evals.detecting import Recipe
 from engine.evals.detection import Form, check_encoder, initialise_as_beit
-from engine.evals.result import BEST_EPOCH, LAST_EPOCH, Result
+from engine.evals.result import BEST_EPOCH, LAST_EPOCH, Result, as_chosen
 from engine.evals.subject import Subject
 from engine.evals.training import Diverged
 from engine.evals.tuning import Trial
@@ -191,8 +191,7 @@ def chosen(settings: Settings, start: str, depth: int, patch_size: int) -> tuple
     }
     given |= {name: getattr(settings, name) for name in ("weight_decay", "drop_path") if getattr(settings, name) >= 0}
     named = [*given, *(name for name in form if name != "anchors")]
-    departures = f"; {', '.join(named).replace('_', ' ')} as chosen" if named else ""
-    return replace(recipe, form=replace(recipe.form, **form), **given), departures
+    return replace(recipe, form=replace(recipe.form, **form), **given), as_chosen(named)
 
 
 def evaluate(subject: Subject, train: ObjectSet, test: ObjectSet, settings: Settings = Settings()) -> Result:

@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_accuracy
 from engine.core.errors import BadInput
 from engine.data.sources import ImageSet
 from engine.data.subsets import subset
-from engine.evals import finetuning
+from engine.evals import charts, finetuning
 from engine.evals.features import Labelled, check_labelled, number_of_classes
 from engine.evals.protocols import lowshot
 from engine.evals.result import Result
@@ -98,7 +98,9 @@ def evaluate(subject: Subject, train: ImageSet, test: ImageSet, settings: Settin
         },
         details={"settings of each share": used},
         samples=samples,
-        pictures={"training loss": finetuning.curves(courses)},
+        pictures={
+            "training loss": charts.losses({f"{share} of the labels": losses for share, losses in courses.items()})
+        },
         counts=counts | {"test images": len(rows)},
         feature=finetuning.feature(method),
     )

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn.functional import normalize
 from tyro.conf import Suppress
 
 from engine.core.errors import BadInput
 from engine.data.subsets import class_orders, listed
-from engine.evals import logistic
+from engine.evals import charts, logistic, subset_draws
 from engine.evals.features import Features, Labelled, as_numpy, check_labelled, class_counts
 from engine.evals.result import Result
 
@@ -50,12 +49,7 @@ class Settings:
     seed: Suppress[int] = 0
 
     def __post_init__(self):
-        if not (self.shots or self.percents or self.files):
-            raise BadInput("lowshot needs shots, percents or files; all are empty.")
-        if not all(shots >= 1 for shots in self.shots):
-            raise BadInput(f"lowshot shots = {self.shots} must be whole numbers of at least 1.")
-        if not all(0 < percent <= 100 for percent in self.percents):
-            raise BadInput(f"lowshot percents = {self.percents} must be above 0 and at most 100.")
+        subset_draws.check("lowshot", self)
         for name in ("splits", "max_iterations"):
             if getattr(self, name) < 1:
                 raise BadInput(f"lowshot {name} = {getattr(self, name)} must be at least 1.")
@@ -131,26 +125,6 @@ def regularisation_path(
     return logistic.path(x_nC, torch.nn.functional.one_hot(labels_n), logistic.softmax, penalties, **how)
 
 
-def draw_curve(title: str, figure: str, names: list[str], images: list[float], runs: list[list[float]]) -> Figure:
-    """A picture of a figure over the images of each subset: mean and deviation of its runs, in percent, and each run."""
-    order = np.argsort(images, kind="stable")
-    picture = Figure(figsize=(6, 4), dpi=100, layout="constrained")
-    axes = picture.add_subplot()
-    means, spreads = zip(*((100 * np.mean(runs[i]), 100 * np.std(runs[i])) for i in order))
-    axes.errorbar([images[i] for i in order], means, spreads, marker="o", capsize=3)
-    for i in order:
-        axes.plot([images[i]] * len(runs[i]), 100 * np.array(runs[i]), ".", color="grey", markersize=3)
-        axes.annotate(names[i], (images[i], 100 * np.mean(runs[i])), (4, 6), textcoords="offset points", fontsize=8)
-    axes.set_xscale("log")
-    axes.margins(x=0.1)
-    ticks = np.unique(images)
-    axes.set_xticks(ticks, [f"{tick:.0f}" for tick in ticks])
-    axes.minorticks_off()
-    axes.set(title=title, xlabel="labelled images", ylabel=f"{figure}, %")
-    axes.grid(alpha=0.3)
-    return picture
-
-
 def evaluate(train: Features, test: Features, settings: Settings = Settings()) -> Result:
     """Top-1 of every subset at the published lambda, mean and deviation over its splits, and the sweep's best mean.
 
@@ -182,7 +156,9 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
     ]
     sizes = {name: [len(rows) for rows in splits] for name, splits in drawn.items()}
     runs = [sweep[f"{settings.penalty:g}"] for sweep in sweeps.values()]
-    curve = draw_curve("low-shot", "top-1", list(drawn), [float(np.mean(size)) for size in sizes.values()], runs)
+    curve = charts.over_images(
+        "low-shot", "top-1", list(drawn), [float(np.mean(size)) for size in sizes.values()], runs
+    )
     return Result(
         protocol="lowshot",
         values=values,

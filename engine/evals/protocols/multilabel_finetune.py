@@ -13,7 +13,7 @@ import torch
 
 from engine.core.errors import BadInput
 from engine.data.annotated.objects import ObjectSet
-from engine.evals import finetuning
+from engine.evals import charts, finetuning
 from engine.evals.metrics.average_precision import average_precision, class_mean
 from engine.evals.result import Result
 from engine.evals.subject import Subject
@@ -69,7 +69,7 @@ def evaluate(subject: Subject, train: ObjectSet, test: ObjectSet, settings: Sett
         details={"settings of the training": asdict(recipe.settings)},
         headline=("mAP (envelope)",),
         samples=found,
-        pictures={"training loss": finetuning.curves({"all": losses})},
+        pictures={"training loss": charts.losses({"loss": losses})},
         counts={"training images": len(train), "test images": len(rows), "classes judged": judged},
         feature=finetuning.feature(method),
     )

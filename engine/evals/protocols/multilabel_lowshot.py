@@ -22,10 +22,9 @@ from torch import Tensor
 from engine.core.errors import BadInput
 from engine.data.annotated.greedy import few_positives
 from engine.data.subsets import listed
-from engine.evals import logistic
+from engine.evals import charts, logistic, subset_draws
 from engine.evals.features import Features
 from engine.evals.metrics.average_precision import FORMS, average_precision, class_mean
-from engine.evals.protocols.lowshot import draw_curve
 from engine.evals.protocols.multilabel import (
     PREPROCESSING,
     learnable,
@@ -62,18 +61,7 @@ class Settings:
     """L-BFGS stops when no entry of the gradient is larger."""
 
     def __post_init__(self):
-        if not (self.positives or self.percents or self.files):
-            raise BadInput("multilabel_lowshot needs positives, percents or files; all are empty.")
-        if not all(count >= 1 for count in self.positives):
-            raise BadInput(f"multilabel_lowshot positives = {self.positives} must be whole numbers of at least 1.")
-        if not all(0 < percent <= 100 for percent in self.percents):
-            raise BadInput(f"multilabel_lowshot percents = {self.percents} must be above 0 and at most 100.")
-        if (
-            not self.draws
-            or len(set(self.draws)) < len(self.draws)
-            or not all(0 <= seed < 2**32 for seed in self.draws)
-        ):
-            raise BadInput(f"multilabel_lowshot draws = {self.draws} must be one or more different seeds from 0.")
+        subset_draws.check("multilabel_lowshot", self, "positives")
         if not self.max_iterations >= 1:
             raise BadInput(f"multilabel_lowshot max_iterations = {self.max_iterations} must be at least 1.")
         if not all(value > 0 for value in (self.penalty, *self.sweep, self.tolerance)):
@@ -95,7 +83,7 @@ def subsets(train: Any, test: Any, settings: Settings) -> dict[str, list[np.ndar
         BadInput: a class is shown too rarely, a list names no or unknown images, or a draw can teach no class.
     """
     train_nK, test_mK = targets_of("multilabel_lowshot", train, test)
-    n, names = len(train_nK), names_of(train, train_nK.shape[1])
+    names = names_of(train, train_nK.shape[1])
     if settings.files:
         paths = train.images.paths if hasattr(train, "images") else train.paths
         drawn = listed(settings.files, paths, "multilabel_lowshot")
@@ -108,11 +96,7 @@ def subsets(train: Any, test: Any, settings: Settings) -> dict[str, list[np.ndar
             ]
             for count in settings.positives
         }
-        for percent in settings.percents:
-            take = max(1, round(n * percent / 100))
-            drawn[f"{percent:g}%"] = [
-                np.sort(np.random.RandomState(seed).permutation(n)[:take]) for seed in settings.draws
-            ]
+        drawn |= subset_draws.at_random(len(train_nK), settings.percents, settings.draws)
     for name, draws in drawn.items():
         for place, rows in enumerate(draws):
             if not (learnable(train_nK[rows]) & (test_mK == 1).any(0)).any():
@@ -176,7 +160,7 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
         {"lambda": penalty} | {name: sweep[penalty] for name, sweep in sweeps.items()}
         for penalty in sorted({settings.penalty, *settings.sweep})
     ]
-    curve = draw_curve(
+    curve = charts.over_images(
         "multi-label low-shot (proposal)",
         "class-mean average precision (step)",
         list(drawn),

@@ -4,7 +4,7 @@ Two published forms: DINOv3's (Simeoni et al. 2025, arXiv 2508.10104; released e
 and iBOT's (Zhou et al. 2021, arXiv 2111.07832; released configurations for ADE20K) on the outputs of four blocks side by side.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 
 from engine.core import optim
@@ -72,13 +72,7 @@ def evaluate(subject: Subject, train: SemanticSet, test: SemanticSet, settings: 
         BadInput: the sets do not fit, the crops are no multiples of the patch size, or as `segmenting.run`.
     """
     check(train, test, settings)
-    recipe, departures = segmenting.chosen(
-        RECIPES[settings.recipe],
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        size=settings.size,
-    )
+    recipe, departures = segmenting.chosen(RECIPES[settings.recipe], settings)
     vit = subject.vit
     segmenting.check_size("segment_linear", recipe.size, vit.patch_size)
     blocks = taps(vit.depth) if recipe.blocks else ()
@@ -97,7 +91,7 @@ def evaluate(subject: Subject, train: SemanticSet, test: SemanticSet, settings: 
         optim.with_decay(model.named_parameters(), recipe.lr, recipe.weight_decay),
         recipe,
         settings=settings,
-        said=asdict(recipe)
-        | {"recipe": f"{settings.recipe}: {recipe.source}{departures}", "head": "dropout, batch norm, 1x1"},
+        departures=departures,
+        said={"head": "dropout, batch norm, 1x1"},
         feature=feature,
     )

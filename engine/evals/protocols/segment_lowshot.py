@@ -22,9 +22,8 @@ from engine.core.errors import BadInput
 from engine.data.annotated.greedy import few_positives
 from engine.data.annotated.objects import BACKGROUND, VOID, SemanticSet
 from engine.data.subsets import listed
-from engine.evals import segmenting, semantic_patches
+from engine.evals import charts, segmenting, semantic_patches, subset_draws
 from engine.evals.metrics.confusion import mean_iou
-from engine.evals.protocols.lowshot import draw_curve
 from engine.evals.protocols.segment_patches import fitted, pictures
 from engine.evals.result import Result
 from engine.evals.subject import Subject
@@ -61,14 +60,7 @@ class Settings:
     """Patches of a draw at most, drawn by its seed; 0 takes all. Each takes about 24 C + 40 K bytes (C features, K classes)."""
 
     def __post_init__(self):
-        if not (self.shots or self.percents or self.files):
-            raise BadInput("segment_lowshot needs shots, percents or files; all are empty.")
-        if not all(shots >= 1 for shots in self.shots):
-            raise BadInput(f"segment_lowshot shots = {self.shots} must be whole numbers of at least 1.")
-        if not all(0 < percent <= 100 for percent in self.percents):
-            raise BadInput(f"segment_lowshot percents = {self.percents} must be above 0 and at most 100.")
-        if not self.draws or len(set(self.draws)) < len(self.draws) or not all(0 <= s < 2**32 for s in self.draws):
-            raise BadInput(f"segment_lowshot draws = {self.draws} must be one or more different seeds from 0.")
+        subset_draws.check("segment_lowshot", self)
         for name, least in {"size": 0, "most_patches": 0, "max_iterations": 1}.items():
             if getattr(self, name) < least:
                 raise BadInput(f"segment_lowshot {name} = {getattr(self, name)} must be at least {least}.")
@@ -107,12 +99,7 @@ def subsets(train: SemanticSet, occurs_nK: np.ndarray, settings: Settings) -> di
         if not ruled_K.any():
             raise BadInput(f"segment_lowshot: no class occurs in {shots} training images; choose fewer shots.")
         drawn[f"{shots}-shot"] = [few_positives(occurs_nK[:, ruled_K], shots, seed) for seed in settings.draws]
-    n = len(train)
-    for percent in settings.percents:
-        take = max(1, round(n * percent / 100))
-        orders = [np.random.RandomState(seed).permutation(n) for seed in settings.draws]
-        drawn[f"{percent:g}%"] = [np.sort(order[:take]) for order in orders]
-    return drawn
+    return drawn | subset_draws.at_random(len(train), settings.percents, settings.draws)
 
 
 def evaluate(subject: Subject, train: SemanticSet, test: SemanticSet, settings: Settings = Settings()) -> Result:
@@ -191,7 +178,7 @@ def evaluate(subject: Subject, train: SemanticSet, test: SemanticSet, settings: 
             "mIoU of the true class of each patch": mean_iou(grid.matrix_KK),
         },
         pictures=pictures(subject, test, how, first, features=False)
-        | {"mIoU over labelled images": draw_curve("segmentation", "mIoU", list(drawn), sizes, runs)},
+        | {"mIoU over labelled images": charts.over_images("segmentation", "mIoU", list(drawn), sizes, runs)},
         counts={
             "training images": len(train),
             "test images": len(test),

@@ -4,7 +4,7 @@ The recipe of BEiT and MAE (He et al. 2022, appendix A.4) for ADE20K, with the l
 sources give for ViT-B. MAE's relative positions, added at transfer only, are left out; batch norm is over one process.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 from engine.core import optim
 from engine.core.errors import BadInput
@@ -101,14 +101,7 @@ def evaluate(subject: Subject, train: SemanticSet, test: SemanticSet, settings: 
         BadInput: the sets do not fit, the crops are no multiples of the patch size, or as `segmenting.run`.
     """
     check(train, test, settings)
-    recipe, departures = segmenting.chosen(
-        RECIPES[settings.recipe],
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        size=settings.size,
-        layer_decay=settings.layer_decay,
-    )
+    recipe, departures = segmenting.chosen(RECIPES[settings.recipe], settings)
     segmenting.check_size("segment_upernet", recipe.size, subject.vit.patch_size)
     classes = len(train.semantic_classes)
 
@@ -125,7 +118,7 @@ def evaluate(subject: Subject, train: SemanticSet, test: SemanticSet, settings: 
         groups(model, recipe),
         recipe,
         settings=settings,
+        departures=departures,
         weights=(1.0, AUXILIARY_WEIGHT),
-        said=asdict(recipe) | {"recipe": f"{settings.recipe}: {recipe.source}{departures}"},
         feature=f"outputs of blocks {', '.join(map(str, model.taps))}, fine-tuned",
     )

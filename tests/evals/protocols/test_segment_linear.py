@@ -9,35 +9,17 @@ import torch
 from engine.core.errors import BadInput
 from engine.data.annotated import crops, dense
 from engine.evals import segmenting
-from engine.evals.features import encoder_of
 from engine.evals.metrics.confusion import confusion, mean_iou
 from engine.evals.protocols import segment_linear
 from engine.evals.protocols.segment_linear import RECIPES, Settings, check, evaluate
 from engine.evals.segmentation.heads import LinearHead, OnFrozen
-from engine.evals.subject import Subject
-from engine.model.vit import create
-from tests.evals.painted import paint
 
-HALVES = ((slice(0, 64), slice(0, 32)), (slice(0, 32), slice(32, 64)))
-PICTURES = [[(k, HALVES[k % 2], False), ((k + 1) % 4, HALVES[1 - k % 2], False)] for k in range(4)]
 SMALL = {"size": 32, "steps": 45, "batch_size": 4, "lr": 3e-2}
 
 
 @pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("painted")
-    return paint(folder, "train", PICTURES), paint(folder, "val", PICTURES[:2])
-
-
-@pytest.fixture(scope="module")
-def subject():
-    model = create("vit_micro_patch8_32", depth=3, generator=torch.Generator().manual_seed(0))
-    return Subject("random", encoder_of(model), threads=1)
-
-
-@pytest.fixture(scope="module")
-def result(subject, sets):
-    return evaluate(subject, *sets, Settings(**SMALL, looks=2))
+def result(untrained, colours):
+    return evaluate(untrained, *colours, Settings(**SMALL, looks=2))
 
 
 def test_learns_colours(result):
@@ -46,7 +28,7 @@ def test_learns_colours(result):
     assert result.values["mIoU"] > 0.6 > 2 * result.details["mIoU of the most frequent class everywhere"]
 
 
-def test_what_the_result_says(result, sets):
+def test_what_the_result_says(result, colours):
     assert set(result.values) == {
         "mIoU", "best mIoU on the way", "pixel accuracy", "mean class accuracy", "image mIoU", "image pixel accuracy",
     }  # fmt: skip
@@ -56,7 +38,7 @@ def test_what_the_result_says(result, sets):
     assert result.headline == ("mIoU", "pixel accuracy")
     for name, samples in result.samples.items():
         assert samples.shape == (2,) and result.values[name] == pytest.approx(samples.mean())
-    assert set(result.details["IoU by class"]) == set(sets[1].semantic_classes)
+    assert set(result.details["IoU by class"]) == set(colours[1].semantic_classes)
     assert result.counts == {
         "training images": 4, "test images": 2, "training crops": 180, "test pixels": 2 * 64 * 64,
     }  # fmt: skip
@@ -65,16 +47,16 @@ def test_what_the_result_says(result, sets):
     assert "blocks 0, 0, 1, 2" in result.feature
 
 
-def test_the_matrix_is_that_of_windows_put_together(subject, sets):
+def test_the_matrix_is_that_of_windows_put_together(untrained, colours):
     recipe = replace(RECIPES["scenes"], size=32, short=48, stride=16)
     head = segmenting.seeded(0, lambda: LinearHead(128, 5), torch.device("cpu"))
-    model = OnFrozen(subject.maps, head).eval()
-    counts = segmenting.judged(model, sets[1], recipe, subject)
+    model = OnFrozen(untrained.maps, head).eval()
+    counts = segmenting.judged(model, colours[1], recipe, untrained)
     assert model.training
     model.eval()
     total = np.zeros((5, 5), np.int64)
     for index in range(2):
-        pixels = dense.read(sets[1].images, index)
+        pixels = dense.read(colours[1].images, index)
         small = dense.normalised(crops.resized(pixels, 48))
         logits, times = torch.zeros(5, 48, 48), torch.zeros(48, 48)
         for top in (0, 16):
@@ -85,18 +67,18 @@ def test_the_matrix_is_that_of_windows_put_together(subject, sets):
                 logits[:, *window] += torch.nn.functional.interpolate(found, (32, 32), mode="bilinear")[0]
                 times[*window] += 1
         large = torch.nn.functional.interpolate((logits / times)[None], (64, 64), mode="bilinear")
-        total += confusion(sets[1].semantic(index), large[0].argmax(0).numpy(), 5)
+        total += confusion(colours[1].semantic(index), large[0].argmax(0).numpy(), 5)
     assert np.abs(counts.matrix_KK - total).sum() <= 4  # ties by rounding
 
 
-def test_is_a_function_of_the_seed_and_leaves_the_encoder_and_torchs_generator_alone(subject, sets):
-    before, state = {k: v.clone() for k, v in subject.vit.state_dict().items()}, torch.get_rng_state()
+def test_is_a_function_of_the_seed_and_leaves_the_encoder_and_torchs_generator_alone(untrained, colours):
+    before, state = {k: v.clone() for k, v in untrained.vit.state_dict().items()}, torch.get_rng_state()
     few = Settings(**SMALL | {"steps": 3})
-    first, again, other = (evaluate(subject, *sets, replace(few, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (evaluate(untrained, *colours, replace(few, seed=seed)) for seed in (0, 0, 1))
     assert first.details["loss by step"] == again.details["loss by step"] != other.details["loss by step"]
     assert first.values == again.values
     assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(before[k], v) for k, v in subject.vit.state_dict().items())
+    assert all(torch.equal(before[k], v) for k, v in untrained.vit.state_dict().items())
 
 
 @pytest.mark.parametrize(
@@ -126,10 +108,10 @@ def test_schedules(name):
 
 
 def test_settings_take_the_place_of_the_recipes():
-    recipe, said = segmenting.chosen(RECIPES["dinov3"], steps=4000, lr=0.0, size=1024)
+    recipe, said = segmenting.chosen(RECIPES["dinov3"], Settings(steps=4000, lr=0.0, size=1024))
     assert (recipe.steps, recipe.warmup, recipe.lr) == (4000, 150, 1e-3)
     assert (recipe.size, recipe.short, recipe.stride) == (1024, 1024, 682) and said == "; steps, size as chosen"
-    assert segmenting.chosen(RECIPES["ibot"], steps=0) == (RECIPES["ibot"], "")
+    assert segmenting.chosen(RECIPES["ibot"], Settings(steps=0)) == (RECIPES["ibot"], "")
 
 
 @pytest.mark.parametrize(
@@ -145,22 +127,22 @@ def test_bad_settings_are_one_sentence(bad, said):
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
-def test_bad_sets_and_sizes(subject, sets):
+def test_bad_sets_and_sizes(untrained, colours):
     class Other:
-        images, semantic_classes = sets[0].images, ("background", "boat")
+        images, semantic_classes = colours[0].images, ("background", "boat")
 
         def __len__(self) -> int:
             return 4
 
     with pytest.raises(BadInput, match="different classes"):
-        check(sets[0], Other(), Settings())
+        check(colours[0], Other(), Settings())
     with pytest.raises(BadInput, match="size = 36 must be a multiple of the patch size 8, and at least 16"):
-        evaluate(subject, *sets, Settings(size=36))
+        evaluate(untrained, *colours, Settings(size=36))
 
 
-def test_all_void_is_refused(subject, sets):
+def test_all_void_is_refused(untrained, colours):
     class Void:
-        images, semantic_classes = sets[1].images, sets[1].semantic_classes
+        images, semantic_classes = colours[1].images, colours[1].semantic_classes
 
         def __len__(self) -> int:
             return 2
@@ -169,7 +151,7 @@ def test_all_void_is_refused(subject, sets):
             return np.full((64, 64), 255, np.uint8)
 
     with pytest.raises(BadInput, match="no pixel of the test set"):
-        evaluate(subject, sets[0], Void(), Settings(**SMALL | {"steps": 1}))
+        evaluate(untrained, colours[0], Void(), Settings(**SMALL | {"steps": 1}))
 
 
 def test_a_mean_of_the_matrix_is_what_is_reported(result):

@@ -7,46 +7,29 @@ import pytest
 import torch
 
 from engine.core.errors import BadInput
-from engine.evals.features import encoder_of
 from engine.evals.protocols.segment_upernet import AUXILIARY_WEIGHT, RECIPES, Settings, evaluate, groups
 from engine.evals.segmentation.upernet import UPerNet
-from engine.evals.subject import Subject
 from engine.model.vit import create
-from tests.evals.painted import paint
 
-HALVES = ((slice(0, 64), slice(0, 32)), (slice(0, 32), slice(32, 64)))
-PICTURES = [[(k, HALVES[k % 2], False), ((k + 1) % 4, HALVES[1 - k % 2], False)] for k in range(4)]
 SMALL = {"size": 32, "steps": 60, "batch_size": 8, "lr": 3e-3}
 
 
-@pytest.fixture(scope="module")
-def sets(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("painted")
-    return paint(folder, "train", PICTURES), paint(folder, "val", PICTURES[:2])
-
-
-@pytest.fixture(scope="module")
-def subject():
-    model = create("vit_micro_patch8_32", depth=3, generator=torch.Generator().manual_seed(0))
-    return Subject("random", encoder_of(model), threads=1)
-
-
 @pytest.mark.long
-def test_learns_colours_and_leaves_the_subject_alone(subject, sets):
-    before = {key: value.clone() for key, value in subject.vit.state_dict().items()}
-    result = evaluate(subject, *sets, Settings(**SMALL))
+def test_learns_colours_and_leaves_the_subject_alone(untrained, colours):
+    before = {key: value.clone() for key, value in untrained.vit.state_dict().items()}
+    result = evaluate(untrained, *colours, Settings(**SMALL))
     losses = result.details["loss by step"]
     assert len(losses) == 60 and np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
     assert result.values["mIoU"] > 2 * result.details["mIoU of the most frequent class everywhere"]
     assert "best mIoU on the way" not in result.values and result.details["mIoU by step"] == {}
-    assert all(torch.equal(before[key], value) for key, value in subject.vit.state_dict().items())
+    assert all(torch.equal(before[key], value) for key, value in untrained.vit.state_dict().items())
     assert "fine-tuned" in result.feature and "ours" in result.settings["recipe"]
 
 
-def test_is_a_function_of_the_seed(subject, sets):
+def test_is_a_function_of_the_seed(untrained, colours):
     few = Settings(**SMALL | {"steps": 3})
     state = torch.get_rng_state()
-    first, again, other = (evaluate(subject, *sets, replace(few, seed=seed)) for seed in (0, 0, 1))
+    first, again, other = (evaluate(untrained, *colours, replace(few, seed=seed)) for seed in (0, 0, 1))
     assert first.details["loss by step"] == again.details["loss by step"] != other.details["loss by step"]
     assert first.values == again.values
     assert torch.equal(state, torch.get_rng_state())
@@ -103,6 +86,6 @@ def test_bad_settings_are_one_sentence(bad, said):
     assert str(caught.value).endswith(".") and "\n" not in str(caught.value)
 
 
-def test_a_rate_that_diverges_is_one_sentence(subject, sets):
+def test_a_rate_that_diverges_is_one_sentence(untrained, colours):
     with pytest.raises(BadInput, match="segment_upernet: the loss did not stay finite"):
-        evaluate(subject, *sets, Settings(**SMALL | {"steps": 6, "lr": 1e30}))
+        evaluate(untrained, *colours, Settings(**SMALL | {"steps": 6, "lr": 1e30}))

@@ -66,8 +66,7 @@ def evaluate(
             known["classes"] = tuple(split.to(how.get("device", "cpu")) for split in judged)
         for name in plan.fitting(weights):
             with course.step(weights, name) if course else nullcontext():
-                wanted = _wanted(plan, weights, name, known)
-                results.append(_step(plan, weights, name, wanted, seeds))
+                results.append(_step(plan, weights, name, _wanted(plan, weights, name, known), seeds))
             if features is not None and "classes" in known:
                 features[weights] = known["classes"]
     return results

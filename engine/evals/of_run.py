@@ -62,7 +62,7 @@ def evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str
         commands=_commands(parts, sources, fitting),
     )
     shown = [
-        replace(result, weights=f"{PIXELS} (no model)") if result.weights == PIXELS else result for result in results
+        replace(result, weights=f"{PIXELS}\n(no model)") if result.weights == PIXELS else result for result in results
     ]
     Console().print(report.table(shown, f"held-out {parts.val_images.split} split, {len(parts.val_images):,} images"))
     figures: dict[str, dict[str, float]] = {}

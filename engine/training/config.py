@@ -107,7 +107,7 @@ class Train:
     """Steps to watch, from the fourth of this process on, for a trace, a table of the costliest operators and, on GPUs, a record
     of memory, in the run folder's profile/; 0 is off."""
     evaluate: bool = True
-    """At the end, evaluate raw pixels and every stage by k-NN, linear probe, low-shot and clustering."""
+    """At the end, evaluate every stage, and raw pixels, by k-NN, linear probe, low-shot and clustering."""
     bad_limit: float = 0.001
     """Largest share of unreadable images that a run accepts; they are replaced and listed."""
     abort_after: int = 50

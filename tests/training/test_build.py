@@ -1,0 +1,67 @@
+"""What is compiled stays whole."""
+
+import os
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from engine.training.build import compile_regions
+
+
+class Wide(nn.Module):
+    """One region with 48 MB of weights, of which DDP sends 25 MB at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(2000, 2000), nn.GELU(), nn.Linear(2000, 2000), nn.GELU(), nn.Linear(2000, 2000)
+        )
+
+    def region(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.region(x)
+
+    def regions(self):
+        yield self, "region"
+
+    def ragged_regions(self):
+        return iter(())
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """A process group of this process alone."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(21000 + os.getpid() % 20000))
+    dist.init_process_group("gloo", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("cut", [False, True])
+@pytest.mark.usefixtures("alone")
+def test_a_region_is_one_graph_under_ddp(monkeypatch, cut: bool):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    plain_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **_: plain_compile(f, backend=counting, fullgraph=True))
+    before = torch._dynamo.config.optimize_ddp
+    torch._dynamo.config.optimize_ddp = True  # as torch has it
+    torch._dynamo.reset()
+    try:
+        module = Wide()
+        compile_regions(module)
+        torch._dynamo.config.optimize_ddp |= cut  # the control
+        nn.parallel.DistributedDataParallel(module)(torch.zeros(2, 2000)).sum().backward()
+    finally:
+        torch._dynamo.config.optimize_ddp = before
+        torch._dynamo.reset()
+    assert (len(graphs) == 1) == (not cut)

@@ -35,8 +35,8 @@ def compile_regions(method: Method) -> None:
     import torch._dynamo.config
     import torch._inductor.config  # takes seconds, which only a compiled run should spend
 
-    # Under DDP dynamo would cut a region at every 25 MB of its weights, to send gradients early: a block of ViT-L into three graphs.
-    # Blocks are regions of their own, so gradients leave block by block anyway.
+    # Under DDP dynamo would cut a region at every 25 MB of its weights, to send gradients early: a block of ViT-L into three
+    # graphs. Blocks are regions of their own, so gradients leave block by block anyway.
     torch._dynamo.config.optimize_ddp = False
     # On CPUs inductor proves every vector extension by a program built and run in a new process, 25 s on two cores. What the
     # system lists for the processor is enough.

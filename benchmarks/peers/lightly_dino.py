@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers.lightly_vit import backbone
 from engine.methods.dino import Settings
-from engine.model.vit import Architecture
+from engine.model.architecture import Architecture
 
 
 class LightlyDino(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers.lightly_vit import backbone
 from engine.methods.mocov3 import Settings
-from engine.model.vit import Architecture
+from engine.model.architecture import Architecture
 
 
 class LightlyMocov3(nn.Module):

@@ -7,7 +7,7 @@ from lightly.models.utils import get_at_index, get_weight_decay_parameters, patc
 from torch import Tensor, nn
 
 from benchmarks.peers.lightly_vit import backbone
-from engine.model.vit import Architecture
+from engine.model.architecture import Architecture
 
 
 class LightlySimmim(nn.Module):

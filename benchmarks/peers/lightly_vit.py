@@ -6,7 +6,7 @@ from lightly.models.modules import MaskedVisionTransformerTIMM
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from engine.model.vit import Architecture
+from engine.model.architecture import Architecture
 
 
 def backbone(a: Architecture, drop_path: float = 0.0, several_sizes: bool = False) -> MaskedVisionTransformerTIMM:

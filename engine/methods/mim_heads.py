@@ -19,9 +19,10 @@ from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.views import Augmentation, multi_crop
 from engine.methods.base import Method
 from engine.methods.nnclr import NeighbourSettings
+from engine.model.blocks import initialise
 from engine.model.heads import BatchNorm, Queue, head_flops, predictor, projector
 from engine.model.tokens import Packed, View
-from engine.model.vit import VisionTransformer, initialise
+from engine.model.vit import VisionTransformer
 
 LARGE = 2  # views whose projections are queries
 

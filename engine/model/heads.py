@@ -15,8 +15,10 @@ from torch import Tensor, nn
 import kernels
 from engine.core import dist
 from engine.core.optim import move_average
+from engine.model.blocks import Block, initialise
+from engine.model.positions import sincos_positions
 from engine.model.tokens import Packed
-from engine.model.vit import Block, VisionTransformer, initialise, sincos_positions
+from engine.model.vit import VisionTransformer
 
 
 class Decoder(nn.Module):

@@ -13,6 +13,7 @@ from engine.methods.mim_heads import LARGE, MimHeads
 from engine.methods.mim_heads import Settings as HeadSettings
 from engine.methods.mim_refiner import MimRefiner, Settings
 from engine.model import vit
+from engine.model.architecture import read
 from engine.recipes import recipe
 from tests.methods.test_nnclr import plain_head
 
@@ -227,8 +228,9 @@ def test_rates_and_settings_equal_the_published_ones(model: str):
 
 
 def test_the_largest_published_encoder_has_its_shape():
+    architecture, _ = read("vit_2b_patch14_224", {"global_pool": "token", "fc_norm": False})
     with torch.device("meta"):
-        encoder = vit.VisionTransformer(vit._read("vit_2b_patch14_224", {"global_pool": "token", "fc_norm": False}))
+        encoder = vit.VisionTransformer(architecture)
     assert (encoder.embed_dim, encoder.depth, encoder.num_heads, encoder.patch_size) == (2560, 24, 32, 14)
     assert sum(p.numel() for p in encoder.parameters()) == pytest.approx(1.9e9, rel=0.01)
 

@@ -3,27 +3,13 @@ import math
 import pytest
 import timm
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import kernels
 from engine.core.errors import BadInput
 from engine.model import vit
-from engine.model.tokens import Group, Layout, Packed, View, random_masking
-
-MICRO = "vit_micro_patch8_32"
-
-
-def draw(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def shaken(name: str, **overrides):
-    """A model whose every parameter is away from its initial value, so that none can be ignored unseen."""
-    model = vit.create(name, generator=draw(), **overrides)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=draw(parameter.numel())), alpha=0.02)
-    return model
+from engine.model.positions import sincos_positions
+from engine.model.tokens import Group, Layout, View, random_masking
+from tests.model.shaken import MICRO, RELATIVE, draw, shaken
 
 
 def twin_of(model, **extra):
@@ -64,9 +50,6 @@ def test_equals_timm(name, overrides):
     assert_equals_timm(model, torch.randn(1, 3, *model.img_size, generator=draw()))
 
 
-RELATIVE = dict(positions="relative")
-
-
 @pytest.mark.parametrize(
     ("name", "overrides"),
     [
@@ -85,19 +68,6 @@ def test_with_relative_positions_equals_timm_s_beit(name, overrides):
     with torch.no_grad():
         torch.testing.assert_close(model.rel_pos_bias(), twin.rel_pos_bias())
     assert_equals_timm(model, torch.randn(2, 3, *model.img_size, generator=draw()), twin)
-
-
-def test_relative_positions_follow_the_formula():
-    model = vit.create(MICRO, img_size=(16, 24), **RELATIVE)  # 2 x 3 patches
-    table = model.rel_pos_bias.relative_position_bias_table.data.normal_(generator=draw())
-    bias = model.rel_pos_bias()
-    assert table.shape == (3 * 5 + 3, 4) and bias.shape == (4, 7, 7)
-    assert torch.equal(bias[:, 0, 0], table[17])
-    for asks in range(6):
-        assert torch.equal(bias[:, 0, 1 + asks], table[15]) and torch.equal(bias[:, 1 + asks, 0], table[16])
-        for asked in range(6):
-            down, right = asks // 3 - asked // 3, asks % 3 - asked % 3
-            assert torch.equal(bias[:, 1 + asks, 1 + asked], table[(down + 1) * 5 + right + 2])
 
 
 def test_relative_gradients_equal_timm():
@@ -131,22 +101,6 @@ def test_views_with_relative_positions_share_a_pass():
     with torch.no_grad():
         for together, view in zip(model.encode(views).unpack(), views, strict=True):
             torch.testing.assert_close(together, model(view.images), atol=1e-5, rtol=1e-5)
-
-
-def test_stochastic_depth_keeps_relative_positions():
-    model = shaken(MICRO, depth=1, **RELATIVE)
-    block, bias, packed = (
-        model.blocks[0],
-        model.rel_pos_bias(),
-        Packed.pack([torch.randn(4, 17, 128, generator=draw())]),
-    )
-    with torch.no_grad():
-        block.mlp.fc2.weight.zero_(), block.mlp.fc2.bias.zero_()
-        before, after = packed.unpack()[0], block.forward_thinned(packed, 0.5, draw(), bias).unpack()[0]
-        branch = block.attend(packed.tokens_TC, packed.cu_seqlens, 17, None, bias).view(4, 17, 128)
-    moved = (before != after).any(dim=2).any(dim=1)
-    assert moved.sum() == 2
-    torch.testing.assert_close(after[moved], (before + 2 * branch)[moved], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("name", "width"), [("vit_large_patch16_224", 1024), ("vit_huge_patch14_224", 1280)])
@@ -231,20 +185,6 @@ def test_run_blocks_in_parts_equals_whole_and_frozen_part_takes_no_gradient():
     assert model.blocks[3].attn.qkv.weight.grad is not None
 
 
-@pytest.mark.parametrize("positions", ["learned", "relative"])
-def test_one_compiled_code_serves_all_blocks(positions):
-    torch._dynamo.reset()
-    model = vit.create(MICRO, init_values=0.1, drop_path=0.2, positions=positions)
-    counter = CompileCounterWithBackend("aot_eager")
-    images = torch.randn(2, 3, 32, 32, generator=draw())
-    expected = model(images)
-    for block in model.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=counter)
-    for mode in (True, False):
-        torch.testing.assert_close(model.train(mode)(images), expected)
-    assert counter.frame_count == 1
-
-
 def test_stochastic_depth_needs_a_generator_and_a_rate():
     images = torch.randn(4, 3, 32, 32, generator=draw())
     still, dropping = shaken(MICRO), shaken(MICRO, drop_path=0.5)
@@ -258,31 +198,6 @@ def test_stochastic_depth_needs_a_generator_and_a_rate():
     assert not torch.allclose(first, other)
 
 
-def test_stochastic_depth_runs_only_the_kept_rows_and_weighs_them():
-    block = shaken(MICRO, depth=1).blocks[0]
-    groups = [torch.randn(4, 5, 128, generator=draw(1)), torch.randn(8, 3, 128, generator=draw(2))]
-    seen, packed = [], Packed.pack(groups)
-    block.norm1.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    block.norm2.register_forward_hook(lambda module, args, out: seen.append(len(args[0])))
-    with torch.no_grad():
-        block.mlp.fc2.weight.zero_(), block.mlp.fc2.bias.zero_()
-        after = block.forward_thinned(packed, 0.25, draw()).unpack()
-        assert seen == [3 * 5 + 6 * 3] * 2
-        branch = Packed(block.attend(packed.tokens_TC, packed.cu_seqlens, 5), packed.layout).unpack()
-    for x, y, change, kept in zip(groups, after, branch, (3, 6), strict=True):
-        moved = (y != x).any(dim=2).any(dim=1)
-        assert moved.sum() == kept
-        assert torch.equal(y[~moved], x[~moved])
-        torch.testing.assert_close(y[moved], (x + change * len(x) / kept)[moved], atol=1e-5, rtol=1e-5)
-
-
-def test_stochastic_depth_that_keeps_all_is_the_plain_block():
-    block, packed = shaken(MICRO, depth=1).blocks[0], Packed.pack([torch.randn(2, 5, 128, generator=draw())])
-    with torch.no_grad():
-        plain = block(packed.tokens_TC, packed.cu_seqlens, 5)
-        assert torch.equal(block.forward_thinned(packed, 0.1, draw()).tokens_TC, plain)
-
-
 def test_stochastic_depth_passes_gradients_through_kept_and_dropped_rows():
     model = shaken(MICRO, drop_path=0.5)
     packed = model.embed([View(torch.randn(4, 3, 32, 32, generator=draw()))])
@@ -292,24 +207,11 @@ def test_stochastic_depth_passes_gradients_through_kept_and_dropped_rows():
     assert all(parameter.grad is not None for parameter in model.blocks.parameters())
 
 
-def test_sincos_positions_follow_the_formula():
-    positions, (height, width), dim = vit.sincos_positions(12, (3, 2)), (3, 2), 12
-    for row in range(height):
-        for column in range(width):
-            expected = []
-            for place in (column, row):
-                angles = [place / 10000 ** (i / (dim // 4)) for i in range(dim // 4)]
-                expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
-            torch.testing.assert_close(positions[row * width + column], torch.tensor(expected))
-    with pytest.raises(BadInput, match="multiple of 4"):
-        vit.sincos_positions(10, (2, 2))
-
-
 def test_fixed_positions_are_constant_zero_for_the_prefix_and_cached_per_size():
     model = vit.create(MICRO, positions="sincos", reg_tokens=2)
     assert not model.pos_embed.requires_grad
     assert (model.pos_embed[:, :3] == 0).all()
-    torch.testing.assert_close(model.pos_embed[0, 3:], vit.sincos_positions(128, (4, 4)))
+    torch.testing.assert_close(model.pos_embed[0, 3:], sincos_positions(128, (4, 4)))
     with torch.inference_mode():
         first = model.positions((6, 2))
     assert model.positions((6, 2)) is first
@@ -347,50 +249,11 @@ def test_initialisation_is_complete_bounded_and_drawn_from_the_generator():
     assert (model.blocks[0].ls1.gamma == 0.3).all()
 
 
-def test_block_serves_the_decoder_of_mae():
-    block = vit.Block(512, 16)
-    vit.initialise(block, draw())
-    x = torch.randn(6, 512, generator=draw())
-    assert block(x, Layout((Group(2, 3),)).cu_seqlens("cpu"), 3).shape == (6, 512)
-    lengths = torch.tensor([2, 2], dtype=torch.int32)
-    limited = block(x, Layout((Group(2, 3),)).cu_seqlens("cpu"), 3, lengths)
-    alone = block(x[[0, 1, 3, 4]], Layout((Group(2, 2),)).cu_seqlens("cpu"), 2)
-    torch.testing.assert_close(limited[[0, 1, 3, 4]], alone, atol=1e-5, rtol=1e-5)
-
-
 def test_names_are_creatable_and_cover_the_usual_ones():
     names = vit.names()
     assert {MICRO, "vit_micro_patch4_32", "vit_tiny_patch16_224", "vit_huge_patch14_gap_224"} <= set(names)
     assert {"vit_base_patch14_reg4_dinov2", "deit3_huge_patch14_224"} <= set(names)
     assert not any("siglip_224" in name or "rope" in name or "giant" in name for name in names)
-
-
-@pytest.mark.parametrize(
-    ("name", "overrides", "message"),
-    [
-        ("vit_lrge_patch16_224", {}, "close to it are vit_large_patch16_224.*names"),
-        ("nonsense!", {}, "names look like vit_large_patch16_224"),
-        ("resnet50", {}, "architecture of its own"),
-        ("beit_base_patch16_224", {}, "architecture of its own"),
-        ("vit_giant_patch14_dinov2", {}, "MLP GluMlp"),
-        ("vit_giant_patch14_224", {}, "heads of 88"),
-        ("vit_base_patch16_siglip_224", {}, "pooling 'map'"),
-        ("vit_base_patch16_clip_quickgelu_224", {}, "activation"),
-        ("vit_medium_patch16_gap_240", dict(global_pool="token"), "class token"),
-        ("vit_base_patch16_xp_224", {}, "."),
-        (MICRO, dict(width=3), "unknown model override width: choose among img_size"),
-        (MICRO, dict(global_pool="max"), "none of token, avg"),
-        (MICRO, dict(positions="rope"), "none of learned, sincos"),
-        (MICRO, dict(positions="relative", reg_tokens=2), "registers, which does not go with relative"),
-        ("vit_base_patch16_clip_224", dict(positions="relative"), "a norm before its blocks"),
-        ("vit_medium_patch16_gap_240", dict(positions="relative"), "no class token"),
-        (MICRO, dict(drop_path=1.0), r"\[0, 1\)"),
-        (MICRO, dict(img_size=(32, 30)), "multiple of the patch size 8"),
-    ],
-)
-def test_what_cannot_be_built_is_refused_in_a_sentence(name, overrides, message):
-    with pytest.raises(BadInput, match=message):
-        vit.create(name, **overrides)
 
 
 def test_images_of_a_broken_size_are_refused():

@@ -13,6 +13,7 @@ from engine import train
 from engine.core.errors import BadInput
 from engine.data.sets import archives
 from engine.model import vit, weights
+from engine.model.positions import sincos_positions
 from engine.recipes import small_data
 from engine.training import config
 
@@ -100,7 +101,7 @@ def test_weights_of_another_size_are_refused(tmp_path: Path, capsys: pytest.Capt
     error = capsys.readouterr().err
     assert "blocks.2." in error
     assert len(error.strip().splitlines()) == 1
-    save_file({"hello": vit.sincos_positions(8, (2, 2))}, tmp_path / "other.safetensors")
+    save_file({"hello": sincos_positions(8, (2, 2))}, tmp_path / "other.safetensors")
     assert train.main(["--weights", str(tmp_path / "other.safetensors"), "--out", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "run").exists()
 

@@ -10,7 +10,7 @@ the right and lower edge are smaller instead: no token attends to padding, and n
 
 Which kernel runs: without relative biases all windows of all images, of whatever sizes, are one call of
 `kernels.packed_attention`. That has no place for a bias; with one, the windows of each size are a batch of torch's
-scaled_dot_product_attention (see `engine.model.vit.Attention`), up to four calls.
+scaled_dot_product_attention (see `engine.model.blocks.Attention`), up to four calls.
 
 Shapes: B images, h x w patches of an image, N = h * w, T = B * N tokens, C channels, H heads, L tokens of a window or an image.
 """
@@ -25,8 +25,10 @@ from torch import Tensor, nn
 
 from engine.core.errors import BadInput
 from engine.evals.detection.form import Form
+from engine.model.blocks import Block
+from engine.model.positions import RelativePositions
 from engine.model.tokens import Group, Layout, View
-from engine.model.vit import Block, RelativePositions, VisionTransformer
+from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from engine.model.vit import initialise
+from engine.model.blocks import initialise
 
 DIRECTIONS = 9  # left, level, right of it, times above, level, below
 Grid = tuple[int, int]

@@ -10,7 +10,7 @@ from engine.core.errors import BadInput
 from engine.evals.detection import Form, WindowedViT, initialise_as_beit
 from engine.evals.detection.backbone import RelativeBias, spread, tiling
 from engine.model import vit
-from engine.model.tokens import Packed
+from engine.model.tokens import Packed, View
 
 SIDE = 8  # of a patch
 
@@ -37,7 +37,7 @@ def images(grid: tuple[int, int], batch: int = 2) -> Tensor:
 def plain(model: WindowedViT, images_B3HW: Tensor, window: int) -> list[Tensor]:
     """The same weights on whole images in their own order: every token asks every token, and a mask forbids."""
     encoder = model.encoder
-    tokens = encoder.embed([vit.View(images_B3HW)]).unpack()[0][:, encoder.num_prefix_tokens :]
+    tokens = encoder.embed([View(images_B3HW)]).unpack()[0][:, encoder.num_prefix_tokens :]
     height, width = (side // SIDE for side in images_B3HW.shape[2:])
     places = [(y, x) for y in range(height) for x in range(width)]
     maps = []
@@ -170,7 +170,7 @@ def test_a_beit_encoder_attends_as_it_did_without_its_class_token(window: int):
     model = WindowedViT(encoder, Form(size=32, window=window, global_blocks=2))
     torch.nn.init.zeros_(model.encoder.pos_embed)
     found = model(given)
-    packed = Packed.pack([encoder.embed([vit.View(given)]).unpack()[0][:, 1:]])
+    packed = Packed.pack([encoder.embed([View(given)]).unpack()[0][:, 1:]])
     bias_HLL = encoder.rel_pos_bias()[:, 1:, 1:]
     for block, our in zip(encoder.blocks, found, strict=True):
         tokens_TC = block(packed.tokens_TC, packed.cu_seqlens, packed.layout.max_seqlen, None, bias_HLL)

@@ -1,0 +1,181 @@
+"""The layers that encoders and decoders are made of, on packed tokens, with timm's state-dict keys, and how they start.
+
+Shapes: T packed tokens, S sequences, C channels, H heads, D head dim, L sequence length, R patch rows of a step, E elements of a
+patch (P * P * 3, channel last).
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernels
+from engine.core.errors import BadInput
+from engine.model.tokens import Packed, thinning_rows
+from kernels.packed_attention import HEAD_DIMS
+
+
+def initialise(module: nn.Module, generator: torch.Generator | None = None) -> None:
+    """Initialises every Linear and LayerNorm inside `module` in place, as MAE does (He et al. 2022, appendix A.1).
+
+    Linear: Xavier uniform, zero bias. Patch projection (Conv2d): as the Linear on flattened patches that it is.
+    LayerNorm: one and zero. Parameters held by other modules are left to their owner.
+    """
+    for part in module.modules():
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(part.weight.flatten(1), generator=generator)
+        elif isinstance(part, nn.LayerNorm):
+            nn.init.ones_(part.weight)
+        else:
+            continue
+        if part.bias is not None:
+            nn.init.zeros_(part.bias)
+
+
+class LayerScale(nn.Module):
+    """Channels weighed by a learned vector that starts at `start` (Touvron et al. 2021, CaiT)."""
+
+    def __init__(self, dim: int, start: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), start))
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        return x_TC * self.gamma
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention inside each packed sequence.
+
+    The packed kernels know no bias of scores: with one, all sequences are as long as it is, and torch's
+    scaled_dot_product_attention takes them as a batch.
+    """
+
+    def __init__(self, dim: int, heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        if dim % heads or dim // heads not in HEAD_DIMS:
+            raise BadInput(f"width {dim} over {heads} heads makes heads of {dim / heads:g}, not one of {HEAD_DIMS}")
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(
+        self,
+        x_TC: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        kv_lengths: Tensor | None = None,
+        bias_HLL: Tensor | None = None,
+    ) -> Tensor:
+        """[T, C] to [T, C]. `kv_lengths` as in kernels.packed_attention; `bias_HLL` is added to every sequence's scores.
+
+        Raises ValueError for both at once.
+        """
+        qkv_T3HD = self.qkv(x_TC).unflatten(-1, (3, self.heads, -1))
+        if bias_HLL is None:
+            return self.proj(kernels.packed_attention(qkv_T3HD, cu_seqlens, max_seqlen, kv_lengths).flatten(-2))
+        if kv_lengths is not None:
+            raise ValueError("attention takes kv_lengths or a bias, not both")
+        q_SHLD, k_SHLD, v_SHLD = qkv_T3HD.unflatten(0, (-1, bias_HLL.shape[-1])).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed_SHLD = F.scaled_dot_product_attention(q_SHLD, k_SHLD, v_SHLD, attn_mask=bias_HLL[None].to(q_SHLD.dtype))
+        return self.proj(mixed_SHLD.transpose(1, 2).flatten(2).flatten(0, 1))
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_TC)))
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block on packed tokens; encoder and decoder share it.
+
+    All blocks of one shape hold equal Python attributes, so that one compiled code serves them all.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        mlp_dim: int | None = None,
+        *,
+        qkv_bias: bool = True,
+        init_values: float | None = None,
+        eps: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = Attention(dim, heads, qkv_bias)
+        self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = Mlp(dim, mlp_dim or 4 * dim)
+        self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
+
+    def forward(
+        self,
+        x_TC: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        kv_lengths: Tensor | None = None,
+        bias_HLL: Tensor | None = None,
+    ) -> Tensor:
+        """Attention and MLP, each added to its input: [T, C] to [T, C]. `kv_lengths` and `bias_HLL` as in Attention."""
+        x_TC = x_TC + self.attend(x_TC, cu_seqlens, max_seqlen, kv_lengths, bias_HLL)
+        return x_TC + self.feed(x_TC)
+
+    def attend(
+        self,
+        x_TC: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        kv_lengths: Tensor | None = None,
+        bias_HLL: Tensor | None = None,
+    ) -> Tensor:
+        """The attention branch alone, without the residual."""
+        return self.ls1(self.attn(self.norm1(x_TC), cu_seqlens, max_seqlen, kv_lengths, bias_HLL))
+
+    def feed(self, x_TC: Tensor) -> Tensor:
+        """The MLP branch alone, without the residual."""
+        return self.ls2(self.mlp(self.norm2(x_TC)))
+
+    def flops(self, length: int) -> float:
+        """Operations of one forward pass for a sequence of `length` tokens: matrix products only, two per multiply-add."""
+        weights = sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))
+        return 2.0 * length * weights + 4.0 * length**2 * self.attn.proj.in_features
+
+    def forward_thinned(
+        self, packed: Packed, rate: float, generator: torch.Generator, bias_HLL: Tensor | None = None
+    ) -> Packed:
+        """`forward` under stochastic depth (Huang et al. 2016): each branch runs only for a random subset of sequences.
+
+        Each group keeps a fixed number, (1 - rate) of it rounded and at least one; the rows of the others are not
+        computed at all. A kept branch weighs sequences / kept of its group. Random only through `generator`.
+        """
+        x_TC, layout, kept = packed.tokens_TC, packed.layout, packed.layout.thinned(rate)
+        if kept == layout:
+            return Packed(self(x_TC, packed.cu_seqlens, layout.max_seqlen, None, bias_HLL), layout)
+        noise_2S = torch.rand(2, layout.sequences, generator=generator, device=generator.device).to(x_TC.device)
+
+        def add(x_TC: Tensor, noise_S: Tensor, branch: object, *args: object) -> Tensor:
+            rows, worth = thinning_rows(layout, kept, noise_S)
+            change = branch(x_TC.index_select(0, rows), *args) * worth
+            return x_TC.index_add(0, rows, change.to(x_TC.dtype))
+
+        x_TC = add(x_TC, noise_2S[0], self.attend, kept.cu_seqlens(x_TC.device), kept.max_seqlen, None, bias_HLL)
+        return Packed(add(x_TC, noise_2S[1], self.feed), layout)
+
+
+class PatchEmbed(nn.Module):
+    """The patch projection: `proj` holds timm's convolution weight [C, 3, P, P], applied as one matrix product."""
+
+    def __init__(self, patch_size: int, dim: int, bias: bool) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size, bias=bias)
+
+    def forward(self, patches_RE: Tensor) -> Tensor:
+        weight_CE = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # patches come (row, column, channel)
+        return F.linear(patches_RE.to(weight_CE.dtype), weight_CE, self.proj.bias)

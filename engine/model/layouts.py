@@ -1,0 +1,92 @@
+"""How published files spell a backbone: what they wrap it in, what they put before its keys, what lies beside it."""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from engine.core.errors import BadInput
+from engine.model.sources import Source
+
+State = dict[str, Tensor]
+
+# Where published files nest their state dict; the first found is taken, which is the one their authors evaluate.
+_CONTAINERS = (
+    "teacher", "target_encoder", "state_dict_ema", "model_ema", "model", "state_dict", "student", "encoder", "module",
+)  # fmt: skip
+
+# What precedes the backbone's keys in files of whom; the first that leads to a patch projection is taken.
+_PREFIXES = {
+    "": "timm, MAE, MAE-CT, MIM-Refiner, BEiT; backbones of DINO, iBOT and DINOv2",
+    "backbone.": "teachers of DINO and iBOT",
+    "module.backbone.": "students of DINO and iBOT",
+    "teacher.backbone.": "DINOv2 training",
+    "module.base_encoder.": "MoCo v3",
+    "module.momentum_encoder.": "MoCo v3, momentum encoder alone",
+    "module.": "MSN, I-JEPA and others saved from DistributedDataParallel",
+    "encoder.": "encoder and decoder in one file",
+    "_orig_mod.": "compiled models",
+}
+
+# Other spellings of timm's keys: MIM-Refiner (2), DINOv2 (registers; blocks in chunks), BEiT and DeiT III (LayerScale).
+_SPELLINGS = (
+    (re.compile(r"^cls_tokens\.tokens$"), "cls_token"),
+    (re.compile(r"^pos_embed\.embed$"), "pos_embed"),
+    (re.compile(r"^register_tokens$"), "reg_token"),
+    (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),
+    (re.compile(r"\.gamma_(\d)$"), r".ls\1.gamma"),
+)
+
+# Keys of what was trained along with the backbone.
+_OTHER_PARTS = re.compile(
+    r"(decoder|head|lm_head|visual\.head)[._]"
+    r"|(fc|pred|predictor|projector|prototypes|dino_head|ibot_head|last_layer|attn_pool|head_dist)\."
+    r"|(instance_head|local_group_head|group_head|relation_blocks)"
+    r"|(mask_token|masked_embed)$"
+)
+
+
+def find_backbone(found: Source) -> tuple[State, str, tuple[str, ...]]:
+    """The backbone's tensors without container and prefix, where they were, and the keys that lie beside them."""
+    tree, place = found.tree, []
+    while inner := next((key for key in _CONTAINERS if isinstance(tree.get(key), Mapping)), None):
+        tree, place = tree[inner], [*place, inner]
+    tensors = {key: value for key, value in tree.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise BadInput(f"{found.name} holds no state dict: {listing('keys', [str(key) for key in tree])}")
+    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}patch_embed.proj.weight" in tensors), "")
+    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    beside = tuple(key for key in tensors if not key.startswith(prefix))
+    layout = "/".join([*place, prefix + "*"])
+    return state, layout, beside
+
+
+def respell(state: State) -> State:
+    """`state` under timm\'s keys."""
+    respelt = {}
+    for key, value in state.items():
+        for pattern, spelling in _SPELLINGS:
+            key = pattern.sub(spelling, key)
+        respelt[key] = value
+    return respelt
+
+
+def split_off_other_parts(state: State) -> tuple[State, tuple[str, ...]]:
+    """`state` without decoders, heads and mask tokens, and their keys."""
+    others = tuple(key for key in state if _OTHER_PARTS.match(key))
+    return {key: value for key, value in state.items() if key not in others}, others
+
+
+def join_query_and_value_biases(state: State) -> State:
+    """BEiT keeps no bias for keys: a zero one is the same."""
+    for key in [key for key in state if key.endswith(".attn.q_bias")]:
+        query, value = state.pop(key), state.pop(key.replace("q_bias", "v_bias"))
+        state[key.replace("q_bias", "qkv.bias")] = torch.cat([query, torch.zeros_like(query), value])
+    return state
+
+
+def listing(label: str, keys: Iterable[str], most: int = 3) -> str:
+    """How many `keys` there are, under a `label`, and the first few of them."""
+    keys = list(keys)
+    return f"{len(keys)} {label} ({', '.join(keys[:most])}{', ...' if len(keys) > most else ''})"

@@ -1,0 +1,87 @@
+"""Where weights come from: a file, an exported folder, a run folder or timm.
+
+Nothing here unpickles objects: files are safetensors, or read by torch.load with weights_only.
+"""
+
+import argparse
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import load_file
+
+from engine.core.errors import BadInput
+
+Grid = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was read: `tree` is the file's content, `grid` the grid of its positions where that is known."""
+
+    name: str
+    tree: Mapping[str, object]
+    grid: Grid | None = None
+
+
+def read(source: str | Path) -> Source:
+    """What lies at `source`, see `engine.model.weights.load`; BadInput where nothing does, or more than plain weights."""
+    path, text = Path(source).expanduser(), str(source)
+    folder = exported_folder(path)
+    if folder is not None:
+        return _read_export(folder)
+    if path.is_dir():
+        raise BadInput(f"{path} is neither an exported folder with model.safetensors nor a run folder that has export/")
+    if path.is_file():
+        return Source(str(path), _read_file(path))
+    if text.startswith("timm:") or timm.is_model(text.partition(".")[0]):
+        return _read_timm(text.removeprefix("timm:"))
+    raise BadInput(f"no weights at {text!r}: give a file, an exported folder, a run folder or a timm model (timm:NAME)")
+
+
+def exported_folder(path: Path) -> Path | None:
+    """`path` if it is an exported folder, its export/ if it is a run folder, else None."""
+    return next((folder for folder in (path, path / "export") if (folder / "model.safetensors").is_file()), None)
+
+
+def _read_export(folder: Path) -> Source:
+    tree, size = _read_file(folder / "model.safetensors"), config(folder).get("pretrained_cfg", {}).get("input_size")
+    kernel = tree.get("patch_embed.proj.weight")
+    grid = None if size is None or kernel is None else (size[1] // kernel.shape[-1], size[2] // kernel.shape[-1])
+    return Source(str(folder), tree, grid)
+
+
+def config(folder: Path) -> dict:
+    """The config.json of an exported folder; BadInput where it cannot be read."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{folder} has no readable config.json beside its weights: {error}") from error
+
+
+def _read_file(path: Path) -> Mapping[str, object]:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # Many published files hold the training arguments as a Namespace, which is plain data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            tree = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever a broken or hostile file provokes
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"{path} holds no plain weights (safetensors, or tensors saved by torch): {reason}") from error
+    if not isinstance(tree, Mapping):
+        raise BadInput(f"{path} holds a {type(tree).__name__}, not a state dict")
+    return tree
+
+
+def _read_timm(name: str) -> Source:
+    if not timm.is_model(name.partition(".")[0]):
+        raise BadInput(f"timm has no model {name!r} (engine.model.names()() lists those that fit)")
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=0)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise BadInput(f"timm's weights of {name} cannot be had, give a file that holds them: {error}") from error
+    return Source(f"timm:{name}", model.state_dict(), getattr(getattr(model, "patch_embed", None), "grid_size", None))

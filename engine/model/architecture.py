@@ -125,7 +125,7 @@ def read(name: str, overrides: Mapping[str, object]) -> tuple[Architecture, nn.M
     alien = _unsupported(twin)
     if alien:
         raise BadInput(
-            f"{name} has {alien}, but this backbone is a plain pre-norm ViT (engine.model.names()() lists all)"
+            f"{name} has {alien}, but this backbone is a plain pre-norm ViT (engine.model.names() lists all)"
         )
     block, embed = twin.blocks[0], twin.patch_embed
     architecture = Architecture(

@@ -79,7 +79,7 @@ def _read_file(path: Path) -> Mapping[str, object]:
 
 def _read_timm(name: str) -> Source:
     if not timm.is_model(name.partition(".")[0]):
-        raise BadInput(f"timm has no model {name!r} (engine.model.names()() lists those that fit)")
+        raise BadInput(f"timm has no model {name!r} (engine.model.names() lists those that fit)")
     try:
         model = timm.create_model(name, pretrained=True, num_classes=0)
     except (RuntimeError, OSError, ValueError) as error:

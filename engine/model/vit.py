@@ -43,7 +43,7 @@ def create(name: str, *, generator: torch.Generator | None = None, **overrides: 
     if not exists(name):
         near = difflib.get_close_matches(name, names(), n=4, cutoff=0.5)
         hint = f"close to it are {', '.join(near)}" if near else "names look like vit_large_patch16_224"
-        raise BadInput(f"unknown model {name!r}: {hint} (engine.model.names()() lists all)")
+        raise BadInput(f"unknown model {name!r}: {hint} (engine.model.names() lists all)")
     if "global_pool" in overrides:
         overrides.setdefault("fc_norm", False)
     model = _without_memory(name, overrides)

@@ -108,7 +108,7 @@ def create(source: str | Path, **overrides: object) -> tuple[vit.VisionTransform
             name, own = config["architecture"], {key: args[key] for key in OVERRIDES if key in args}
     elif Path(source).expanduser().is_file():
         raise BadInput(
-            f"{source} does not say which model it holds: name one of engine.model.names()() and load it there"
+            f"{source} does not say which model it holds: name one of engine.model.names() and load it there"
         )
     else:
         name, own = str(source).removeprefix("timm:"), {}

@@ -16,7 +16,8 @@ from engine.core.optim import Group, cosine, ramp, scaled_lr, with_decay
 from engine.data.views import Augmentation, multi_crop
 from engine.methods.base import Method, StageSettings
 from engine.methods.parts.collapse import CHOICES, Collapse, across_views
-from engine.model.heads import Teacher, head_flops
+from engine.model.heads import head_flops
+from engine.model.memory import Teacher
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
 

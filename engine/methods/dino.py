@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.methods.clustering import Distillation, DistillationSettings
-from engine.model.heads import DinoHead, Teacher
+from engine.model.heads import DinoHead
+from engine.model.memory import Teacher
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
 

@@ -16,7 +16,8 @@ from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import cross_entropy, usage
-from engine.model.heads import DinoHead, Teacher, head_flops
+from engine.model.heads import DinoHead, head_flops
+from engine.model.memory import Teacher
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
 

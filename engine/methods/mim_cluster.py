@@ -18,7 +18,8 @@ from engine.data.views import Augmentation
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import cross_entropy, usage
 from engine.methods.parts.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
-from engine.model.heads import DinoHead, PixelDecoder, Teacher, WeightNormed, head_flops
+from engine.model.heads import DinoHead, PixelDecoder, WeightNormed, head_flops
+from engine.model.memory import Teacher
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
 

@@ -20,7 +20,8 @@ from engine.data.views import Augmentation, multi_crop
 from engine.methods.base import Method
 from engine.methods.nnclr import NeighbourSettings
 from engine.model.blocks import initialise
-from engine.model.heads import BatchNorm, Queue, head_flops, predictor, projector
+from engine.model.heads import BatchNorm, head_flops, predictor, projector
+from engine.model.memory import Queue
 from engine.model.tokens import Packed, View
 from engine.model.vit import VisionTransformer
 

@@ -22,7 +22,8 @@ from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.ibot import Masked
 from engine.methods.parts.collapse import cross_entropy
 from engine.methods.parts.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
-from engine.model.heads import DinoHead, PixelDecoder, Teacher, contrast_projector, head_flops
+from engine.model.heads import DinoHead, PixelDecoder, contrast_projector, head_flops
+from engine.model.memory import Teacher
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
 

@@ -15,7 +15,8 @@ from engine.core import dist
 from engine.core.optim import Group, cosine, scaled_lr
 from engine.data.views import Augmentation, two_views
 from engine.methods.base import Method, StageSettings
-from engine.model.heads import Teacher, head_flops, normed_mlp
+from engine.model.heads import head_flops, normed_mlp
+from engine.model.memory import Teacher
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
 

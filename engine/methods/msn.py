@@ -18,7 +18,8 @@ from engine.core.optim import Group, linear, with_decay
 from engine.data.views import Augmentation
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import Collapse
-from engine.model.heads import BatchNorm, Teacher, head_flops
+from engine.model.heads import BatchNorm, head_flops
+from engine.model.memory import Teacher
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
 

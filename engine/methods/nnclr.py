@@ -20,7 +20,8 @@ from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.batch import Batch
 from engine.data.views import Augmentation, two_views
 from engine.methods.base import Method, StageSettings
-from engine.model.heads import Queue, head_flops, predictor, projector
+from engine.model.heads import head_flops, predictor, projector
+from engine.model.memory import Queue
 from engine.model.tokens import View, random_masking
 from engine.model.vit import VisionTransformer
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from engine.core import dist
 from engine.methods.clustering import Clustering, ClusteringSettings
 from engine.methods.parts.collapse import Targets, across_views
-from engine.model.heads import Queue, UnitPrototypes, head_flops, swav_projector
+from engine.model.heads import UnitPrototypes, head_flops, swav_projector
+from engine.model.memory import Queue
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
 

@@ -10,7 +10,8 @@ from engine.core.errors import BadInput
 from engine.data.batch import Batch
 from engine.methods.nnclr import Nnclr, Settings
 from engine.model import vit
-from engine.model.heads import BatchNorm, Queue, projector
+from engine.model.heads import BatchNorm, projector
+from engine.model.memory import Queue
 from engine.model.tokens import View
 from engine.recipes import recipe
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.core.errors import BadInput
-from engine.core.optim import Group, move_average, scaled_lr, with_decay
+from engine.core.optim import Group, move_average, scaled_lr
 from engine.methods.base import Method
 from engine.methods.nnclr import DroppingSettings, Nnclr
+from engine.methods.parts.tuning import TuningSettings, encoder_groups, freeze
 from engine.model.heads import head_flops
 from engine.model.tokens import Packed
 from engine.model.vit import VisionTransformer
@@ -20,7 +20,7 @@ FROZEN = {"same": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Settings(DroppingSettings):
+class Settings(TuningSettings, DroppingSettings):
     """Contrastive tuning. `base_lr` and `weight_decay` are the encoder's; the head has its own."""
 
     epochs: int = 20
@@ -28,10 +28,6 @@ class Settings(DroppingSettings):
     warmup: float = 0.2
     crop_scale: tuple[float, float] = (0.08, 1.0)
     weight_decay: float = 0.05
-    head_base_lr: float = 1e-4
-    head_weight_decay: float = 1e-5
-    layer_decay: float = 0.65
-    """Block k of L trains at layer_decay ** (L - k) of the encoder's learning rate, the final norm at all of it."""
     frozen_blocks: int = -1
     """Blocks from below that stay as they are, and with the first one the patch embedding; -1 is the lower half."""
     frozen_precision: str = "same"
@@ -42,21 +38,16 @@ class Settings(DroppingSettings):
     top_k: int = 20
 
     def rules(self) -> dict[str, tuple[bool, str]]:
-        return super().rules() | {
-            "head-base-lr": (self.head_base_lr > 0, "a number above 0"),
-            "head-weight-decay": (self.head_weight_decay >= 0, "a number from 0"),
-            "layer-decay": (0 < self.layer_decay <= 1, "a number above 0, at most 1"),
+        own = {
             "projector-ema": (0 <= self.projector_ema < 1, "a number from 0 to below 1"),
             "frozen-precision": (self.frozen_precision in FROZEN, f"one of {', '.join(FROZEN)}"),
             "frozen-blocks": (self.frozen_blocks >= -1, "a whole number from 0, or -1 for the lower half"),
         }
+        return super().rules() | self.tuning_rules() | own
 
     def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
-        if self.frozen_blocks > len(encoder.blocks):
-            blocks = len(encoder.blocks)
-            raise BadInput(
-                f"--{stage}.frozen-blocks is {self.frozen_blocks}; it must be at most the encoder's {blocks} blocks."
-            )
+        super().check_encoder(stage, encoder)
+        self.check_tuning(stage, encoder)
 
 
 class Maect(Nnclr):
@@ -70,12 +61,7 @@ class Maect(Nnclr):
         super().__init__(encoder, settings)
         self.frozen = len(encoder.blocks) // 2 if settings.frozen_blocks < 0 else settings.frozen_blocks
         self.projector_average = deepcopy(self.projector).requires_grad_(False)
-        for name, parameter in encoder.named_parameters():
-            parameter.requires_grad_(self.layer_of(name) >= self.frozen and name != "pos_embed")
-
-    def layer_of(self, name: str) -> int:
-        """The depth an encoder parameter counts as; what comes before the blocks goes with the first one."""
-        return max(0, self.encoder.layer_of(name))
+        freeze(encoder, self.frozen)
 
     @property
     def reuse(self) -> int:
@@ -101,13 +87,11 @@ class Maect(Nnclr):
         return [self.projector_average(view_bC.detach()) for view_bC in pooled]
 
     def groups(self, images_per_step: int) -> Iterator[Group]:
-        settings, depth = self.settings, len(self.encoder.blocks)
+        s = self.settings
         # Both views count as images in MAE-CT's scaling rule.
-        peak_lr = scaled_lr(settings.base_lr, 2 * images_per_step)
-        for layer in range(self.frozen, depth + 1):
-            named = [(f"encoder.{n}", p) for n, p in self.encoder.named_parameters() if self.layer_of(n) == layer]
-            yield from with_decay(named, peak_lr * settings.layer_decay ** (depth - layer), settings.weight_decay)
-        yield from self.head_groups(images_per_step, settings.head_base_lr, settings.head_weight_decay)
+        peak_lr = scaled_lr(s.base_lr, 2 * images_per_step)
+        yield from encoder_groups(self.encoder, peak_lr, s.weight_decay, s.layer_decay, lowest=0)
+        yield from self.head_groups(images_per_step, s.head_base_lr, s.head_weight_decay)
 
     def flops_per_image(self) -> float:
         tuned = 4 * self.encoder.flops(self.keep, self.frozen)

@@ -19,6 +19,7 @@ from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.views import Augmentation, multi_crop
 from engine.methods.base import Method
 from engine.methods.nnclr import NeighbourSettings
+from engine.methods.parts.contrast import own_places
 from engine.model.blocks import initialise
 from engine.model.heads import BatchNorm, head_flops, predictor, projector
 from engine.model.memory import Queue
@@ -188,9 +189,7 @@ class MimHeads(Method):
     def align(self, own_2bE: Tensor, neighbours_2bE: Tensor, everyone_BVE: Tensor) -> Tensor:
         """Nearest neighbour alignment: a view's neighbour must pick its image's prediction from another view, the
         predictions of other images are pushed from the view itself. Mean over rows and pairs of a large view with another."""
-        rows = len(own_2bE[0])
-        mine_b = torch.arange(rows, device=own_2bE.device) + dist.rank() * rows
-        losses = []
+        mine_b, losses = own_places(own_2bE[0]), []
         with torch.autocast(own_2bE.device.type, enabled=False):
             for view in range(LARGE):
                 others_OBE = torch.cat([everyone_BVE[:, :view], everyone_BVE[:, view + 1 :]], 1).transpose(0, 1)

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
 from engine.core import dist
 from engine.core.draws import Draws
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.ibot import Masked
 from engine.methods.parts.collapse import cross_entropy
+from engine.methods.parts.contrast import pick_own
 from engine.methods.parts.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
 from engine.model.heads import DinoHead, PixelDecoder, contrast_projector, head_flops
 from engine.model.memory import Teacher
@@ -158,8 +158,7 @@ class Mmc(Distillation):
         """Cross-entropy of picking the own image's unit vector of the teacher out of those of all ranks, times 2 temperatures (as
         MoCo v3 and SiT scale it)."""
         temperature = self.settings.contrast_temperature
-        targets_b = torch.arange(len(student_bE), device=student_bE.device) + dist.rank() * len(student_bE)
-        return 2 * temperature * kernels.info_nce(student_bE, taught_BE, targets_b, temperature)
+        return 2 * temperature * pick_own(student_bE, taught_BE, temperature)
 
     def pixel_loss(self, patches_RNC: Tensor, clean: Tensor, corrupted_RHW: Tensor) -> Tensor:
         """Mean absolute error of what is decoded from patch tokens against the clean normalised crops [R, 3, H, W], over the

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
 from engine.core import dist
 from engine.core.optim import Group, cosine, scaled_lr
 from engine.data.views import Augmentation, two_views
 from engine.methods.base import Method, StageSettings
+from engine.methods.parts.contrast import pick_own
 from engine.model.heads import head_flops, normed_mlp
 from engine.model.memory import Teacher
 from engine.model.tokens import View
@@ -104,8 +104,7 @@ class Mocov3(Method):
     def contrast(self, queries_bE: Tensor, keys_BE: Tensor) -> Tensor:
         """Cross-entropy of picking the own image's key out of those of all ranks, times 2 temperatures (algorithm 1)."""
         temperature = self.settings.temperature
-        targets_b = torch.arange(len(queries_bE), device=queries_bE.device) + dist.rank() * len(queries_bE)
-        return 2 * temperature * kernels.info_nce(queries_bE, keys_BE, targets_b, temperature)
+        return 2 * temperature * pick_own(queries_bE, keys_BE, temperature)
 
     def teacher_momentum(self) -> float:
         """What the momentum encoder keeps of itself after this update: the paper moves it as the next update begins."""

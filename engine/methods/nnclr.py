@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels
 from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
@@ -20,6 +19,7 @@ from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.batch import Batch
 from engine.data.views import Augmentation, two_views
 from engine.methods.base import Method, StageSettings
+from engine.methods.parts.contrast import pick_own
 from engine.model.heads import head_flops, predictor, projector
 from engine.model.memory import Queue
 from engine.model.tokens import View, random_masking
@@ -190,8 +190,7 @@ class Nnclr(Method):
 
     def contrast(self, neighbours_bE: Tensor, predictions_BE: Tensor) -> Tensor:
         """Cross-entropy of picking the own prediction for each neighbour; negatives are the batch's other predictions."""
-        targets_b = torch.arange(len(neighbours_bE), device=neighbours_bE.device) + dist.rank() * len(neighbours_bE)
-        return kernels.info_nce(neighbours_bE, predictions_BE, targets_b, self.settings.temperature)
+        return pick_own(neighbours_bE, predictions_BE, self.settings.temperature)
 
     def groups(self, images_per_step: int) -> Iterator[Group]:
         return self.head_groups(images_per_step, self.settings.base_lr, self.settings.weight_decay)

@@ -7,7 +7,7 @@ import pkgutil
 from engine.core.errors import BadInput
 from engine.methods.base import Method
 
-SHARED = ("base", "clustering", "parts")  # what methods have in common, no methods themselves
+SHARED = ("base", "clustering", "crops", "parts", "teaching")  # what methods have in common, no methods themselves
 
 
 def names() -> list[str]:

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from engine.methods.clustering import Distillation, DistillationSettings
-from engine.model.heads import DinoHead
 from engine.model.memory import Teacher
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
@@ -30,14 +29,7 @@ class Dino(Distillation):
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
-        self.head = DinoHead(
-            encoder.embed_dim,
-            settings.head_hidden,
-            settings.head_layers,
-            settings.bottleneck,
-            settings.prototypes,
-            settings.free_norm,
-        )
+        self.head = self.dino_head(settings.bottleneck, settings.prototypes)
         self.teacher = Teacher(encoder=encoder, head=self.head)
 
     def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -49,9 +41,6 @@ class Dino(Distillation):
             scores_GK = self.scores(torch.cat([self.evaluated.pool(tokens_bLC) for tokens_bLC in taught]))
         loss, spread, health = self.predict_views(scores_GK, student_RK, (settings.global_crops, len(images)))
         return {"loss": loss + spread} | health
-
-    def scores(self, features: Tensor) -> Tensor:
-        return self.teacher.head(features)
 
     def flops_per_image(self) -> float:
         return self.student_flops(self.head) + self.teacher_flops(self.head)

@@ -98,11 +98,10 @@ class Dinov2(Ibot):
         loss = report["loss"] + self.settings.koleo_weight * spread.sum()
         return report | {"loss": loss, "koleo": spread.detach().mean()}
 
-    def patch_scores(self, taught: list[Tensor], masked: Masked) -> Tensor:
-        """The teacher's scores [M, K] of the masked patches. The centre follows these alone."""
+    def patch_scores(self, taught: list[Tensor], masked: Masked) -> tuple[Tensor, Tensor]:
+        """The teacher's scores [M, K] of the masked patches, which are also those that the centre follows."""
         scores_MK = self._patch_head(self.teacher)(masked.rows_of(taught))
-        self.patch_collapse.observe(scores_MK)
-        return scores_MK
+        return scores_MK, scores_MK
 
     def taught_patch_flops(self, masked: float) -> float:
         return masked * head_flops(self._patch_head(self))

@@ -15,7 +15,7 @@ from engine.core import masking
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.methods.clustering import Distillation, DistillationSettings
-from engine.methods.parts.collapse import cross_entropy, usage
+from engine.methods.parts.collapse import usage
 from engine.model.heads import DinoHead, head_flops
 from engine.model.memory import Teacher
 from engine.model.tokens import View
@@ -138,13 +138,10 @@ class Ibot(Distillation):
         s = settings
         self.patches_of_crop = encoder.grid[0] * encoder.grid[1]
         self.mask_token = nn.Parameter(torch.zeros(1, encoder.embed_dim))
-        sizes = (encoder.embed_dim, s.head_hidden, s.head_layers)
-        self.head = DinoHead(*sizes, s.bottleneck, s.prototypes, s.free_norm)
+        self.head = self.dino_head(s.bottleneck, s.prototypes)
         parts = {"encoder": encoder, "head": self.head}
         if s.patch_prototypes:
-            parts["patch_head"] = self.patch_head = DinoHead(
-                *sizes, s.patch_bottleneck, s.patch_prototypes, s.free_norm
-            )
+            parts["patch_head"] = self.patch_head = self.dino_head(s.patch_bottleneck, s.patch_prototypes)
         self.teacher = Teacher(**parts)
         self.patch_collapse = self.guard(s.patch_prototypes or s.prototypes)
 
@@ -191,11 +188,11 @@ class Ibot(Distillation):
         with torch.no_grad():
             taught = self.teach(images[: s.global_crops])
             scores_GK = self.scores(torch.cat([self.evaluated.pool(tokens_bLC) for tokens_bLC in taught]))
-            scores_MK = self.patch_scores(taught, masked)
+            scores_MK, followed = self.patch_scores(taught, masked)
         class_loss, spread, health = self.predict_views(scores_GK, student_RK, (s.global_crops, len(images)))
-        patch_targets = self.patch_collapse.targets(scores_MK, self.target_temperature)
-        patch_loss = cross_entropy(patch_targets, student_MK, s.student_temperature, weights_R=masked.weights)
-        patch_spread = self.patch_collapse.regulariser(student_MK, s.student_temperature)
+        patch_loss, patch_spread, _ = self.predict(
+            self.patch_collapse, scores_MK, student_MK, weights_R=masked.weights, followed=followed
+        )
         used = class_loss.new_zeros(())  # where chance masked nothing
         if len(scores_MK):
             used = usage(self.patch_collapse.choose(scores_MK), self.patch_collapse.prototypes)
@@ -217,20 +214,18 @@ class Ibot(Distillation):
         scores = owner.head(torch.cat([pooled_RC, patches_MC]))
         return scores[: len(pooled_RC)], scores[len(pooled_RC) :]
 
-    def patch_scores(self, taught: list[Tensor], masked: Masked) -> Tensor:
-        """The teacher's scores [M, K] of the masked patches. The centre follows those of all patches."""
+    def patch_scores(self, taught: list[Tensor], masked: Masked) -> tuple[Tensor, Tensor]:
+        """The teacher's scores [M, K] of the masked patches, and what the centre follows: the mean [1, K] of all patches'."""
         head = self._patch_head(self.teacher)
         if not self.patch_collapse.centres:
-            return head(masked.rows_of(taught))
+            scores_MK = head(masked.rows_of(taught))
+            return scores_MK, scores_MK
         prefix = self.encoder.num_prefix_tokens
         embedded = head.embed(torch.cat([tokens_bLC[:, prefix:].flatten(0, 1) for tokens_bLC in taught]))
         # The prototypes are linear: the mean of all patches' scores is the score of their mean.
         with torch.autocast(embedded.device.type, enabled=False):
-            self.patch_collapse.observe(head.last_layer(embedded.mean(0, keepdim=True)))
-        return head.last_layer(embedded.index_select(0, masked.patches))
-
-    def scores(self, features: Tensor) -> Tensor:
-        return self.teacher.head(features)
+            followed = head.last_layer(embedded.mean(0, keepdim=True))
+        return head.last_layer(embedded.index_select(0, masked.patches)), followed
 
     def flops_per_image(self) -> float:
         s, head = self.settings, self._patch_head(self)

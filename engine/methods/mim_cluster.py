@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from engine.core.draws import Draws
 from engine.data.views import Augmentation
 from engine.methods.clustering import Distillation, DistillationSettings
-from engine.methods.parts.collapse import cross_entropy, usage
+from engine.methods.parts.collapse import usage
 from engine.methods.parts.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
-from engine.model.heads import DinoHead, PixelDecoder, WeightNormed, head_flops
+from engine.model.heads import PixelDecoder, WeightNormed, head_flops
 from engine.model.memory import Teacher
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
@@ -88,9 +88,7 @@ class MimCluster(Distillation):
         super().__init__(encoder, settings)
         s, parts = settings, {"encoder": encoder}
         if s.class_weight or s.patch_weight:
-            self.head = parts["head"] = DinoHead(
-                encoder.embed_dim, s.head_hidden, s.head_layers, s.bottleneck, s.prototypes, s.free_norm
-            )
+            self.head = parts["head"] = self.dino_head(s.bottleneck, s.prototypes)
         if not s.class_weight:
             self.prototype_count = 0
             if s.patch_weight:
@@ -133,7 +131,7 @@ class MimCluster(Distillation):
         Args:
             large: the clean large crops, for the teacher.
         """
-        s, temperatures = self.settings, (self.target_temperature, self.settings.student_temperature)
+        s = self.settings
         student = self._embed(self, seen)
         with torch.no_grad():
             taught = self._embed(self.teacher, self.teach(large))
@@ -149,10 +147,7 @@ class MimCluster(Distillation):
             student_MK = self.patch_last_layer(student[-1])
             with torch.no_grad():
                 scores_MK = self.teacher.patch_last_layer(taught[-1])
-            targets = self.patch_collapse.targets(scores_MK, temperatures[0])
-            patch_loss = cross_entropy(targets, student_MK, temperatures[1])
-            self.patch_collapse.observe(scores_MK)
-            spread = self.patch_collapse.regulariser(student_MK, temperatures[1])
+            patch_loss, spread, _ = self.predict(self.patch_collapse, scores_MK, student_MK)
             loss = loss + s.patch_weight * (patch_loss + spread)
             used = usage(self.patch_collapse.choose(scores_MK), s.patch_prototypes)
             report |= {"patch_loss": patch_loss.detach(), "patch_prototype_usage": used}
@@ -181,9 +176,6 @@ class MimCluster(Distillation):
         if self.settings.patch_weight:
             rows.append(torch.cat(self._patch_tokens(tokens)).flatten(0, 1))
         return owner.head.embed(torch.cat(rows)).split([len(part) for part in rows])
-
-    def scores(self, features: Tensor) -> Tensor:
-        return self.teacher.head(features)
 
     def flops_per_image(self) -> float:
         s, views = self.settings, self.views()

@@ -6,7 +6,8 @@ width, E embedding width, L tokens of a view.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +17,8 @@ from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
-from engine.data.views import Augmentation, multi_crop
 from engine.methods.base import Method
+from engine.methods.crops import CropSettings, MultiCrop
 from engine.methods.nnclr import NeighbourSettings
 from engine.methods.parts.contrast import own_places
 from engine.model.blocks import initialise
@@ -30,9 +31,10 @@ LARGE = 2  # views whose projections are queries
 
 
 @dataclass(frozen=True)
-class Settings(NeighbourSettings):
+class Settings(CropSettings, NeighbourSettings):
     """Training of the heads alone; the defaults are MIM-Refiner's for ViT-L (see engine/recipes/mim_refiner.md for sources)."""
 
+    global_crops: ClassVar[int] = LARGE
     epochs: int = 20
     base_lr: float = 2e-4
     end_lr: float = 1e-6
@@ -43,28 +45,21 @@ class Settings(NeighbourSettings):
     """Share of the image's area that each of the two large crops covers."""
     local_crops: int = 10
     """Small crops of an image: they are predicted from, never looked up."""
-    local_size: int = 96
-    """Side of a small crop in pixels."""
     local_scale: tuple[float, float] = (0.05, 0.25)
-    """Share of the image's area that a small crop covers."""
-    augmentation: str = "byol"
     temperature: float = 0.2
     head_blocks: tuple[int, ...] = ()
     """Blocks, counted from 1, with a head on what they put out; the encoder's last one, always among them, after its final norm.
     None named: the upper third, at least two."""
 
     def rules(self) -> dict[str, tuple[bool, str]]:
-        low, high = self.local_scale
-        return super().rules() | {
-            "local-crops": (self.local_crops >= 0, "a whole number from 0"),
-            "local-size": (self.local_size >= 1, "a whole number from 1"),
-            "local-scale": (0 < low <= high <= 1, "two shares with 0 < low <= high <= 1"),
+        own = {
             "head-blocks": (
                 all(block > 0 for block in self.head_blocks)
                 and self.head_blocks == tuple(sorted(set(self.head_blocks))),
                 "rising whole numbers from 1",
             ),
         }
+        return super().rules() | self.crop_rules() | own
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """The blocks with a head, counted from 1, of an encoder of so many."""
@@ -72,10 +67,8 @@ class Settings(NeighbourSettings):
         return self.head_blocks or tuple(range(depth - count + 1, depth + 1))
 
     def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
-        if self.local_crops and self.local_size % encoder.patch_size:
-            raise BadInput(
-                f"--{stage}.local-size is {self.local_size}; it must be a multiple of the patch size {encoder.patch_size}."
-            )
+        super().check_encoder(stage, encoder)
+        self.check_crops(stage, encoder)
         if self.blocks(encoder.depth)[-1] != encoder.depth:
             raise BadInput(
                 f"--{stage}.head-blocks ends with {self.head_blocks[-1]}; it must end with the encoder's last block, "
@@ -107,7 +100,7 @@ class NeighbourHead(nn.Module):
         return F.normalize(projected_VbE[:LARGE].float(), dim=-1), predicted_RE.unflatten(0, shape)
 
 
-class MimHeads(Method):
+class MimHeads(MultiCrop):
     """Every head learns by itself, from what its block makes of the crops, to tell an image by its neighbour."""
 
     name = "mim_heads"
@@ -119,19 +112,6 @@ class MimHeads(Method):
         self.blocks = settings.blocks(encoder.depth)
         self.heads = nn.ModuleDict({str(block): NeighbourHead(encoder.embed_dim, settings) for block in self.blocks})
         encoder.requires_grad_(False)
-
-    def views(self) -> tuple[Augmentation, ...]:
-        settings = self.settings
-        views = multi_crop(
-            self.encoder.img_size,
-            (settings.local_size,) * 2,
-            LARGE,
-            settings.local_crops,
-            settings.crop_scale,
-            settings.local_scale,
-            settings.augmentation == "byol",
-        )
-        return tuple(replace(view, flip=settings.flip) for view in views)
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         return {
@@ -206,9 +186,6 @@ class MimHeads(Method):
     def head_groups(self, images_per_step: int, base_lr: float, weight_decay: float) -> Iterator[Group]:
         named = [(f"heads.{name}", parameter) for name, parameter in self.heads.named_parameters()]
         return with_decay(named, scaled_lr(base_lr, images_per_step), weight_decay)
-
-    def patches(self, view: Augmentation) -> int:
-        return (view.size[0] // self.encoder.patch_size) * (view.size[1] // self.encoder.patch_size)
 
     def flops_per_image(self) -> float:
         views = self.views()

@@ -19,10 +19,9 @@ from engine.core import dist
 from engine.core.draws import Draws
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.ibot import Masked
-from engine.methods.parts.collapse import cross_entropy
 from engine.methods.parts.contrast import pick_own
 from engine.methods.parts.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
-from engine.model.heads import DinoHead, PixelDecoder, contrast_projector, head_flops
+from engine.model.heads import PixelDecoder, contrast_projector, head_flops
 from engine.model.memory import Teacher
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
@@ -107,9 +106,7 @@ class Mmc(Distillation):
         if s.pixel_weight:
             self.decoder = PixelDecoder(encoder.embed_dim, encoder.patch_size, s.decoder_layers)
         if s.distil_weight:
-            followed["head"] = self.head = DinoHead(
-                encoder.embed_dim, s.head_hidden, s.head_layers, s.bottleneck, s.prototypes, s.free_norm
-            )
+            followed["head"] = self.head = self.dino_head(s.bottleneck, s.prototypes)
             if s.distil == "patch_same":
                 self.patch_collapse = self.guard(s.prototypes)
         else:
@@ -179,26 +176,17 @@ class Mmc(Distillation):
             scores = self.scores(taught)
         student_RK, student_MK, scores_RK, scores_MK = student[:crops], student[crops:], scores[:crops], scores[crops:]
         class_loss, spread, health = self.predict_views(scores_RK, student_RK, (s.global_crops,) * 2)
-        patch_targets = self.patch_collapse.targets(scores_MK, self.target_temperature)
-        self.patch_collapse.observe(scores_MK)
-        patch_loss = cross_entropy(patch_targets, student_MK, s.student_temperature, weights_R=masked.weights)
-        spread = spread + self.patch_collapse.regulariser(student_MK, s.student_temperature)
+        patch_loss, patch_spread, _ = self.predict(self.patch_collapse, scores_MK, student_MK, weights_R=masked.weights)
         report = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
-        return class_loss + patch_loss + spread, report | health
+        return class_loss + patch_loss + (spread + patch_spread), report | health
 
     def cls_to_patch(self, patches_RNC: Tensor, taught_RC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What the teacher says of a crop, learned by the mean of the student's patches of the same crop."""
-        s = self.settings
         student_RK = self.head(self.encoder.fc_norm(patches_RNC.mean(1)))
         with torch.no_grad():
             scores_RK = self.scores(taught_RC)
-        targets = self.collapse.targets(scores_RK, self.target_temperature)
-        self.collapse.observe(scores_RK)
-        loss = cross_entropy(targets, student_RK, s.student_temperature)
-        return loss + self.collapse.regulariser(student_RK, s.student_temperature), self.collapse.health(targets)
-
-    def scores(self, features: Tensor) -> Tensor:
-        return self.teacher.head(features)
+        loss, spread, targets = self.predict(self.collapse, scores_RK, student_RK)
+        return loss + spread, self.collapse.health(targets)
 
     def flops_per_image(self) -> float:
         s, (rows, columns) = self.settings, self.encoder.grid

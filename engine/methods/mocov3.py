@@ -13,8 +13,9 @@ from torch import Tensor
 from engine.core import dist
 from engine.core.optim import Group, cosine, scaled_lr
 from engine.data.views import Augmentation, two_views
-from engine.methods.base import Method, StageSettings
+from engine.methods.base import StageSettings
 from engine.methods.parts.contrast import pick_own
+from engine.methods.teaching import Taught, TeacherSettings
 from engine.model.heads import head_flops, normed_mlp
 from engine.model.memory import Teacher
 from engine.model.tokens import View
@@ -22,7 +23,7 @@ from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)
-class Settings(StageSettings):
+class Settings(TeacherSettings, StageSettings):
     """MoCo v3; the defaults are the released ViT recipe's (see engine/recipes/mocov3.py for sources)."""
 
     epochs: int = 300
@@ -40,28 +41,25 @@ class Settings(StageSettings):
     embedding: int = 256
     temperature: float = 0.2
     teacher_momentum: float = 0.99
-    """Share of itself that the momentum encoder keeps at the first update; it rises along half a cosine."""
-    teacher_momentum_end: float = 1.0
     freeze_patch_embed: bool = True
     """Leave the patch projection as it is at the start, random without --weights: training is more stable so."""
 
     def rules(self) -> dict[str, tuple[bool, str]]:
-        return {
+        own = {
             "augmentation": (self.augmentation in ("minimal", "byol"), "minimal or byol"),
             "projector-hidden": (self.projector_hidden >= 1, "a whole number from 1"),
             "predictor-hidden": (self.predictor_hidden >= 1, "a whole number from 1"),
             "embedding": (self.embedding >= 1, "a whole number from 1"),
             "temperature": (self.temperature > 0, "a number above 0"),
-            "teacher-momentum": (0 <= self.teacher_momentum <= 1, "a number from 0 to 1"),
-            "teacher-momentum-end": (0 <= self.teacher_momentum_end <= 1, "a number from 0 to 1"),
         }
+        return own | self.teacher_rules()
 
     @property
     def splits(self) -> bool:
         return False
 
 
-class Mocov3(Method):
+class Mocov3(Taught):
     """The prediction from one crop must pick, out of the batch's, what the momentum encoder makes of the image's other crop.
 
     The encoder that is trained by gradients is what is judged and exported, as in the paper, and not its average.
@@ -111,11 +109,6 @@ class Mocov3(Method):
         s = self.settings
         return cosine(self.moment.step + 1, self.moment.total_steps, s.teacher_momentum, s.teacher_momentum_end)
 
-    @torch.no_grad()
-    def after_step(self, applied: Tensor) -> None:
-        super().after_step(applied)
-        self.teacher.follow(self, torch.where(applied, 1 - self.teacher_momentum(), 0.0))
-
     def groups(self, images_per_step: int) -> Iterator[Group]:
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         yield Group(trained, scaled_lr(self.settings.base_lr, images_per_step), self.settings.weight_decay)
@@ -130,6 +123,4 @@ class Mocov3(Method):
 
     def regions(self) -> Iterator[tuple[object, str]]:
         yield from super().regions()
-        for block in self.teacher.encoder.blocks:
-            yield block, "forward"
         yield self, "contrast"

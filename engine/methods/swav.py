@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.core import dist
 from engine.methods.clustering import Clustering, ClusteringSettings
-from engine.methods.parts.collapse import Targets, across_views
+from engine.methods.parts.collapse import Collapse, Targets
 from engine.model.heads import UnitPrototypes, head_flops, swav_projector
 from engine.model.memory import Queue
 from engine.model.tokens import View
@@ -88,32 +88,25 @@ class Swav(Clustering):
         # one pass of the head: the statistics of its batch norm are those of all crops together
         embedded_RE = self.embed(torch.cat(pooled))
         scores_RK = self.prototypes(embedded_RE)
-        targets = self.assign(embedded_RE.detach(), scores_RK.detach(), ids)
-        loss = across_views(targets, scores_RK, settings.student_temperature, (settings.global_crops, len(images)))
-        report = self.collapse.health(targets)
-        return {"loss": loss + self.collapse.regulariser(scores_RK, settings.student_temperature)} | report
+        views, large = (settings.global_crops, len(images)), settings.global_crops * len(ids)
+        loss, spread, health = self.predict_views(scores_RK[:large], scores_RK, views)
+        for queue, embedded_bE in zip(self.queues, embedded_RE.split(len(ids))):
+            queue.offer(embedded_bE, ids)
+        return {"loss": loss + spread} | health
 
     @torch.no_grad()
-    def assign(self, embedded_RE: Tensor, scores_RK: Tensor, ids: Tensor) -> Targets:
+    def targets(self, collapse: Collapse, scores_GK: Tensor) -> Targets:
         """Targets of the large crops: each view is balanced by itself, with its queue where that is in use."""
-        count, views = len(ids), range(self.settings.global_crops)
-        rows = [slice(view * count, (view + 1) * count) for view in views]
-        if not self.queues:
-            parts = [self.collapse.targets(scores_RK[rows[view]], self.target_temperature) for view in views]
-        else:
-            parts = [self._with_queue(view, scores_RK[rows[view]]) for view in views]
-            for view, queue in enumerate(self.queues):
-                queue.offer(embedded_RE[rows[view]], ids)
-        self.collapse.observe(scores_RK[: len(views) * count])
+        views, parts = scores_GK.chunk(self.settings.global_crops), []
+        for view, scores_bK in enumerate(views):
+            if self.queue_in_use:
+                # every rank keeps the whole queue and balances its share
+                keys_qE = self.queues[view].keys[dist.rank() :: dist.world_size()]
+                together = super().targets(collapse, torch.cat([self.prototypes(keys_qE), scores_bK]))
+                parts.append(together[len(keys_qE) :])
+            else:
+                parts.append(super().targets(collapse, scores_bK))
         return Targets.stack(parts)
-
-    def _with_queue(self, view: int, scores_bK: Tensor) -> Targets:
-        if not self.queue_in_use:
-            return self.collapse.targets(scores_bK, self.target_temperature)
-        # every rank keeps the whole queue and balances its share
-        keys_qE = self.queues[view].keys[dist.rank() :: dist.world_size()]
-        together = self.collapse.targets(torch.cat([self.prototypes(keys_qE), scores_bK]), self.target_temperature)
-        return together[len(keys_qE) :]
 
     @property
     def queue_in_use(self) -> bool:

@@ -17,9 +17,8 @@ from torch.profiler import ProfilerActivity, profile, schedule
 from engine.core.durable import write_folder
 from engine.training.log import RunLog
 
-FIRST = (
-    4  # of a stage in this process: those before compile and fill caches, and the profiler warms up in the last of them
-)
+# of a stage in this process: steps before it compile and fill caches, and the profiler warms up in the last of them
+FIRST = 4
 ROWS = 60  # operators in the table
 ALLOCATIONS = 1_000_000  # the record of device memory goes back so far
 

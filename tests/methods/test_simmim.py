@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine import train
 from engine.core import pictures
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
@@ -222,7 +221,7 @@ def test_pictures_show_predictions_as_they_are(tmp_path: Path, monkeypatch: pyte
     torch.testing.assert_close(prediction, method.predict(images, masked, {}))
     seen, fill = [], pictures.fill
     monkeypatch.setattr(pictures, "fill", lambda *given, normalised: seen.append(normalised) or fill(*given))
-    monkeypatch.setattr(train, "_shown_images", lambda parts: images)
+    monkeypatch.setattr(run_pictures, "_shown_images", lambda parts: images)
     parts = SimpleNamespace(
         stages=[SimpleNamespace(index=0, name="simmim")],
         settings=lambda index: method.settings,

@@ -85,7 +85,7 @@ KILLER = """
 import os, signal, sys, time
 from pathlib import Path
 import torch
-from engine import checkpoint
+from engine.training import checkpoint
 
 folder = Path(sys.argv[1])
 

@@ -2,7 +2,7 @@
 
 import os
 
-from kernels.choice import check, describe, request, understood, use
+from kernels.choice import check, describe, freeze, frozen, request, understood, use
 from kernels.info_nce import info_nce
 from kernels.nearest_neighbours import nearest_neighbours
 from kernels.packed_attention import packed_attention
@@ -14,6 +14,8 @@ from kernels.soft_cross_entropy import soft_cross_entropy
 __all__ = [
     "check",
     "describe",
+    "freeze",
+    "frozen",
     "gather_patches",
     "info_nce",
     "masked_pixel_loss",

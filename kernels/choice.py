@@ -1,14 +1,18 @@
 """The one choice between an op's implementations: plain torch (reference), Triton, CUDA C++.
 
 An implementation exists when its file does: `kernels/OP/triton.py` makes "triton" available for OP, and nothing else
-needs to know. The choice is a plain Python value read when an op is called or traced, so a compiled graph carries it as
-a constant, `use` makes the compiler trace again, and no choice ever breaks a graph.
+needs to know. What is asked for by name is read when an op is called or traced, so a compiled graph carries it as a
+constant, `use` makes the compiler trace again, and no choice ever breaks a graph. What "auto" means stands in a table, by
+registered op and class of shapes, that calibration on this very kind of device has filled (`kernels.calibrate`) and that is
+frozen before the first step: without one, auto is the reference.
 """
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -19,10 +23,25 @@ AVAILABLE: dict[str, tuple[str, ...]] = {
     if (folder / "reference.py").is_file()
 }
 
-# What "auto" means on a GPU, as {"sm_90": {"packed_attention": "triton"}}. Every entry needs a record of that device
-# under benchmarks/records/ in which it beats the reference; whatever has no entry, and every CPU, runs the reference.
-DEFAULTS: dict[str, dict[str, str]] = {}
+AUTO = "auto"
+# An implementation by class of shapes, by registered op, as in {"packed_attention_forward": {"bfloat16 D64 L197": "triton"}}
+Table = Mapping[str, Mapping[str, str]]
 
+
+class Registered(NamedTuple):
+    """What stands behind a name that is registered with torch."""
+
+    op: str
+    """The folder that registers it."""
+    shape_class: Callable[..., str] | None
+    """Of its arguments but the implementation, those that decide which is fastest; None where it follows another's choice."""
+
+
+CALLS: dict[str, Registered] = {}  # by that name; filled by `kernels.registration`
+
+# what auto means on devices of this type; whatever has no entry runs the reference
+_frozen: dict[str, dict[str, str]] = {}
+_frozen_for = ""
 # by op, what was asked for, and whether it was asked of all ops: then one that lacks it runs what auto means
 _requested: dict[str, str] = {}
 _asked_of_all: set[str] = set()
@@ -30,6 +49,7 @@ _fault = ""  # what is wrong with the environment variable; told by the first ca
 _modules: dict[tuple[str, str], ModuleType] = {}
 _needs_gpu: set[tuple[str, str]] = set()
 _unusable: dict[tuple[str, str], str] = {}
+_listing = False
 
 
 def use(choice: str, op: str | None = None) -> None:
@@ -50,7 +70,7 @@ def use(choice: str, op: str | None = None) -> None:
     asked, of_all = understood(choice, op)
     for name, implementation in asked.items():
         if implementation in AVAILABLE[name]:
-            _import(name, implementation)
+            bring(name, implementation)
     _fault = _fault if op else ""
     _take(asked, of_all)
 
@@ -64,7 +84,7 @@ def understood(choice: str, op: str | None = None) -> tuple[dict[str, str], set[
         if name not in AVAILABLE:
             raise ValueError(f"there is no kernel {name!r}; choose from {', '.join(AVAILABLE)}")
         exist = {known for each in (AVAILABLE if name in of_all else (name,)) for known in AVAILABLE[each]}
-        if implementation != "auto" and implementation not in exist:
+        if implementation != AUTO and implementation not in exist:
             raise ValueError(_missing(None if name in of_all else name, implementation, exist))
     return asked, of_all
 
@@ -79,19 +99,14 @@ def request(choice: str) -> None:
         )
     except ValueError as error:
         asked, of_all, _fault = {}, set(), str(error)
-    _take({name: "auto" for name in AVAILABLE} | {name: asked[name] for name in asked if name in AVAILABLE}, of_all)
+    _take({name: AUTO for name in AVAILABLE} | {name: asked[name] for name in asked if name in AVAILABLE}, of_all)
 
 
 def _take(asked: Mapping[str, str], of_all: set[str]) -> None:
     for op, implementation in asked.items():
-        names = {"reference", implementation}
-        if DEFAULTS and torch.cuda.is_available():
-            names |= {record[op] for record in DEFAULTS.values() if op in record}
-            # not a decorator: it loads the compiler, which takes seconds
-            torch.compiler.assume_constant_result(_recorded)
-        for name in names.intersection(AVAILABLE[op]):
+        for name in {"reference", implementation}.intersection(AVAILABLE[op]):
             try:
-                _import(op, name)
+                bring(op, name)
             except ValueError as error:
                 _unusable[op, name] = str(error)
         _requested[op] = implementation
@@ -100,7 +115,7 @@ def _take(asked: Mapping[str, str], of_all: set[str]) -> None:
 
 def _read(choice: str) -> dict[str, str]:
     """By op, what a choice for all of them asks for."""
-    everywhere, asked = "auto", {}
+    everywhere, asked = AUTO, {}
     for place, entry in enumerate(choice.split(",")):
         op, named, implementation = (part.strip() for part in entry.partition("="))
         if named and op and implementation:
@@ -117,19 +132,80 @@ def _named(choice: str) -> set[str]:
     return {entry.partition("=")[0].strip() for entry in choice.split(",") if "=" in entry}
 
 
-def chosen(op: str, device: torch.device) -> str:
-    """The implementation that `op` runs on `device`; ValueError when one was asked of it that does not exist."""
+def freeze(table: Table, device_type: str) -> None:
+    """From now on "auto" means, for tensors on devices of this type ("cuda", "cpu"), what the table says of an op and a class
+    of shapes, and the reference where it says nothing. An empty table makes auto the reference everywhere.
+
+    Raises:
+        ValueError: for an implementation in it that the op has not, or that cannot be imported here; nothing is changed then.
+    """
+    global _frozen_for
+    for call, by_class in table.items():
+        op = op_of(call)
+        for implementation in set(by_class.values()):
+            if implementation not in AVAILABLE[op]:
+                raise ValueError(_missing(op, implementation, AVAILABLE[op]))
+            bring(op, implementation)
+    _frozen.clear()
+    _frozen.update({call: dict(by_class) for call, by_class in table.items()})
+    _frozen_for = device_type
+
+
+def frozen() -> dict[str, dict[str, str]]:
+    """The table that `freeze` was given last."""
+    return {call: dict(by_class) for call, by_class in _frozen.items()}
+
+
+def op_of(call: str) -> str:
+    """The op whose folder registers `call` and leaves it to the table. ValueError for another name."""
+    if call not in CALLS or CALLS[call].shape_class is None:
+        raise ValueError(f"no kernel leaves {call!r} to calibration")
+    return CALLS[call].op
+
+
+def chosen(op: str, device: torch.device, call: str = "", shape_class: str | None = None) -> str:
+    """The implementation that `op` runs on `device`; ValueError when one was asked of it that does not exist.
+
+    Args:
+        op: by its folder's name.
+        device: where its tensors are.
+        call: the name under which the op is registered, for the frozen table.
+        shape_class: of the call's tensors, for the frozen table. None leaves that to the registered op, which knows the shapes
+            when it runs: the answer may then be "auto", for `resolved`.
+    """
     if _fault:
         raise ValueError(f"{_fault} (TESSERA_KERNELS)")
     requested = _requested[op]
-    if requested == "auto" or (op in _asked_of_all and requested not in AVAILABLE[op] and requested in IMPLEMENTATIONS):
-        return _recorded(op, device.type) if DEFAULTS else "reference"
+    if requested == AUTO or (op in _asked_of_all and requested not in AVAILABLE[op] and requested in IMPLEMENTATIONS):
+        if _listing:
+            return AUTO
+        if device.type != _frozen_for:
+            return "reference"
+        return AUTO if shape_class is None else resolved(call, shape_class)
     if requested not in AVAILABLE[op]:
         raise ValueError(_missing(op, requested, AVAILABLE[op]))
     obstacle = _obstacle(op, requested, device)
     if obstacle:
         raise ValueError(obstacle)
     return requested
+
+
+@contextmanager
+def listed() -> Iterator[None]:
+    """Inside, every op that is left to auto goes through what it registers with torch, also where the reference would be traced
+    through: who watches the dispatcher sees all calls. For fake tensors: nothing could be run."""
+    global _listing
+    _listing = True
+    try:
+        yield
+    finally:
+        _listing = False
+
+
+def resolved(call: str, shape_class: str) -> str:
+    """What a registered op runs that was given "auto": the frozen table's word, read when the op runs, so that no compiled graph
+    depends on it."""
+    return _frozen.get(call, {}).get(shape_class, "reference")
 
 
 def check(device: torch.device | str) -> None:
@@ -144,25 +220,29 @@ def load(op: str, implementation: str) -> ModuleType:
 
 
 def describe(device: torch.device | str = "cpu") -> str:
-    """One line per op, in alphabetical order: which implementation runs on `device`, and which exist."""
-    width = max(map(len, AVAILABLE))
+    """One line per op, in alphabetical order: which implementation runs on `device`, by class of shapes where a table says so,
+    and which exist."""
+    device, width = torch.device(device), max(map(len, AVAILABLE))
     lines = []
     for op, exist in AVAILABLE.items():
         requested = _requested[op]
         try:
-            name = chosen(op, torch.device(device))
+            name = chosen(op, device, shape_class="")
         except ValueError:
             name = f"none ({requested} asked)"
-        lacks = ", which it has not" * (requested not in ("auto", *exist))
+        lacks = ", which it has not" * (requested not in (AUTO, *exist))
+        frozen_in = {call: by_class for call, by_class in _frozen.items() if CALLS[call].op == op}
+        if frozen_in and device.type == _frozen_for and (requested == AUTO or lacks):
+            name = (
+                ", ".join(
+                    f"{call.removeprefix(f'{op}_')} {shape_class}: {implementation}"
+                    for call, by_class in frozen_in.items()
+                    for shape_class, implementation in by_class.items()
+                )
+                + ", else reference"
+            )
         lines.append(f"{op:<{width}}  {name}  (exists: {', '.join(exist)}; asked: {requested}{lacks})")
     return "\n".join(lines)
-
-
-def _recorded(op: str, device_type: str) -> str:
-    if device_type != "cuda":
-        return "reference"
-    major, minor = torch.cuda.get_device_capability()
-    return DEFAULTS.get(f"sm_{major}{minor}", {}).get(op, "reference")
 
 
 def _obstacle(op: str, implementation: str, device: torch.device) -> str:
@@ -177,8 +257,12 @@ def _obstacle(op: str, implementation: str, device: torch.device) -> str:
     return ""
 
 
-def _import(op: str, implementation: str) -> None:
-    module = importlib.import_module(f"kernels.{op}.{implementation}")
+def bring(op: str, implementation: str) -> ModuleType:
+    """Import an implementation, so that a trace or a run may use it. ValueError where what it needs is not there."""
+    try:
+        module = importlib.import_module(f"kernels.{op}.{implementation}")
+    except ImportError as error:
+        raise ValueError(f"it cannot be imported: {error}") from error
     _modules[op, implementation] = module
     _unusable.pop((op, implementation), None)
     # a function that Triton interprets has another type than one that it compiles
@@ -188,5 +272,5 @@ def _import(op: str, implementation: str) -> None:
 
 def _missing(op: str | None, implementation: str, exist: Iterable[str]) -> str:
     owner = "no kernel has an" if op is None else f"{op} has no"
-    names = ", ".join(("auto", *(name for name in IMPLEMENTATIONS if name in exist)))
+    names = ", ".join((AUTO, *(name for name in IMPLEMENTATIONS if name in exist)))
     return f"{owner} implementation {implementation!r}; choose from {names} (kernels.use or TESSERA_KERNELS)"

@@ -7,9 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.checks import DTYPES
+from kernels.choice import CALLS, Registered
 
-def implement(name: str) -> Callable[[Callable], Callable]:
+_NAMES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
+
+
+def implement(name: str, shape_class: Callable[..., str] | None = None) -> Callable[[Callable], Callable]:
     """Registers a function as what the op `name` does on every device, with autocast off inside.
+
+    With `shape_class`, which gives it a class of shapes by the op's arguments but the last, the implementation, calibration tries
+    the op's implementations, and the frozen table names one by class.
 
     Autocast reaches into a body in eager mode and not in compiled code: products of an fp32 op would then be taken in 16 bit
     forward, and in fp32 backward, which runs outside of it. What dtypes an op computes in is the op's own word.
@@ -24,7 +32,13 @@ def implement(name: str) -> Callable[[Callable], Callable]:
             with torch.autocast(device, enabled=False):
                 return body(*arguments)
 
+        CALLS[name.removeprefix("tessera::")] = Registered(body.__module__.removeprefix("kernels."), shape_class)
         torch.library.impl(name, "CompositeExplicitAutograd")(as_written)
         return body
 
     return register
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """A dtype in a class of shapes."""
+    return _NAMES.get(dtype, "other")

@@ -19,7 +19,7 @@ from torch import Tensor
 from kernels.checks import DTYPES, check_range
 from kernels.choice import chosen, load
 from kernels.cost import Cost
-from kernels.registration import implement
+from kernels.registration import implement, name_of
 
 torch.library.define(
     "tessera::info_nce_forward",
@@ -71,7 +71,7 @@ def info_nce(queries: Tensor, keys: Tensor, targets: Tensor, temperature: float)
         )
     if not temperature > 0:
         raise ValueError(f"info_nce needs a positive temperature, got {temperature}")
-    implementation = chosen("info_nce", queries.device)
+    implementation = chosen("info_nce", queries.device, "info_nce_forward", _shape_class(queries))
     return torch.ops.tessera.info_nce_forward(queries, keys, targets, float(temperature), implementation)[0]
 
 
@@ -82,7 +82,11 @@ def cost(queries: int, keys: int, channels: int, element_size: int) -> tuple[Cos
     return Cost(inputs + 12 * queries, products), Cost(2 * inputs + 12 * queries, 3 * products)
 
 
-@implement("tessera::info_nce_forward")
+def _shape_class(queries: Tensor, *_: object) -> str:
+    return f"{name_of(queries.dtype)} C{queries.shape[1]}"
+
+
+@implement("tessera::info_nce_forward", _shape_class)
 def _forward(queries, keys, targets, temperature, implementation):
     check_range("info_nce", "targets", targets, len(keys))
     return load("info_nce", implementation).forward(queries, keys, targets, temperature)

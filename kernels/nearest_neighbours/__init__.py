@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels.checks import DTYPES
 from kernels.choice import chosen, load
 from kernels.cost import Cost
-from kernels.registration import implement
+from kernels.registration import implement, name_of
 
 torch.library.define(
     "tessera::nearest_neighbours",
@@ -67,7 +67,8 @@ def nearest_neighbours(
                     f"nearest_neighbours needs {name} as int64 [{of.shape[0]}] on {of.device}, "
                     f"got {ids.dtype} {list(ids.shape)} on {ids.device}"
                 )
-    implementation = chosen("nearest_neighbours", queries.device)
+    shape_class = _shape_class(queries, keys, k)
+    implementation = chosen("nearest_neighbours", queries.device, "nearest_neighbours", shape_class)
     return torch.ops.tessera.nearest_neighbours(queries.detach(), keys.detach(), k, query_ids, key_ids, implementation)
 
 
@@ -76,7 +77,11 @@ def cost(queries: int, keys: int, channels: int, element_size: int, k: int = 1) 
     return Cost((queries + keys) * channels * element_size + 12 * queries * k, 2 * queries * keys * channels)
 
 
-@implement("tessera::nearest_neighbours")
+def _shape_class(queries: Tensor, keys: Tensor, k: int, *_: object) -> str:
+    return f"{name_of(queries.dtype)} C{queries.shape[1]} k{k}"
+
+
+@implement("tessera::nearest_neighbours", _shape_class)
 def _forward(queries, keys, k, query_ids, key_ids, implementation):
     return load("nearest_neighbours", implementation).forward(queries, keys, k, query_ids, key_ids)
 

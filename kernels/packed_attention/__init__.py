@@ -14,15 +14,16 @@ lse is the log-sum-exp of a query's scaled scores, in fp64 for fp64 input, else 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.checks import DTYPES, checks_values
-from kernels.choice import chosen, load
+from kernels.choice import AUTO, chosen, load, resolved
 from kernels.cost import Cost
 from kernels.packed_attention import layout
-from kernels.registration import implement
+from kernels.registration import implement, name_of
 
 HEAD_DIMS = (32, 64, 80, 96, 128)
 
@@ -76,6 +77,7 @@ def packed_attention(
     # kernels step through both one int32 at a time
     cu_seqlens = cu_seqlens.contiguous()
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    # which one auto means is left to the registered ops: they know the lengths, and each direction has its own answer
     implementation = chosen("packed_attention", qkv.device)
     return torch.ops.tessera.packed_attention_forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale, implementation)[0]
 
@@ -104,8 +106,21 @@ def _check_int32(name: str, value: Tensor, device: torch.device) -> None:
         )
 
 
-@implement("tessera::packed_attention_forward")
+def _shape_class(qkv: Tensor, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None, *_: object) -> str:
+    """dtype, head dim and longest sequence; whether others are shorter, and whether some tokens are no keys."""
+    mixed = (len(cu_seqlens) - 1) * max_seqlen != len(qkv)
+    return f"{name_of(qkv.dtype)} D{qkv.shape[3]} L{max_seqlen}" + " mixed" * mixed + " keys" * (kv_lengths is not None)
+
+
+def _backward_shape_class(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, *layout: Any) -> str:
+    return _shape_class(qkv, *layout)
+
+
+@implement("tessera::packed_attention_forward", _shape_class)
 def _forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale, implementation):
+    if implementation == AUTO:
+        shape_class = _shape_class(qkv, cu_seqlens, max_seqlen, kv_lengths)
+        implementation = resolved("packed_attention_forward", shape_class)
     on_cpu = cu_seqlens.device.type == "cpu"
     # on the CPU the reference reads the layout itself
     if checks_values(cu_seqlens.device) and not (on_cpu and implementation == "reference"):
@@ -113,8 +128,11 @@ def _forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale, implementation):
     return load("packed_attention", implementation).forward(qkv, cu_seqlens, max_seqlen, kv_lengths, scale)
 
 
-@implement("tessera::packed_attention_backward")
+@implement("tessera::packed_attention_backward", _backward_shape_class)
 def _backward(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, kv_lengths, scale, implementation):
+    if implementation == AUTO:
+        shape_class = _shape_class(qkv, cu_seqlens, max_seqlen, kv_lengths)
+        implementation = resolved("packed_attention_backward", shape_class)
     # forward has checked the layout, and autograd hands back no tensor that was written to since
     backward = load("packed_attention", implementation).backward
     return backward(grad_out, qkv, out, lse, cu_seqlens, max_seqlen, kv_lengths, scale)

@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.checks import check_range
 from kernels.choice import chosen, load
 from kernels.cost import Cost
-from kernels.registration import implement
+from kernels.registration import implement, name_of
 
 torch.library.define(
     "tessera::gather_patches", "(Tensor images, Tensor indices, int patch_size, str implementation) -> Tensor"
@@ -57,7 +57,8 @@ def gather_patches(images: Tensor, indices: Tensor, patch_size: int) -> Tensor:
         ValueError: for a shape, dtype or device that is not the above, or an index out of range.
     """
     _check("gather_patches", images, indices, patch_size)
-    implementation = chosen("patches", images.device)
+    shape_class = _shape_class(images, indices, patch_size)
+    implementation = chosen("patches", images.device, "gather_patches", shape_class)
     if implementation == "reference":
         _check_range("gather_patches", images, indices, patch_size)
         return load("patches", implementation).gather_patches(images, indices, patch_size)
@@ -94,7 +95,8 @@ def masked_pixel_loss(
             f"masked_pixel_loss needs a floating prediction of shape {list(expected)} on {images.device}, "
             f"got {prediction.dtype} {list(prediction.shape)} on {prediction.device}"
         )
-    implementation = chosen("patches", images.device)
+    shape_class = _loss_shape_class(prediction, images, indices, patch_size)
+    implementation = chosen("patches", images.device, "masked_pixel_loss", shape_class)
     if implementation == "reference":
         _check_range("masked_pixel_loss", images, indices, patch_size)
         return load("patches", implementation).masked_pixel_loss(prediction, images, indices, patch_size, normalise)
@@ -132,7 +134,15 @@ def _check_range(op: str, images: Tensor, indices: Tensor, patch_size: int) -> N
     check_range(op, "indices", indices, (height // patch_size) * (width // patch_size))
 
 
-@implement("tessera::gather_patches")
+def _shape_class(images: Tensor, indices: Tensor, patch_size: int) -> str:
+    return f"{name_of(images.dtype)} P{patch_size}"
+
+
+def _loss_shape_class(prediction: Tensor, images: Tensor, indices: Tensor, patch_size: int, *_: object) -> str:
+    return f"{name_of(prediction.dtype)} {name_of(images.dtype)} P{patch_size}"
+
+
+@implement("tessera::gather_patches", _shape_class)
 def _gather(images, indices, patch_size, implementation):
     _check_range("gather_patches", images, indices, patch_size)
     return load("patches", implementation).gather(images, indices, patch_size)
@@ -143,7 +153,7 @@ def _scatter(rows, indices, height, width, patch_size, dtype, implementation):
     return load("patches", implementation).scatter(rows, indices, height, width, patch_size, dtype)
 
 
-@implement("tessera::masked_pixel_loss")
+@implement("tessera::masked_pixel_loss", _loss_shape_class)
 def _loss(prediction, images, indices, patch_size, normalise, implementation):
     _check_range("masked_pixel_loss", images, indices, patch_size)
     return load("patches", implementation).loss_forward(prediction, images, indices, patch_size, normalise)

@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels.checks import DTYPES, check_range
 from kernels.choice import chosen, load
 from kernels.cost import Cost
-from kernels.registration import implement
+from kernels.registration import implement, name_of
 
 CLASSES = 9
 
@@ -86,7 +86,7 @@ def relation_loss(
     scale = queries.shape[3] ** -0.5 if scale is None else float(scale)
     if not -math.inf < scale < math.inf:
         raise ValueError(f"relation_loss needs a finite scale, got {scale}")
-    implementation = chosen("relation", queries.device)
+    implementation = chosen("relation", queries.device, "relation_forward", _shape_class(queries))
     return torch.ops.tessera.relation_forward(queries, keys, places, columns, scale, implementation)[0]
 
 
@@ -99,7 +99,11 @@ def cost(images: int, tokens: int, channels: int, element_size: int) -> tuple[Co
     return Cost(inputs + numbers, products), Cost(2 * inputs + numbers, 3 * products)
 
 
-@implement("tessera::relation_forward")
+def _shape_class(queries: Tensor, *_: object) -> str:
+    return f"{name_of(queries.dtype)} D{queries.shape[3]}"
+
+
+@implement("tessera::relation_forward", _shape_class)
 def _forward(queries, keys, places, columns, scale, implementation):
     check_range("relation_loss", "places", places, 2**31)
     return load("relation", implementation).forward(queries, keys, places, columns, scale)

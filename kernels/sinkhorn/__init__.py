@@ -28,7 +28,7 @@ from torch import Tensor
 from kernels.checks import DTYPES
 from kernels.choice import chosen, load
 from kernels.cost import Cost
-from kernels.registration import implement
+from kernels.registration import implement, name_of
 from kernels.soft_cross_entropy import cost as cross_entropy_cost
 from kernels.soft_cross_entropy import soft_cross_entropy
 
@@ -63,9 +63,9 @@ def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3, group: dis
         ValueError: for a shape, dtype, temperature or number of iterations that is not the above.
     """
     _check("sinkhorn", scores, iterations, temperature=temperature)
-    implementation = chosen("sinkhorn", scores.device)
     scores = scores.detach()
-    log_u = _balance(scores, float(temperature), iterations, group, implementation)
+    log_u = _balance(scores, float(temperature), iterations, group)
+    implementation = chosen("sinkhorn", scores.device, "sinkhorn_assign", _shape_class(scores))
     return torch.ops.tessera.sinkhorn_assign(scores, log_u, float(temperature), implementation)
 
 
@@ -90,8 +90,7 @@ def sinkhorn_centre(
         ValueError: for a shape, dtype, temperature or number of iterations that is not the above.
     """
     _check("sinkhorn_centre", scores, iterations, temperature=temperature)
-    implementation = chosen("sinkhorn", scores.device)
-    return -float(temperature) * _balance(scores.detach(), float(temperature), iterations, group, implementation)
+    return -float(temperature) * _balance(scores.detach(), float(temperature), iterations, group)
 
 
 def sinkhorn_cross_entropy(
@@ -148,8 +147,9 @@ def cost(rows: int, prototypes: int, element_size: int, iterations: int = 3) -> 
     return assign, Cost(sweeps.bytes + forward.bytes, sweeps.flops + forward.flops), backward
 
 
-def _balance(scores: Tensor, temperature: float, iterations: int, group, implementation: str) -> Tensor:
+def _balance(scores: Tensor, temperature: float, iterations: int, group) -> Tensor:
     """log_u[K], the scale of each prototype before the last row normalisation; the same on all ranks."""
+    implementation = chosen("sinkhorn", scores.device, "sinkhorn_balance", _shape_class(scores))
     if group is None:
         return torch.ops.tessera.sinkhorn_balance(scores, temperature, iterations, implementation)
     log_u = None
@@ -182,12 +182,16 @@ def _check(op: str, scores: Tensor, iterations: int, **temperatures: float) -> N
             raise ValueError(f"{op} needs a positive {name}, got {temperature}")
 
 
+def _shape_class(scores: Tensor, *_: object) -> str:
+    return f"{name_of(scores.dtype)} K{scores.shape[1]}"
+
+
 @implement("tessera::sinkhorn_sweep")
 def _sweep(scores, log_u, temperature, implementation):
     return load("sinkhorn", implementation).sweep(scores, log_u, temperature)
 
 
-@implement("tessera::sinkhorn_balance")
+@implement("tessera::sinkhorn_balance", _shape_class)
 def _balance_alone(scores, temperature, iterations, implementation):
     module = load("sinkhorn", implementation)
     if hasattr(module, "balance"):
@@ -198,7 +202,7 @@ def _balance_alone(scores, temperature, iterations, implementation):
     return log_u
 
 
-@implement("tessera::sinkhorn_assign")
+@implement("tessera::sinkhorn_assign", _shape_class)
 def _assign(scores, log_u, temperature, implementation):
     return load("sinkhorn", implementation).assign(scores, log_u, temperature)
 

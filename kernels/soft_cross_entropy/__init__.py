@@ -27,7 +27,7 @@ from torch import Tensor
 from kernels.checks import DTYPES, checks_values
 from kernels.choice import chosen, load
 from kernels.cost import Cost
-from kernels.registration import implement
+from kernels.registration import implement, name_of
 
 _INPUTS = "Tensor teacher_logits, Tensor student_logits, Tensor? centre, Tensor? teacher_rows, Tensor? weights"
 _PLAIN = "float teacher_temperature, float student_temperature, str implementation"
@@ -80,7 +80,8 @@ def soft_cross_entropy(
     centre, weights = (None if x is None else x.detach().contiguous() for x in (centre, weights))
     if teacher_rows is not None:
         teacher_rows = (teacher_rows[:, None] if teacher_rows.ndim == 1 else teacher_rows).contiguous()
-    implementation = chosen("soft_cross_entropy", student_logits.device)
+    shape_class = _shape_class(teacher_logits, student_logits, centre, teacher_rows)
+    implementation = chosen("soft_cross_entropy", student_logits.device, "soft_cross_entropy_forward", shape_class)
     plain = float(teacher_temperature), float(student_temperature), implementation
     return torch.ops.tessera.soft_cross_entropy_forward(
         teacher_logits.detach(), student_logits, centre, teacher_rows, weights, *plain
@@ -161,7 +162,12 @@ def _check(
         )
 
 
-@implement("tessera::soft_cross_entropy_forward")
+def _shape_class(teacher: Tensor, student: Tensor, centre: Tensor | None, rows: Tensor | None, *_: object) -> str:
+    """Both dtypes, prototypes, and whether teacher rows are named."""
+    return f"{name_of(teacher.dtype)} {name_of(student.dtype)} K{student.shape[1]}" + " rows" * (rows is not None)
+
+
+@implement("tessera::soft_cross_entropy_forward", _shape_class)
 def _forward(teacher_logits, student_logits, centre, teacher_rows, weights, *plain):
     *temperatures, implementation = plain
     if teacher_rows is not None and len(teacher_rows) and checks_values(teacher_rows.device):

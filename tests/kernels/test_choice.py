@@ -99,21 +99,63 @@ def test_a_compiled_function_follows_the_choice():
     assert compiled(IMAGES, queries) == plain == step(IMAGES, queries)
 
 
-@pytest.mark.usefixtures("a_triton_version")
-def test_a_record_makes_a_default_on_its_device_only(monkeypatch):
-    monkeypatch.setitem(choice.DEFAULTS, "sm_90", {"patches": "triton"})
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
-    with monkeypatch.context() as a_gpu:
-        a_gpu.setattr(torch.cuda, "is_available", lambda: True)
-        kernels.use("auto")
-    assert choice.chosen("patches", torch.device("cuda")) == "triton"
-    assert choice.load("patches", "triton") is sys.modules["kernels.patches.triton"]
-    assert choice.chosen("info_nce", torch.device("cuda")) == "reference"
-    assert choice.chosen("patches", torch.device("cpu")) == "reference"
-    compiled = torch.compile(lambda x: kernels.gather_patches(x, INDICES, 4), fullgraph=True, backend="aot_eager")
-    assert compiled(IMAGES).shape == (2, 2, 48)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 0))
-    assert choice.chosen("patches", torch.device("cuda")) == "reference"
+@pytest.fixture
+def thawed():
+    yield
+    kernels.freeze({}, "cpu")
+
+
+@pytest.mark.usefixtures("a_triton_version", "thawed")
+def test_auto_is_what_the_frozen_table_says_by_class_of_shapes_and_device():
+    in_patches_of_4 = {"gather_patches": {"float32 P4": "triton"}}
+    kernels.freeze(in_patches_of_4, "cpu")
+    assert kernels.frozen() == in_patches_of_4
+    assert (kernels.gather_patches(IMAGES, INDICES, 4) == 7).all()
+    assert not (kernels.gather_patches(IMAGES, INDICES, 2) == 7).all()
+    assert "float32 P4: triton" in kernels.describe()
+    kernels.use("reference", "patches")
+    assert not (kernels.gather_patches(IMAGES, INDICES, 4) == 7).all()
+    kernels.use("auto")
+    kernels.freeze(in_patches_of_4, "cuda")
+    assert not (kernels.gather_patches(IMAGES, INDICES, 4) == 7).all()
+    for wrong, sentence in (
+        ({"gather": {}}, "no kernel leaves 'gather' to calibration"),
+        ({"gather_patches": {"float32 P4": "cuda"}}, "patches has no implementation 'cuda'"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            kernels.freeze(wrong, "cpu")
+    assert kernels.frozen() == in_patches_of_4, "a refused table changes nothing"
+
+
+@pytest.mark.usefixtures("thawed")
+def test_attention_reads_the_table_when_it_runs_so_that_nothing_is_compiled_again(monkeypatch):
+    ran = []
+    reference = choice.load("packed_attention", "reference")
+    other = ModuleType("kernels.packed_attention.triton")
+    for name in ("forward", "backward"):
+        vars(other)[name] = lambda *inputs, of=name: ran.append(of) or getattr(reference, of)(*inputs)
+    monkeypatch.setitem(sys.modules, other.__name__, other)
+    monkeypatch.setitem(choice.AVAILABLE, "packed_attention", ("reference", "triton"))
+    kernels.freeze({"packed_attention_forward": {}}, "cpu")
+    traced = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    attend = torch.compile(kernels.packed_attention, fullgraph=True, backend=traced, dynamic=False)
+    cu_seqlens = torch.tensor([0, 3, 6], dtype=torch.int32)
+    qkv = torch.randn(6, 3, 1, 32, requires_grad=True)
+    plain = attend(qkv, cu_seqlens, 3)
+    for forward, backward, runs in (("triton", "reference", ["forward"]), ("reference", "triton", ["backward"])):
+        kernels.freeze(
+            {
+                "packed_attention_forward": {"float32 D32 L3": forward},
+                "packed_attention_backward": {"float32 D32 L3": backward},
+            },
+            "cpu",
+        )
+        out = attend(qkv, cu_seqlens, 3)
+        out.sum().backward()
+        assert ran == runs
+        assert torch.equal(out, plain)
+        ran.clear()
+    assert traced.frame_count == 1
 
 
 def test_a_wrong_environment_variable_is_told_by_describe_and_by_the_first_call():

@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-IMPLEMENTATIONS = ("reference", "triton", "cuda")
+IMPLEMENTATIONS = ("reference", "plain", "written", "flash", "triton", "cuda")
 AVAILABLE: dict[str, tuple[str, ...]] = {
     folder.name: tuple(name for name in IMPLEMENTATIONS if (folder / f"{name}.py").is_file())
     for folder in sorted(Path(__file__).parent.iterdir())
@@ -35,6 +35,8 @@ class Registered(NamedTuple):
     """The folder that registers it."""
     shape_class: Callable[..., str] | None
     """Of its arguments but the implementation, those that decide which is fastest; None where it follows another's choice."""
+    body: Callable[..., Any]
+    """What runs behind the dispatcher."""
 
 
 CALLS: dict[str, Registered] = {}  # by that name; filled by `kernels.registration`
@@ -156,6 +158,25 @@ def frozen() -> dict[str, dict[str, str]]:
     return {call: dict(by_class) for call, by_class in _frozen.items()}
 
 
+def left_to_auto() -> set[str]:
+    """The ops that nothing else was asked for than auto."""
+    return {
+        op for op, asked in _requested.items() if asked == AUTO or (op in _asked_of_all and asked not in AVAILABLE[op])
+    }
+
+
+def usable(call: str, implementation: str, device: torch.device) -> str:
+    """Why a registered op cannot run an implementation on the device, in words; empty where it can. Imports it."""
+    try:
+        op = op_of(call)
+        if implementation not in AVAILABLE[op]:
+            return f"{op} has it no more"
+        bring(op, implementation)
+    except ValueError as error:
+        return str(error)
+    return _obstacle(op, implementation, device)
+
+
 def op_of(call: str) -> str:
     """The op whose folder registers `call` and leaves it to the table. ValueError for another name."""
     if call not in CALLS or CALLS[call].shape_class is None:
@@ -268,6 +289,7 @@ def bring(op: str, implementation: str) -> ModuleType:
     # a function that Triton interprets has another type than one that it compiles
     if implementation == "cuda" or any(type(value).__name__ == "JITFunction" for value in vars(module).values()):
         _needs_gpu.add((op, implementation))
+    return module
 
 
 def _missing(op: str | None, implementation: str, exist: Iterable[str]) -> str:

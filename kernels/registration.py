@@ -32,7 +32,9 @@ def implement(name: str, shape_class: Callable[..., str] | None = None) -> Calla
             with torch.autocast(device, enabled=False):
                 return body(*arguments)
 
-        CALLS[name.removeprefix("tessera::")] = Registered(body.__module__.removeprefix("kernels."), shape_class)
+        CALLS[name.removeprefix("tessera::")] = Registered(
+            body.__module__.removeprefix("kernels."), shape_class, as_written
+        )
         torch.library.impl(name, "CompositeExplicitAutograd")(as_written)
         return body
 

@@ -4,11 +4,13 @@ A single process is world size 1 of the same code: every function below then ret
 `all_gather` and `all_reduce`; with gradients averaged over ranks (DDP) they add up to those of one large batch.
 """
 
+import json
 import os
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 
 import torch
 import torch.distributed as td
@@ -70,12 +72,30 @@ def stop() -> None:
         td.destroy_process_group()
 
 
+_alone = False
+_shared = count()  # of what rank 0 has made for all: the same number on every rank
+
+
+@contextmanager
+def as_one_rank() -> Iterator[None]:
+    """Inside, this process acts as if it were alone, and speaks with no other: for what is computed without content."""
+    global _alone
+    _alone = True
+    try:
+        yield
+    finally:
+        _alone = False
+
+
+_shared = count()  # of what rank 0 has made for all: the same number on every rank
+
+
 def world_size() -> int:
-    return td.get_world_size() if td.is_initialized() else 1
+    return td.get_world_size() if td.is_initialized() and not _alone else 1
 
 
 def rank() -> int:
-    return td.get_rank() if td.is_initialized() else 0
+    return td.get_rank() if td.is_initialized() and not _alone else 0
 
 
 class _AllReduce(torch.autograd.Function):
@@ -152,6 +172,27 @@ def share(value: object) -> object:
     box = [value]
     td.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def from_first(make: Callable[[], object]) -> object:
+    """What rank 0 makes (JSON), on every rank. The others wait in the store, not in a collective: it may take minutes, and a
+    collective that waits is taken for one that hangs. An exception on rank 0 is raised there, and ends the others by BadInput."""
+    if world_size() == 1:
+        return make()
+    store, name = td.distributed_c10d._get_default_store(), f"from-first-{next(_shared)}"
+    if rank() == 0:
+        try:
+            value = make()
+        except BaseException as error:
+            store.set(name, json.dumps({"failed": f"{type(error).__name__}: {error}"}))
+            raise
+        store.set(name, json.dumps({"value": value}))
+        return value
+    store.wait([name], timedelta(hours=1))
+    found = json.loads(store.get(name))
+    if "failed" in found:
+        raise BadInput(f"rank 0 failed: {found['failed']}")
+    return found["value"]
 
 
 def union(values: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

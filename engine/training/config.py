@@ -21,7 +21,7 @@ from engine.training import trackers
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
 RESUME_MAY_CHANGE = (
     "resume", "out", "compile", "device", "threads", "log_every", "probe_every", "save_every", "keep", "evaluate", "dry_run",
-    "bad_limit", "abort_after", "kernels", "accumulate", "track", "profile",
+    "bad_limit", "abort_after", "kernels", "calibrate", "accumulate", "track", "profile",
 )  # fmt: skip
 
 IN_FULL = ("--help-method", "--help-all")
@@ -33,7 +33,7 @@ HELP = {
     "what": (
         "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
     ),
-    "how": ("compile", "precision", "accumulate", "kernels", "device", "threads", "seed"),
+    "how": ("compile", "precision", "accumulate", "kernels", "calibrate", "deterministic", "device", "threads", "seed"),
     "run": (
         "out", "resume", "dry_run", "log_every", "probe_every", "save_every", "keep", "evaluate", "track", "profile", "bad_limit",
         "abort_after",
@@ -80,6 +80,11 @@ class Train:
     kernels: str = "auto"
     """Which form of the kernels runs: auto, reference, triton or cuda, for all ops that have it, or by op, as in
     packed_attention=cuda,sinkhorn=triton."""
+    calibrate: str = "auto"
+    """Prove and time every kernel on this very device before the first step, and take the fastest right one: auto does so at the
+    first run on a GPU and keeps what it found, again measures anew (on a CPU, too), never takes what is known."""
+    deterministic: bool = False
+    """Take only kernels, torch's own included, that give the same bits at every run; on GPUs some are slower."""
     device: str = "auto"
     """auto, cpu or cuda."""
     threads: int = 0
@@ -119,6 +124,7 @@ class Train:
             "pool": ("", "token", "avg"),
             "collapse": ("", *CHOICES),
             "precision": ("auto", "fp32", "bf16"),
+            "calibrate": ("auto", "again", "never"),
             "device": ("auto", "cpu", "cuda"),
         }
         for name, valid in choices.items():

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from engine.core import dist
 from engine.training.build import build
+from engine.training.choosing import choose
 from engine.training.config import Plan
 from engine.training.parts import Parts
 from engine.training.state import TrainState
@@ -19,6 +20,7 @@ WARM_UP, MEASURED = 3, 8
 
 def dry_run(parts: Parts) -> int:
     """Print images/s, peak memory and hours of every stage, measured on real batches of the data. Returns the exit status."""
+    choose(parts, None, lambda line: print(line) if parts.ranks.first else None)
     table = Table(title=f"dry run: {parts.plan.train.method}, {parts.plan.model}, {parts.precision}")
     for heading in ("stage", "first step (s)", "images/s", "steps", "hours", "peak memory (GiB)"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")

@@ -24,6 +24,7 @@ from engine.training.config import Plan, Train
 from engine.training.loop import Stage
 from engine.training.state import TrainState
 from engine.training.step import AUTOCAST
+from kernels.determinism import same_bits_from_torch
 
 
 @dataclass
@@ -91,6 +92,8 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
     """
     train = plan.train
     _choose_kernels(train, ranks)
+    if train.deterministic:
+        same_bits_from_torch(ranks.device)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     train_images, val_images = _open(train, ranks)

@@ -13,6 +13,7 @@ from engine.core.gpus import peak_flops
 from engine.data.sources import check_bad
 from engine.training import checkpoint, folder, pictures, probe
 from engine.training.build import as_evaluated, build
+from engine.training.choosing import choose
 from engine.training.log import RunLog
 from engine.training.loop import Cadence, Stopped, StopRequest, run_stage
 from engine.training.metrics import read_metrics
@@ -30,10 +31,12 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
     train, ranks = parts.plan.train, parts.ranks
     log = RunLog(out if ranks.first else None, rank=ranks.rank, peak_flops=_peak_flops(ranks), track=train.track)
     profile = Profile(train.profile if ranks.first else 0, out, ranks.device, log)
-    state = _resumed(parts, out, log) if train.resume else None
-    if state is None and ranks.first:
+    if ranks.first and not train.resume:
         folder.begin(out, parts.plan)
     _introduce(parts, out, log)
+    choose(parts, out, log.message)
+    log.message("kernels: " + "; ".join(" ".join(line.split()) for line in kernels.describe(ranks.device).splitlines()))
+    state = _resumed(parts, out, log) if train.resume else None
     with log, StopRequest() as stop:
         try:
             for index in range(state.stage if state else 0, len(parts.stages)):
@@ -88,7 +91,6 @@ def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
     log.message(
         f"{ranks.world} x {device}, {parts.precision}, {'compiled' if parts.compiles else 'not compiled'}; run folder {out}"
     )
-    log.message("kernels: " + "; ".join(" ".join(line.split()) for line in kernels.describe(ranks.device).splitlines()))
     if parts.loaded:
         log.message(parts.loaded)
     bad = parts.train_images.bad

@@ -10,6 +10,7 @@ keys.
 T tokens, S sequences of one group, L their length, K their keys, H heads, D head dim.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -38,11 +39,27 @@ def forward(
     qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """See `kernels.packed_attention`; returns (out [T,H,D], lse [H,T])."""
-    tokens, _, heads, dim = qkv_T3HD.shape
-    qkv_T3HD = _last_dim_contiguous(qkv_T3HD)
-    if tokens and _has_gpu_flash(qkv_T3HD):
+    qkv_T3HD = last_dim_contiguous(qkv_T3HD)
+    if len(qkv_T3HD) and _has_gpu_flash(qkv_T3HD):
         return _gpu_flash_forward(qkv_T3HD, cu_seqlens, max_seqlen, kv_lengths, scale)
     on_cpu = qkv_T3HD.device.type == "cpu"
+
+    def attend(q: Tensor, *others: object) -> tuple[Tensor, Tensor]:
+        return (cpu_flash_forward if on_cpu and q.shape[2] > _SHORT else written_forward)(q, *others)
+
+    return grouped_forward(attend, qkv_T3HD, cu_seqlens, max_seqlen, kv_lengths, scale)
+
+
+def grouped_forward(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    qkv_T3HD: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    kv_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """`forward` by a batched attention for each group of sequences of equal shape: attend(q, k, v, scale) -> (out, lse)."""
+    tokens, _, heads, dim = qkv_T3HD.shape
     out_THD = qkv_T3HD.new_empty(tokens, heads, dim)
     lse_HT = qkv_T3HD.new_empty(heads, tokens, dtype=_wide(qkv_T3HD.dtype))
     for group in _groups(tokens, cu_seqlens, max_seqlen, kv_lengths):
@@ -51,7 +68,6 @@ def forward(
             lse_HT[:, group.rows] = -torch.inf
             continue
         q, k, v = group.unpack(qkv_T3HD).permute(2, 0, 3, 1, 4)
-        attend = _cpu_flash_forward if on_cpu and group.length > _SHORT else _plain_forward
         out_SHLD, lse_SHL = attend(q, k[:, :, : group.keys], v[:, :, : group.keys], scale)
         out_rows, lse_rows = out_SHLD.transpose(1, 2).flatten(0, 1), lse_SHL.transpose(0, 1).flatten(1)
         if len(out_rows) == tokens and isinstance(group.rows, slice):
@@ -72,11 +88,31 @@ def backward(
     scale: float,
 ) -> Tensor:
     """Gradient of qkv, [T,3,H,D] contiguous."""
-    tokens = len(qkv_T3HD)
-    qkv_T3HD, grad_out_THD = _last_dim_contiguous(qkv_T3HD), _last_dim_contiguous(grad_out_THD)
-    if tokens and _has_gpu_flash(qkv_T3HD):
-        return _gpu_flash_backward(grad_out_THD, qkv_T3HD, out_THD, lse_HT, cu_seqlens, max_seqlen, kv_lengths, scale)
+    layout_and_scale = (cu_seqlens, max_seqlen, kv_lengths, scale)
+    qkv_T3HD, grad_out_THD = last_dim_contiguous(qkv_T3HD), last_dim_contiguous(grad_out_THD)
+    if len(qkv_T3HD) and _has_gpu_flash(qkv_T3HD):
+        return _gpu_flash_backward(grad_out_THD, qkv_T3HD, out_THD, lse_HT, *layout_and_scale)
     on_cpu = qkv_T3HD.device.type == "cpu"
+
+    def attend(grad_out: Tensor, q: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
+        return (cpu_flash_backward if on_cpu and q.shape[2] > _SHORT else written_backward)(grad_out, q, *others)
+
+    return grouped_backward(attend, grad_out_THD, qkv_T3HD, out_THD, lse_HT, *layout_and_scale)
+
+
+def grouped_backward(
+    attend: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    grad_out_THD: Tensor,
+    qkv_T3HD: Tensor,
+    out_THD: Tensor,
+    lse_HT: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    kv_lengths: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """`backward`, as `grouped_forward`: attend(grad_out, q, k, v, out, lse, scale) -> (grad_q, grad_k, grad_v)."""
+    tokens = len(qkv_T3HD)
     grad_T3HD = qkv_T3HD.new_empty(qkv_T3HD.shape)
     for group in _groups(tokens, cu_seqlens, max_seqlen, kv_lengths):
         if group.keys == 0:
@@ -87,7 +123,6 @@ def backward(
         q, k, v = group.unpack(qkv_T3HD).permute(2, 0, 3, 1, 4)
         grad_out, out = (group.unpack(x).transpose(1, 2) for x in (grad_out_THD, out_THD))
         lse = lse_HT[:, group.rows].unflatten(1, (group.sequences, group.length)).transpose(0, 1)
-        attend = _cpu_flash_backward if on_cpu and group.length > _SHORT else _plain_backward
         grads = attend(grad_out, q, k[:, :, : group.keys], v[:, :, : group.keys], out, lse, scale)
         if in_place and group.keys == group.length and group.sequences * group.length == tokens:
             return torch.stack([grad.transpose(1, 2) for grad in grads], 2).flatten(0, 1).to(qkv_T3HD.dtype)
@@ -121,17 +156,17 @@ def _groups(tokens: int, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor
     return groups
 
 
-def _cpu_flash_forward(q, k, v, scale):
+def cpu_flash_forward(q, k, v, scale):
     return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
 
 
-def _cpu_flash_backward(grad_out, q, k, v, out, lse, scale):
+def cpu_flash_backward(grad_out, q, k, v, out, lse, scale):
     return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, q, k, v, out, lse, 0.0, False, scale=scale
     )
 
 
-def _plain_forward(q_SHLD, k_SHKD, v_SHKD, scale):
+def written_forward(q_SHLD, k_SHKD, v_SHKD, scale):
     q, k, v = (x.to(_wide(x.dtype)) for x in (q_SHLD, k_SHKD, v_SHKD))
     scores_SHLK = (q * scale) @ k.mT
     p_SHLK = scores_SHLK.softmax(-1)
@@ -140,7 +175,7 @@ def _plain_forward(q_SHLD, k_SHKD, v_SHKD, scale):
     return (p_SHLK @ v).to(q_SHLD.dtype), lse_SHL
 
 
-def _plain_backward(grad_out, q_SHLD, k_SHKD, v_SHKD, out, lse_SHL, scale):
+def written_backward(grad_out, q_SHLD, k_SHKD, v_SHKD, out, lse_SHL, scale):
     do, q, k, v = (x.to(_wide(x.dtype)) for x in (grad_out, q_SHLD, k_SHKD, v_SHKD))
     q = q * scale
     p_SHLK = (q @ k.mT).softmax(-1)
@@ -199,7 +234,7 @@ def _has_gpu_flash(x: Tensor) -> bool:
     return half and x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) >= (8, 0)
 
 
-def _last_dim_contiguous(x: Tensor) -> Tensor:
+def last_dim_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

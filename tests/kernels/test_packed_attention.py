@@ -277,12 +277,12 @@ def plain_cross_attention(q, k, v, scale):
     return (torch.softmax(q @ k.mT * scale, -1) @ v).transpose(0, 1)
 
 
+@pytest.mark.parametrize("form", ["written", "flash"])
 @pytest.mark.parametrize("keys", [None, (13, 1, 7, 20)], ids=["all-keys", "some-keys"])
-def test_formula_for_other_devices(monkeypatch, keys):
-    """Other devices than the CPU, and wide dtypes on a GPU, run the written-out formula; here it runs on the CPU."""
-    monkeypatch.setattr(reference, "_cpu_flash_forward", reference._plain_forward)
-    monkeypatch.setattr(reference, "_cpu_flash_backward", reference._plain_backward)
-    lengths = (20, 5, 7, 20)
+def test_each_form_of_a_cpu_at_any_length(form, keys):
+    """The written-out formula is also what other devices run, and wide dtypes on a GPU."""
+    kernels.use(form, "packed_attention")
+    lengths = (20, 5, 70, 20)
     for dtype in HALF_AND_FULL:
         assert_agrees(
             packed(lengths, "cpu", keys),

@@ -1,0 +1,115 @@
+"""Which ops a run will call, with which shapes: one step of each stage with fake tensors, which have sizes and no content."""
+
+import copy
+import json
+import sys
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from engine import methods
+from engine.core import dist
+from engine.core.draws import Draws
+from engine.core.errors import BadInput
+from engine.methods.base import Labels, Method, StageSettings
+from engine.model import vit
+from engine.training import config
+from engine.training.config import Plan
+from engine.training.step import AUTOCAST
+from kernels.calibration.calls import Call, listing
+
+
+def calls_of(plan: Plan, device: torch.device, world: int, precision: str, classes: int = 1000) -> list[Call]:
+    """The calls of all stages, of each class of shapes the largest. The device need not be there.
+
+    Args:
+        plan: the run.
+        device: where it trains.
+        world: over how many ranks a batch is shared out.
+        precision: fp32 or bf16.
+        classes: of the images, for stages that learn from them.
+    """
+    encoder = vit.create(plan.model, **plan.encoder)
+    calls: dict[tuple[str, str], Call] = {}
+    earlier = None
+    for name, settings in plan.stages:
+        method = _method(name, settings, encoder, classes)
+        if earlier is not None:
+            method.inherit(earlier)
+        earlier = method
+        rows = settings.batch_size // world // plan.train.accumulate
+        for call in _calls_of_step(method, rows, device, precision):
+            key = call.name, call.shape_class
+            if key not in calls or call.elements > calls[key].elements:
+                calls[key] = call
+    return list(calls.values())
+
+
+def _calls_of_step(method: Method, rows: int, device: torch.device, precision: str) -> list[Call]:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, listing() as calls, dist.as_one_rank():
+        with unset_fake_temporarily():
+            without_content = _emptied(method, mode, device).train()
+            drawn = method.draw(_Sizes(mode, rows, device))
+        images = tuple(torch.empty(rows, 3, *view.size, device=device) for view in method.views())
+        dtype = AUTOCAST[precision]
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            report = without_content(images, torch.empty(rows, dtype=torch.int64, device=device), drawn)
+        report["loss"].backward()
+    return calls
+
+
+def _emptied(method: Method, mode: FakeTensorMode, device: torch.device) -> Method:
+    """A copy whose parameters and buffers are fake, on the device."""
+    copies: dict[int, Tensor] = {}
+    for tensor in (*method.parameters(), *method.buffers()):
+        with mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        copies[id(tensor)] = nn.Parameter(fake, tensor.requires_grad) if is_parameter else fake
+    return copy.deepcopy(method, copies)
+
+
+def _method(name: str, settings: StageSettings, encoder: vit.VisionTransformer, classes: int) -> Method:
+    if hasattr(settings, "reuse"):
+        settings = replace(settings, reuse=0)  # the pass that stores features calls what a step without them calls
+    names = tuple(map(str, range(classes)))
+    known = (Labels(torch.zeros(settings.batch_size, dtype=torch.int64), names),) if settings.labelled else ()
+    return methods.get(name)(encoder, settings, *known)
+
+
+class _Sizes(Draws):
+    """Draws of which those for the device are fake; those for the host are real, since the host looks at them."""
+
+    def __init__(self, mode: FakeTensorMode, batch: int, device: torch.device):
+        super().__init__(0, batch=batch, rows=slice(None), device=torch.device("cpu"))
+        self.mode, self.device = mode, device
+
+    def uniform(self, *shape: int) -> Tensor:
+        with self.mode:
+            return torch.empty(self.batch, *shape, device=self.device)
+
+    def integers(self, below: int) -> Tensor:
+        with self.mode:
+            return torch.empty(self.batch, dtype=torch.int64, device=self.device)
+
+    def field(self, *shape: int) -> Tensor:
+        return self.uniform(*shape)
+
+
+def main() -> int:
+    """Print the calls of METHOD MODEL BATCH DEVICE as JSON, for `kernels.calibrate`, which may not import what lies above it."""
+    method, model, batch, device = sys.argv[1:]
+    try:
+        plan = config.parse(["--method", method, "--model", model, "--batch-size", batch])
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    calls = calls_of(plan, torch.device(device), 1, "bf16" if device == "cuda" else "fp32")
+    print(json.dumps([{"name": call.name, "arguments": dict(call.arguments)} for call in calls]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

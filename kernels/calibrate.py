@@ -1,0 +1,188 @@
+"""Prove and time the implementations of every op on this very device, and keep what was found.
+
+    python -m kernels.calibrate --for mae vit_large_patch16_224 1024
+
+Each implementation runs in a child process that may die: a crash, a hang or a GPU error marks that one alone. First it must be
+right, values and gradients, at the sizes of the run (`kernels.calibration.jobs`); then those that are take turns under the clock.
+`engine.train` does the same by itself at its first run on a GPU (--calibrate).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.calibration import inputs, records
+from kernels.calibration.calls import Call
+from kernels.calibration.records import Key, Record
+from kernels.calibration.verdict import INCUMBENT, Verdict, judge
+from kernels.choice import AVAILABLE
+from kernels.guarded import Guard, Outcome
+
+PROVE_SECONDS = 60.0  # after which an implementation counts as hanging, compilation included
+TIME_SECONDS = 1.0  # of each call's implementations together, under the clock
+JOBS = "kernels.calibration.jobs"
+
+
+def measure(
+    calls: Iterable[Call],
+    device: torch.device,
+    *,
+    seconds: float,
+    compiles: bool = False,
+    deterministic: bool = False,
+    again: bool = False,
+    say: Callable[[str], None] = print,
+    home: Path | None = None,
+    preload: tuple[str, ...] = (),
+    prove_seconds: float = PROVE_SECONDS,
+) -> Record:
+    """Try what the user's record of this machine doesn't have yet, the largest calls first; the record is kept after each.
+
+    Args:
+        calls: what the run calls, see `kernels.calibration.calls`.
+        device: where.
+        seconds: in all; calls that don't fit into them stay untried, and on the reference.
+        compiles: try what only a compiling run can use, too.
+        deterministic: with torch's own kernels held to the same bits at every run.
+        again: measure what is known, too.
+        say: is told what goes on.
+        home: of the record; None is the user's cache.
+        preload: modules that the child imports beside its own.
+        prove_seconds: one implementation's limit.
+    """
+    threads = torch.get_num_threads()
+    record = Record.of(records.machine(device, threads, deterministic), home)
+    ends = time.monotonic() + seconds
+    wanted = sorted(calls, key=lambda call: -call.elements)
+    new = [call for call in wanted if again or not _known(record, call, compiles)]
+    if not new:
+        return record
+    where = {"device": str(device), "threads": threads, "deterministic": deterministic}
+    with Guard(preload=(JOBS, *preload)) as guard:
+        for place, call in enumerate(new):
+            left = ends - time.monotonic()
+            if left <= 0:
+                late = len(new) - place
+                say(
+                    f"calibration: {late} of {len(new)} calls did not fit into {seconds:.0f} s; they stay on the reference"
+                )
+                break
+            trial = _trial(guard, call, where, compiles, min(prove_seconds, left))
+            record.trials[str(key_of(call))] = trial
+            record.save()
+            verdict = judge(trial["forms"], compiles=compiles)
+            say(f"calibration {place + 1} of {len(new)}: {line(call.name, call.shape_class, verdict)}")
+    return record
+
+
+def table(
+    calls: Iterable[Call], found: Sequence[Record], *, compiles: bool, bit_stable: bool = False
+) -> tuple[dict[str, dict[str, str]], list[str]]:
+    """What to freeze: by registered op and class of shapes the implementation, of the first record that has a trial of the call;
+    and for people a line for each."""
+    frozen: dict[str, dict[str, str]] = {}
+    lines = []
+    for call in calls:
+        key = str(key_of(call))
+        trial = next((record.trials[key] for record in found if key in record.trials), None)
+        if trial is None:
+            lines.append(f"{call.name} {call.shape_class}: {INCUMBENT}, for want of a record")
+            continue
+        verdict = judge(trial["forms"], compiles=compiles, bit_stable=bit_stable)
+        lines.append(line(call.name, call.shape_class, verdict))
+        if verdict.choice != INCUMBENT:
+            frozen.setdefault(call.name, {})[call.shape_class] = verdict.choice
+    return frozen, lines
+
+
+def line(name: str, shape_class: str, verdict: Verdict) -> str:
+    """A verdict in a line: op, shapes, choice, milliseconds, the next one's ratio, and why the others lost."""
+    took = "" if verdict.ms is None else f", {verdict.ms:.3g} ms"
+    ratio = "" if verdict.ratio is None else f", {verdict.ratio:.2f}x the next"
+    lost = "; ".join(f"{one}: {_brief(why)}" for one, why in verdict.why.items() if one != verdict.choice)
+    return f"{name} {shape_class}: {verdict.choice}{took}{ratio}{f' ({lost})' if lost else ''}"
+
+
+def _brief(why: str) -> str:
+    """A reason's first words; the record has all of them."""
+    why = why.partition(";")[0].partition(": /")[0]
+    return why if len(why) <= 90 else f"{why[:87]}..."
+
+
+def key_of(call: Call) -> Key:
+    """Under which a record has a call's trial."""
+    return Key(call.name, call.shape_class, records.sources(call.op))
+
+
+def _known(record: Record, call: Call, compiles: bool) -> bool:
+    trial = record.trials.get(str(key_of(call)))
+    return trial is not None and set(inputs.candidates(call.op, compiles)) <= trial["forms"].keys()
+
+
+def _trial(guard: Guard, call: Call, where: dict[str, Any], compiles: bool, seconds: float) -> dict[str, Any]:
+    began = time.monotonic()
+    what = {"name": call.name, "arguments": dict(call.arguments)} | where
+    forms: dict[str, dict[str, Any]] = {}
+    for name in inputs.candidates(call.op, compiles):
+        outcome = guard.run(f"{JOBS}:prove", what | {"implementation": name}, seconds)
+        forms[name] = {"failure": _short(outcome)} if outcome.failure else dict(outcome.value)
+    right = [name for name, form in forms.items() if "failure" not in form]
+    if right:
+        together = guard.run(f"{JOBS}:time", what | {"implementations": right, "seconds": TIME_SECONDS}, seconds)
+        for name in right:
+            # one that fails under the clock must not take the others' times with it
+            outcome = together if not together.failure else guard.run(
+                f"{JOBS}:time", what | {"implementations": [name], "seconds": TIME_SECONDS / len(right)}, seconds
+            )  # fmt: skip
+            forms[name] = {"failure": _short(outcome)} if outcome.failure else forms[name] | outcome.value[name]
+    return {"shapes": call.shapes, "forms": forms, "seconds": round(time.monotonic() - began, 1)}
+
+
+def _short(outcome: Outcome) -> str:
+    """The reason; of what an implementation says itself, its words."""
+    return outcome.failure.removeprefix("raised ValueError: ").removeprefix("raised WrongAnswer: ")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="kernels.calibrate", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--for", dest="run", nargs=3, metavar=("METHOD", "MODEL", "BATCH"), default=("mae", "vit_large_patch16_224", "256"),
+        help="the run whose calls are tried; BATCH is the images of a step on this device",
+    )  # fmt: skip
+    parser.add_argument("--ops", nargs="+", choices=AVAILABLE, default=list(AVAILABLE), help="only these")
+    parser.add_argument("--minutes", type=float, default=2.0, help="in all")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cuda:1, cpu")
+    parser.add_argument("--compile", action="store_true", help="try what a compiling run may use, too")
+    parser.add_argument("--again", action="store_true", help="measure what the record has already, too")
+    flags = parser.parse_args(arguments)
+    if flags.minutes <= 0:
+        parser.error(f"--minutes is {flags.minutes:g}; it must be above 0")
+    device = torch.device(flags.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here")
+    calls = [call for call in _listed(*flags.run, device, parser) if call.op in flags.ops]
+    record = measure(calls, device, seconds=60 * flags.minutes, compiles=flags.compile, again=flags.again)
+    _, lines = table(calls, [record], compiles=flags.compile)
+    print("\n".join(lines))
+    print(f"record: {record.path}")
+    return 0
+
+
+def _listed(method: str, model: str, batch: str, device: torch.device, parser: argparse.ArgumentParser) -> list[Call]:
+    """The calls of a run, by the engine, which lies above the kernels: in a process of its own."""
+    command = [sys.executable, "-m", "engine.training.calls", method, model, batch, device.type]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        parser.error(f"the calls of {method} with {model} cannot be listed")
+    return [Call(**call) for call in json.loads(done.stdout)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,166 @@
+"""What calibration has its guarded child do: prove an implementation right, and time those that are, by way of JSON."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.calibration import clock, inputs
+from kernels.calibration.calls import Call
+from kernels.calibration.memory import Watched, as_integers, checksums, poison_cache
+from kernels.choice import bring, usable
+from kernels.determinism import same_bits_from_torch
+
+FREE_ULPS = 4  # units in the last place of the largest entry that are never an error, as in the tests of the kernels
+
+
+class WrongAnswer(ArithmeticError):
+    """An implementation gives another result than the formula, or does what it must not."""
+
+
+def prove(
+    name: str, arguments: Mapping[str, Any], implementation: str, device: str, threads: int, deterministic: bool
+) -> dict[str, Any]:
+    """Compare values and gradients at full size with the reference in float64, by the tests' rule: at most twice the error of the
+    reference in the same dtype. Empty outputs are NaN before, memory around them must stay as it is, inputs too, and nothing may
+    be kept.
+
+    Returns:
+        "errors": by output the error and what is allowed; "stable": whether a second run gave the same bits.
+
+    Raises:
+        WrongAnswer: with what is wrong.
+        ValueError: the implementation does not take this call, by its own words.
+    """
+    at, call = _start(device, threads, deterministic), Call(name, arguments)
+    given = inputs.make(call, at)
+    why = usable(name, implementation, at)
+    if why:
+        raise ValueError(why)
+    run = _runner(call, implementation)
+    tensors = [x for x in given.values() if isinstance(x, Tensor)]
+    before = checksums(tensors)
+    poison_cache(sum(x.nbytes for x in tensors), at)
+    with Watched() as watched:
+        found = run(given)
+        again = run(given)
+    _wait(at)
+    trespassed = watched.trespassed()
+    if trespassed:
+        raise WrongAnswer(trespassed)
+    if checksums(tensors) != before:
+        raise WrongAnswer("it changed one of its inputs")
+    stable = all(torch.equal(as_integers(a), as_integers(b)) for a, b in zip(found, again, strict=True))
+    del again
+    errors = _errors(call, found, given)
+    del found
+    kept = watched.kept()
+    if kept:
+        raise WrongAnswer(f"it keeps {kept:,} bytes after two calls")
+    return {"errors": errors, "stable": stable}
+
+
+def time(
+    name: str,
+    arguments: Mapping[str, Any],
+    implementations: Sequence[str],
+    device: str,
+    threads: int,
+    deterministic: bool,
+    seconds: float,
+) -> dict[str, dict[str, float]]:
+    """By implementation, see `clock.compare`; values and gradients together where the call has gradients."""
+    at, call = _start(device, threads, deterministic), Call(name, arguments)
+    given = inputs.make(call, at)
+    runs = {implementation: _runner(call, implementation) for implementation in implementations}
+    return clock.compare({one: lambda run=run: run(given) for one, run in runs.items()}, at, seconds)
+
+
+def _start(device: str, threads: int, deterministic: bool) -> torch.device:
+    at = torch.device(device)
+    if deterministic:
+        same_bits_from_torch(at)
+    torch.set_num_threads(threads)
+    if at.type == "cuda":
+        torch.cuda.set_device(at)
+        torch.cuda.empty_cache()
+        torch.set_float32_matmul_precision("high")  # as training does
+    return at
+
+
+def _runner(call: Call, implementation: str) -> Callable[[Mapping[str, Any]], list[Tensor]]:
+    """What runs an implementation on arguments and returns its outputs and, where the call has some, its gradients."""
+    module, own = bring(call.op, implementation), inputs.stem(call.name)
+    if hasattr(module, own):  # the compiler sees through it
+        function = getattr(module, own)
+        if implementation == "plain":
+            torch._dynamo.reset()
+            function = torch.compile(function, fullgraph=True, dynamic=False)
+    else:
+        op = getattr(torch.ops.tessera, call.name)
+        function = lambda *arguments: op(*arguments, implementation)  # noqa: E731
+    wanted = getattr(inputs.of_op(call.op), "DIFFERENTIABLE", {}).get(call.name, ())
+
+    def run(given: Mapping[str, Any]) -> list[Tensor]:
+        if not wanted:
+            with torch.no_grad():
+                return _list(function(*given.values()))
+        leaves = {key: given[key].detach().requires_grad_() for key in wanted}
+        out = _list(function(*(given | leaves).values()))[0]
+        grads = torch.autograd.grad(out, list(leaves.values()), _direction(out))
+        return [out.detach(), *grads]
+
+    return run
+
+
+def _direction(out: Tensor) -> Tensor:
+    """A gradient from above, of numbers that all dtypes hold exactly."""
+    if not out.ndim:
+        return torch.ones_like(out)
+    return torch.linspace(-1, 1, out.numel(), device=out.device).bfloat16().to(out.dtype).view(out.shape)
+
+
+def _errors(call: Call, found: list[Tensor], given: Mapping[str, Any]) -> list[dict[str, float]]:
+    words = inputs.of_op(call.op)
+    comparable = getattr(words, "comparable", lambda outputs, _: outputs)
+    parts = getattr(words, "slices", None)
+    reference = _runner(call, "reference")
+    errors: list[dict[str, float]] = []
+    for part, pick in [(given, list)] if parts is None else parts(call.name, given):
+        wide = inputs.in_float64(part)
+        truth = comparable(reference(wide), wide)
+        plain, ours = (comparable(outputs, wide) for outputs in (reference(part), pick(found)))
+        errors += [_compared(place, *three) for place, three in enumerate(zip(ours, plain, truth, strict=True))]
+    return errors
+
+
+def _compared(place: int, ours: Tensor, plain: Tensor, truth: Tensor) -> dict[str, float]:
+    if ours.shape != truth.shape or ours.dtype != plain.dtype:
+        raise WrongAnswer(
+            f"output {place} is {ours.dtype} {list(ours.shape)}, of the reference {plain.dtype} {list(plain.shape)}"
+        )
+    if not truth.numel():
+        return {"error": 0.0, "allowed": 0.0}
+    eps = torch.finfo(ours.dtype).eps
+    ours, plain, truth = ours.double(), plain.double(), truth.double()
+    finite = truth.isfinite()  # a sequence without keys has a log-sum-exp of -inf
+    if not torch.equal(ours[~finite], truth[~finite]):
+        raise WrongAnswer(f"output {place} is not infinite where it must be")
+    ours, plain, truth = (torch.where(finite, x, 0.0) for x in (ours, plain, truth))
+    error, plain_error = (float((x - truth).abs().max()) for x in (ours, plain))
+    allowed = 2 * plain_error + FREE_ULPS * eps * float(truth.abs().max())
+    if not error <= allowed:  # neither where one of them is no number
+        raise WrongAnswer(
+            f"output {place} is off by {error:.2e}, allowed are {allowed:.2e} (plain torch {plain_error:.2e})"
+        )
+    return {"error": error, "allowed": allowed}
+
+
+def _list(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

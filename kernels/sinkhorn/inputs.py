@@ -1,0 +1,1 @@
+"""What calibration gives sinkhorn: random numbers, as they are."""

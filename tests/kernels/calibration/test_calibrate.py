@@ -1,0 +1,118 @@
+"""Calibration takes what is right and clearly faster, tells why it does not take the others, keeps what it found."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import calibrate
+from kernels.calibration import records
+from kernels.calibration.calls import Call
+from kernels.calibration.records import Record
+from kernels.choice import AVAILABLE
+from tests.kernels.calibration import planted
+
+CPU = torch.device("cpu")
+CALL = Call.of(
+    "info_nce_forward",
+    {
+        "queries": torch.empty(64, 32),
+        "keys": torch.empty(4096, 32),
+        "targets": torch.empty(64, dtype=torch.int64, device="meta"),
+        "temperature": 0.2,
+    },
+)
+
+
+@pytest.fixture
+def misbehaving(monkeypatch):
+    monkeypatch.setitem(AVAILABLE, "info_nce", planted.NAMES)
+
+
+def measured(home: Path, **how) -> tuple[Record, list[str]]:
+    said: list[str] = []
+    how = {"seconds": 300, "home": home, "say": said.append} | how
+    return calibrate.measure([CALL], CPU, **how), said
+
+
+@pytest.mark.long
+@pytest.mark.usefixtures("misbehaving")
+def test_each_that_misbehaves_is_caught_by_its_own_reason_and_the_fastest_right_one_is_taken(tmp_path):
+    record, said = measured(tmp_path, preload=("tests.kernels.calibration.planted_here",), prove_seconds=10)
+    (trial,) = record.trials.values()
+    reasons = {name: form["failure"] for name, form in trial["forms"].items() if "failure" in form}
+    expected = {
+        "wrong": "output 0 is off by",
+        "wrong_gradient": "output 1 is off by",
+        "unwritten": "output 0 is off by nan",
+        "crashes": "killed by signal SIGSEGV",
+        "hangs": "took longer than 10 s and was stopped",
+        "leaks": "it keeps",
+        "trespasses": "it wrote behind one of its outputs",
+        "changes_its_input": "it changed one of its inputs",
+        "refuses": "takes rows of 7 channels",
+        "missing": "it cannot be imported: No module named",
+    }
+    assert reasons.keys() == expected.keys()
+    for name, sentence in expected.items():
+        assert sentence in reasons[name], f"{name}: {reasons[name]}"
+    stable = {name: form["stable"] for name, form in trial["forms"].items() if "stable" in form}
+    assert stable == {"reference": True, "differs": False, "slower": True, "faster": True}
+    table, lines = calibrate.table([CALL], [record], compiles=False)
+    assert table == {"info_nce_forward": {"float32 C32": "faster"}}
+    for part in (
+        "info_nce_forward float32 C32: faster, ",
+        "x the next",
+        "slower: ",
+        " times as long",
+        "crashes: killed by",
+    ):
+        assert part in lines[0]
+        assert part in said[0]
+
+
+@pytest.mark.long
+def test_what_is_known_is_not_measured_again_and_another_machines_record_is_left_alone(tmp_path, monkeypatch):
+    record, said = measured(tmp_path)
+    assert len(said) == 1
+    content = record.path.read_text()
+    again, said = measured(tmp_path)
+    assert said == []
+    assert again.trials == record.trials
+    with monkeypatch.context() as changed:
+        changed.setattr(records, "sources", lambda op: "other")
+        assert calibrate.table([CALL], [again], compiles=False)[1] == [
+            "info_nce_forward float32 C32: reference, for want of a record"
+        ]
+    other = Record.of(records.machine(CPU, 99), tmp_path)
+    assert not other.trials
+    other.trials["x"] = {}
+    other.save()
+    assert record.path.read_text() == content
+    assert other.path != record.path
+    # what it is shipped for: this kind of device, whatever its libraries
+    (tmp_path / "shipped").mkdir()
+    shipped = json.loads(content)
+    shipped["machine"]["torch"] = "another"
+    (tmp_path / "shipped" / "one.json").write_text(json.dumps(shipped))
+    (tmp_path / "shipped" / "broken.json").write_text("{")
+    assert Record.shipped(record.machine, tmp_path / "shipped").trials == record.trials
+    assert not Record.shipped(other.machine, tmp_path / "shipped").trials
+
+
+def test_what_does_not_fit_into_the_time_stays_on_the_reference_and_is_told(tmp_path):
+    record, said = measured(tmp_path, seconds=0)
+    assert said == ["calibration: 1 of 1 calls did not fit into 0 s; they stay on the reference"]
+    assert not record.trials
+    assert calibrate.table([CALL], [record], compiles=False)[0] == {}
+
+
+@pytest.mark.parametrize("wrong", [["--minutes", "0"], ["--ops", "attention"], ["--device", "cuda"]])
+def test_a_wrong_flag_is_refused_in_a_sentence(wrong, capsys):
+    if wrong[-1] == "cuda" and torch.cuda.is_available():
+        return
+    with pytest.raises(SystemExit) as ended:
+        calibrate.main(wrong)
+    assert ended.value.code == 2
+    assert "error: " in capsys.readouterr().err

@@ -194,12 +194,12 @@ def chosen(op: str, device: torch.device, call: str = "", shape_class: str | Non
         shape_class: of the call's tensors, for the frozen table. None leaves that to the registered op, which knows the shapes
             when it runs: the answer may then be "auto", for `resolved`.
     """
+    if _listing:
+        return AUTO
     if _fault:
         raise ValueError(f"{_fault} (TESSERA_KERNELS)")
     requested = _requested[op]
     if requested == AUTO or (op in _asked_of_all and requested not in AVAILABLE[op] and requested in IMPLEMENTATIONS):
-        if _listing:
-            return AUTO
         if device.type != _frozen_for:
             return "reference"
         return AUTO if shape_class is None else resolved(call, shape_class)
@@ -213,8 +213,8 @@ def chosen(op: str, device: torch.device, call: str = "", shape_class: str | Non
 
 @contextmanager
 def listed() -> Iterator[None]:
-    """Inside, every op that is left to auto goes through what it registers with torch, also where the reference would be traced
-    through: who watches the dispatcher sees all calls. For fake tensors: nothing could be run."""
+    """Inside, every op goes through what it registers with torch, also where the reference would be traced through: who watches
+    the dispatcher sees all calls. For fake tensors: nothing could be run."""
     global _listing
     _listing = True
     try:

@@ -3,6 +3,7 @@
 import copy
 import json
 import sys
+import warnings
 from dataclasses import replace
 
 import torch
@@ -22,28 +23,29 @@ from kernels.calibration.calls import Call, listing
 
 
 def calls_of(plan: Plan, device: torch.device, world: int, precision: str, classes: int = 1000) -> list[Call]:
-    """The calls of all stages, of each class of shapes the largest. The device need not be there.
+    """The calls of all stages, of each class of shapes the largest.
 
     Args:
         plan: the run.
-        device: where it trains.
+        device: where it trains; a GPU must be there.
         world: over how many ranks a batch is shared out.
         precision: fp32 or bf16.
         classes: of the images, for stages that learn from them.
     """
-    encoder = vit.create(plan.model, **plan.encoder)
     calls: dict[tuple[str, str], Call] = {}
     earlier = None
-    for name, settings in plan.stages:
-        method = _method(name, settings, encoder, classes)
-        if earlier is not None:
-            method.inherit(earlier)
-        earlier = method
-        rows = settings.batch_size // world // plan.train.accumulate
-        for call in _calls_of_step(method, rows, device, precision):
-            key = call.name, call.shape_class
-            if key not in calls or call.elements > calls[key].elements:
-                calls[key] = call
+    with torch.random.fork_rng(devices=[]):  # new weights, which nobody sees, are drawn
+        encoder = vit.create(plan.model, **plan.encoder)
+        for name, settings in plan.stages:
+            method = _method(name, settings, encoder, classes)
+            if earlier is not None:
+                method.inherit(earlier)
+            earlier = method
+            rows = settings.batch_size // world // plan.train.accumulate
+            for call in _calls_of_step(method, rows, device, precision):
+                key = call.name, call.shape_class
+                if key not in calls or call.elements > calls[key].elements:
+                    calls[key] = call
     return list(calls.values())
 
 
@@ -54,7 +56,11 @@ def _calls_of_step(method: Method, rows: int, device: torch.device, precision: s
             drawn = method.draw(_Sizes(mode, rows, device))
         images = tuple(torch.empty(rows, 3, *view.size, device=device) for view in method.views())
         dtype = AUTOCAST[precision]
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+        with autocast, warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", "Accessing the data pointer of FakeTensor"
+            )  # the ViT tells by it what changed
             report = without_content(images, torch.empty(rows, dtype=torch.int64, device=device), drawn)
         report["loss"].backward()
     return calls

@@ -54,8 +54,8 @@ class Call:
 
 @contextmanager
 def listing() -> Iterator[list[Call]]:
-    """Inside, the calls of ops that are left to auto are listed: of each class of shapes the largest. Meant for fake tensors,
-    with which nothing is computed; in a FakeTensorMode that allows real ones.
+    """Inside, the calls of ops are listed: of each class of shapes the largest. For fake tensors, with which nothing is computed;
+    in a FakeTensorMode that allows real ones.
     """
     found: dict[tuple[str, str], Call] = {}
     calls: list[Call] = []

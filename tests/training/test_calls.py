@@ -1,0 +1,44 @@
+"""The calls of a run are listed without computing it, and are those that it makes."""
+
+import pytest
+import torch
+
+from engine import methods
+from engine.training import config
+from engine.training.calls import calls_of
+
+CPU = torch.device("cpu")
+
+
+def listed(
+    method: str, *flags: str, device: str = "cpu", world: int = 1, precision: str = "fp32"
+) -> set[tuple[str, str]]:
+    plan = config.parse(["--method", method, *flags])
+    return {(call.name, call.shape_class) for call in calls_of(plan, torch.device(device), world, precision)}
+
+
+@pytest.mark.parametrize("method", methods.names())
+def test_every_method_is_listed(method):
+    calls = {call.name for call in calls_of(config.parse(["--method", method]), CPU, 1, "fp32")}
+    assert calls >= ({"gather_patches"} if method == "beit" else {"gather_patches", "packed_attention_forward"})
+
+
+def test_a_large_model_is_listed_with_its_sizes():
+    plan = config.parse(
+        ["--method", "mae", "--model", "vit_small_patch16_224", "--preset", "plain", "--batch-size", "64"]
+    )
+    calls = calls_of(plan, CPU, 2, "bf16")
+    sizes = {(call.name, call.shape_class): call.shapes for call in calls}
+    assert sizes["packed_attention_forward", "bfloat16 D64 L50"] == "qkv 1600x3x6x64, cu_seqlens 33"
+    assert ("packed_attention_backward", "bfloat16 D32 L197") in sizes
+
+
+def test_multi_crop_lists_lengths_as_they_are():
+    plan = config.parse(["--method", "dino", "--batch-size", "8"])
+    (call,) = [
+        call
+        for call in calls_of(plan, CPU, 1, "fp32")
+        if call.name == "packed_attention_forward" and "mixed" in call.shape_class
+    ][:1]
+    ends = torch.tensor(call.arguments["cu_seqlens"]["values"])
+    assert len(set(ends.diff().tolist())) == 2

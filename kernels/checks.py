@@ -18,6 +18,19 @@ def checks_values(device: torch.device) -> bool:
     return device.type == "cpu" or (device.type == "cuda" and os.environ.get("TESSERA_DEBUG") == "1")
 
 
+def check_temperature(op: str, name: str, temperature: float | Tensor, implementation: str) -> None:
+    """ValueError unless the argument `name` of `op` is a positive number, or, where the implementation is "plain", a tensor of
+    no dimensions, whose value is trusted."""
+    if isinstance(temperature, Tensor):
+        if implementation != "plain" or temperature.ndim:
+            raise ValueError(
+                f"{op} needs {name} as a number, or in its plain form as a tensor of no dimensions, "
+                f"got a tensor {list(temperature.shape)} in {implementation}"
+            )
+    elif not temperature > 0:
+        raise ValueError(f"{op} needs a positive {name}, got {temperature}")
+
+
 def check_range(op: str, name: str, values: Tensor, end: int) -> None:
     """ValueError where `checks_values` and an element of `values`, the argument `name` of `op`, is not in [0, end)."""
     if not checks_values(values.device) or not values.numel():

@@ -1,4 +1,5 @@
-"""The one choice between an op's implementations: plain torch (reference), Triton, CUDA C++.
+"""The one choice between an op's implementations: plain torch (reference), plain torch that the compiler
+sees through (plain), Triton, CUDA C++.
 
 An implementation exists when its file does: `kernels/OP/triton.py` makes "triton" available for OP, and nothing else
 needs to know. What is asked for by name is read when an op is called or traced, so a compiled graph carries it as a
@@ -58,9 +59,9 @@ def use(choice: str, op: str | None = None) -> None:
     """Choose the implementation that ops run from now on; the environment variable TESSERA_KERNELS does the same.
 
     Args:
-        choice: "auto" (what a record has shown to be fastest on the device, else the reference), "reference", "triton" or
-            "cuda". Without `op` also a list by op, such as "packed_attention=cuda,sinkhorn=triton", where the others run
-            what stands without a name in front ("triton,sinkhorn=reference"), or auto.
+        choice: "auto" (what a record has shown to be fastest on the device, else the reference), "reference", "plain",
+            "triton" or "cuda". Without `op` also a list by op, such as "packed_attention=cuda,sinkhorn=triton", where the
+            others run what stands without a name in front ("triton,sinkhorn=reference"), or auto.
         op: one op by its folder's name (see `describe`); None chooses for all of them where they have it: an op that lacks
             it runs what auto means, and `describe` says so. Named, an op never runs another than was asked for.
 

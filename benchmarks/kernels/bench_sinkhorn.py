@@ -36,10 +36,15 @@ def published_cross_entropy(student: Tensor, scores: Tensor) -> Tensor:
 
 
 def cross_entropy(student: Tensor, scores: Tensor) -> Tensor:
-    """Sinkhorn's own implementations end in the fused cross-entropy, the reference in the reference."""
-    plain = chosen("sinkhorn", scores.device) == "reference"
-    kernels.use("reference" if plain else "triton", "soft_cross_entropy")
+    _end_in_its_own_kind(scores.device)
     return kernels.sinkhorn_cross_entropy(scores, student, TEACHER, STUDENT)
+
+
+@torch.compiler.disable
+def _end_in_its_own_kind(device: torch.device) -> None:
+    """Sinkhorn's implementations end in the cross-entropy of their name; CUDA C++, which has none, in Triton's."""
+    kind = chosen("sinkhorn", device)
+    kernels.use("triton" if kind == "cuda" else kind, "soft_cross_entropy")
 
 
 def cases(at: Machine) -> Iterator[Case]:

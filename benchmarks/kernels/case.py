@@ -100,11 +100,14 @@ def only_forward(
 
 
 def implementations(op: str) -> tuple[str, ...]:
-    """Of the op, those that run here: without a GPU the reference alone."""
-    return AVAILABLE[op] if torch.cuda.is_available() else ("reference",)
+    """Of the op, those that run here: without a GPU those in plain torch."""
+    return tuple(one for one in AVAILABLE[op] if torch.cuda.is_available() or one in ("reference", "plain"))
 
 
 def _with(op: str, implementation: str, call: Callable) -> Callable:
+    if implementation == "plain":  # it is written for the compiler
+        call = torch.compile(call, dynamic=False)
+
     def run(*inputs: Any) -> Any:
         kernels.use(implementation, op)
         return call(*inputs)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from engine.core.optim import Group, ramp, scaled_lr, with_decay
 from engine.methods.base import StageSettings
 from engine.methods.crops import CropSettings, MultiCrop
-from engine.methods.parts.collapse import CHOICES, Collapse, Targets, across_views, cross_entropy
+from engine.methods.parts.collapse import CHOICES, Collapse, Targets
 from engine.methods.teaching import Taught, TeacherSettings
 from engine.model.heads import DinoHead, head_flops
 from engine.model.tokens import View
@@ -119,8 +119,8 @@ class Clustering(MultiCrop):
 
         Args:
             collapse: of these prototypes.
-            views, skip_same: as for `engine.methods.parts.collapse.across_views`; without views, row meets row.
-            weights_R: of the rows that meet, as for `engine.methods.parts.collapse.cross_entropy`.
+            views, skip_same: as for `engine.methods.parts.collapse.Collapse.across_views`; without views, row meets row.
+            weights_R: of the rows that meet, as for `engine.methods.parts.collapse.Collapse.cross_entropy`.
             followed: the scores [n, K] that the centre follows, where not those of the targets.
 
         Returns:
@@ -128,9 +128,9 @@ class Clustering(MultiCrop):
         """
         temperature, targets = self.settings.student_temperature, self.targets(collapse, scores_GK)
         if views is None:
-            loss = cross_entropy(targets, student_RK, temperature, weights_R=weights_R)
+            loss = collapse.cross_entropy(targets, student_RK, temperature, weights_R=weights_R)
         else:
-            loss = across_views(targets, student_RK, temperature, views, skip_same=skip_same)
+            loss = collapse.across_views(targets, student_RK, temperature, views, skip_same=skip_same)
         collapse.observe(scores_GK if followed is None else followed)
         return loss, collapse.regulariser(student_RK, temperature), targets
 
@@ -157,6 +157,10 @@ class Clustering(MultiCrop):
         others = [(name, p) for name, p in self.named_parameters() if name not in last]
         yield from with_decay(others, peak_lr, settings.weight_decay)
         yield from with_decay(last.items(), peak_lr, settings.weight_decay, frozen_epochs=settings.freeze_last_layer)
+
+    def regions(self) -> Iterator[tuple[object, str]]:
+        yield from super().regions()
+        yield from self.collapse.regions()
 
     def student_flops(self, head: nn.Module) -> float:
         """Operations per image of all crops through encoder and head, with gradients."""

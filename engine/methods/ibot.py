@@ -4,7 +4,7 @@ Shapes: b images of this rank, V large crops, N patches of one, L tokens of a vi
 large crops, G rows of the teacher and R of the student (view by view, b each), K prototypes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -202,6 +202,10 @@ class Ibot(Distillation):
             "patch_loss": patch_loss.detach(),
             "patch_prototype_usage": used,
         } | health
+
+    def ragged_regions(self) -> Iterator[tuple[object, str]]:
+        yield from super().ragged_regions()
+        yield from self.patch_collapse.regions()
 
     def _patch_head(self, owner: nn.Module) -> DinoHead:
         """What scores patches, of the student (self) or of the teacher."""

@@ -78,7 +78,7 @@ class Train:
     compile: bool = False
     """Compile blocks and losses with torch.compile."""
     kernels: str = "auto"
-    """Which form of the kernels runs: auto, reference, triton or cuda, for all ops that have it, or by op, as in
+    """Which form of the kernels runs: auto, reference, plain, triton or cuda, for all ops that have it, or by op, as in
     packed_attention=cuda,sinkhorn=triton."""
     calibrate: str = "auto"
     """Prove and time every kernel on this very device before the first step, and take the fastest right one: auto does so at the

@@ -7,16 +7,17 @@ eight times per step), while all that backward needs is one log-sum-exp per quer
 once, write one number per query, 2 B M C flops forward; read them again, write two gradients, 6 B M C flops backward
 (see `cost`).
 
-Every implementation is a module with these two functions:
+Every implementation but plain is a module with these two functions:
     forward(queries, keys, targets, temperature) -> (loss scalar, lse[B])
     backward(grad_loss, queries, keys, targets, lse, temperature) -> (grad_queries, grad_keys)
-loss and lse are fp64 for fp64 input, else fp32.
+loss and lse are fp64 for fp64 input, else fp32. Plain, which the compiler sees through, is a function info_nce of forward's
+arguments that returns the loss.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.checks import DTYPES, check_range
+from kernels.checks import DTYPES, check_range, check_temperature
 from kernels.choice import chosen, load
 from kernels.cost import Cost
 from kernels.registration import implement, name_of
@@ -32,7 +33,7 @@ torch.library.define(
 )
 
 
-def info_nce(queries: Tensor, keys: Tensor, targets: Tensor, temperature: float) -> Tensor:
+def info_nce(queries: Tensor, keys: Tensor, targets: Tensor, temperature: float | Tensor) -> Tensor:
     """Mean over queries of -log softmax(query . keys / temperature)[target]; no [B, M] matrix outlives the call.
 
     Source: van den Oord et al., Representation Learning with Contrastive Predictive Coding, 2018, equation 4.
@@ -41,8 +42,10 @@ def info_nce(queries: Tensor, keys: Tensor, targets: Tensor, temperature: float)
         queries: [B, C], fp16, bf16, fp32 or fp64, used as they are (normalise them for a cosine).
         keys: [M, C] in the dtype of queries.
         targets: int64 [B], the key that belongs to each query, in [0, M). The values are checked on the CPU, and with
-            TESSERA_DEBUG=1 in the environment on a GPU as well, which is waited for; otherwise a GPU trusts them.
-        temperature: a positive number.
+            TESSERA_DEBUG=1 in the environment on a GPU as well, which is waited for; otherwise a GPU trusts them,
+            and so does compiled code of plain.
+        temperature: a positive number; where plain runs also a tensor [], trusted to hold one, which compiled code takes as an
+            input while a number becomes part of it.
 
     Returns:
         Scalar, fp64 for fp64 input, else fp32; 0 for no queries. Differentiable in queries and keys, once.
@@ -69,9 +72,11 @@ def info_nce(queries: Tensor, keys: Tensor, targets: Tensor, temperature: float)
         raise ValueError(
             f"info_nce needs one device for all inputs, got {queries.device}, {keys.device} and {targets.device}"
         )
-    if not temperature > 0:
-        raise ValueError(f"info_nce needs a positive temperature, got {temperature}")
     implementation = chosen("info_nce", queries.device, "info_nce_forward", _shape_class(queries))
+    check_temperature("info_nce", "temperature", temperature, implementation)
+    if implementation == "plain":
+        check_range("info_nce", "targets", targets, len(keys))
+        return load("info_nce", "plain").info_nce(queries, keys, targets, temperature)
     return torch.ops.tessera.info_nce_forward(queries, keys, targets, float(temperature), implementation)[0]
 
 

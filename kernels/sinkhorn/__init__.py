@@ -13,24 +13,26 @@ one pass, so `iterations + 1` reads are enough, 8 bytes per element for 3, plus 
 last step normalises rows, so Q is softmax((scores - centre) / T) with centre = -T log_u: `soft_cross_entropy` forms it as
 it reads the scores and the student's logits, and Q is never stored.
 
-Every implementation is a module with these functions (wide: fp64 for fp64 scores, else fp32):
+Every implementation but plain is a module with these functions (wide: fp64 for fp64 scores, else fp32):
     sweep(scores, log_u | None, temperature) -> column_lse[K], the log-sum-exp over rows of scores / T + log_v, where
         log_v normalises each row of exp(scores / T + log_u); None starts from log_v = 0
     assign(scores, log_u, temperature) -> wide Q[B,K], rows normalised
 and may have
     balance(scores, temperature, iterations) -> -log_u, but for a number that is free, all sweeps of one process at once
+Plain, which the compiler sees through, has sweep and, with what the ops of these names take and return, sinkhorn_balance and
+sinkhorn_assign.
 """
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels.checks import DTYPES
+from kernels.checks import DTYPES, check_temperature
 from kernels.choice import chosen, load
 from kernels.cost import Cost
 from kernels.registration import implement, name_of
 from kernels.soft_cross_entropy import cost as cross_entropy_cost
-from kernels.soft_cross_entropy import soft_cross_entropy
+from kernels.soft_cross_entropy import met_by, soft_cross_entropy
 
 torch.library.define(
     "tessera::sinkhorn_sweep", "(Tensor scores, Tensor? log_u, float temperature, str implementation) -> Tensor"
@@ -43,7 +45,9 @@ torch.library.define(
 )
 
 
-def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3, group: dist.ProcessGroup | None = None) -> Tensor:
+def sinkhorn(
+    scores: Tensor, temperature: float | Tensor, iterations: int = 3, group: dist.ProcessGroup | None = None
+) -> Tensor:
     """Soft assignment of samples to prototypes in which every prototype is used equally; no gradient flows.
 
     Each iteration normalises prototypes over all samples, then samples over all prototypes. Source: Caron et al.,
@@ -52,7 +56,8 @@ def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3, group: dis
 
     Args:
         scores: [B, K], fp16, bf16, fp32 or fp64, of any size that its dtype can hold.
-        temperature: a positive number.
+        temperature: a positive number; where plain runs also a tensor [], trusted to hold one, which compiled code takes as an
+            input while a number becomes part of it.
         iterations: at least 1.
         group: ranks whose rows are balanced together, each with its own B, which may be 0; None is this process alone.
 
@@ -62,15 +67,18 @@ def sinkhorn(scores: Tensor, temperature: float, iterations: int = 3, group: dis
     Raises:
         ValueError: for a shape, dtype, temperature or number of iterations that is not the above.
     """
-    _check("sinkhorn", scores, iterations, temperature=temperature)
-    scores = scores.detach()
-    log_u = _balance(scores, float(temperature), iterations, group)
+    _check("sinkhorn", scores, iterations, temperature)
     implementation = chosen("sinkhorn", scores.device, "sinkhorn_assign", _shape_class(scores))
-    return torch.ops.tessera.sinkhorn_assign(scores, log_u, float(temperature), implementation)
+    check_temperature("sinkhorn", "temperature", temperature, implementation)
+    scores, temperature = scores.detach(), _taken(temperature)
+    log_u = _balance(scores, temperature, iterations, group)
+    if implementation == "plain":
+        return load("sinkhorn", "plain").sinkhorn_assign(scores, log_u, temperature)
+    return torch.ops.tessera.sinkhorn_assign(scores, log_u, temperature, implementation)
 
 
 def sinkhorn_centre(
-    scores: Tensor, temperature: float, iterations: int = 3, group: dist.ProcessGroup | None = None
+    scores: Tensor, temperature: float | Tensor, iterations: int = 3, group: dist.ProcessGroup | None = None
 ) -> Tensor:
     """What to take from each prototype's scores so that softmax((scores - centre) / temperature) is what `sinkhorn`
     returns; no gradient flows. Each iteration reads the scores once.
@@ -89,15 +97,16 @@ def sinkhorn_centre(
     Raises:
         ValueError: for a shape, dtype, temperature or number of iterations that is not the above.
     """
-    _check("sinkhorn_centre", scores, iterations, temperature=temperature)
-    return -float(temperature) * _balance(scores.detach(), float(temperature), iterations, group)
+    _check("sinkhorn_centre", scores, iterations, temperature)
+    temperature = _taken(temperature)
+    return -temperature * _balance(scores.detach(), temperature, iterations, group)
 
 
 def sinkhorn_cross_entropy(
     teacher_scores: Tensor,
     student_logits: Tensor,
-    teacher_temperature: float,
-    student_temperature: float,
+    teacher_temperature: float | Tensor,
+    student_temperature: float | Tensor,
     iterations: int = 3,
     group: dist.ProcessGroup | None = None,
 ) -> Tensor:
@@ -106,8 +115,8 @@ def sinkhorn_cross_entropy(
     Args:
         teacher_scores: [B, K] as for `sinkhorn`; Q is never stored.
         student_logits: [B, K], fp16, bf16, fp32 or fp64, on the device of teacher_scores.
-        teacher_temperature: a positive number, for Q.
-        student_temperature: a positive number, for the softmax of the student.
+        teacher_temperature: as for `sinkhorn`, for Q.
+        student_temperature: as for `soft_cross_entropy`, for the softmax of the student.
         iterations: see `sinkhorn`.
         group: see `sinkhorn`.
 
@@ -118,8 +127,7 @@ def sinkhorn_cross_entropy(
     Raises:
         ValueError: for a shape, dtype, device, temperature or number of iterations that is not the above.
     """
-    temperatures = {"teacher_temperature": teacher_temperature, "student_temperature": student_temperature}
-    _check("sinkhorn_cross_entropy", teacher_scores, iterations, **temperatures)
+    _check("sinkhorn_cross_entropy", teacher_scores, iterations, teacher_temperature, "teacher_temperature")
     if (
         student_logits.shape != teacher_scores.shape
         or student_logits.device != teacher_scores.device
@@ -130,6 +138,8 @@ def sinkhorn_cross_entropy(
             f"float32 or float64 on {teacher_scores.device}, got {student_logits.dtype} "
             f"{list(student_logits.shape)} on {student_logits.device}"
         )
+    loss_by = met_by(teacher_scores, student_logits)
+    check_temperature("sinkhorn_cross_entropy", "student_temperature", student_temperature, loss_by)
     centre = sinkhorn_centre(teacher_scores, teacher_temperature, iterations, group)
     return soft_cross_entropy(teacher_scores, student_logits, teacher_temperature, student_temperature, centre)
 
@@ -147,20 +157,41 @@ def cost(rows: int, prototypes: int, element_size: int, iterations: int = 3) -> 
     return assign, Cost(sweeps.bytes + forward.bytes, sweeps.flops + forward.flops), backward
 
 
-def _balance(scores: Tensor, temperature: float, iterations: int, group) -> Tensor:
+def balanced_by(scores: Tensor) -> str:
+    """The implementation that finds the centre of these scores; of their shape and dtype only."""
+    return chosen("sinkhorn", scores.device, "sinkhorn_balance", _shape_class(scores))
+
+
+def _balance(scores: Tensor, temperature: float | Tensor, iterations: int, group: dist.ProcessGroup | None) -> Tensor:
     """log_u[K], the scale of each prototype before the last row normalisation; the same on all ranks."""
-    implementation = chosen("sinkhorn", scores.device, "sinkhorn_balance", _shape_class(scores))
+    implementation = balanced_by(scores)
+    plain = implementation == "plain"
+    if group is None and plain:
+        return load("sinkhorn", "plain").sinkhorn_balance(scores, temperature, iterations)
     if group is None:
         return torch.ops.tessera.sinkhorn_balance(scores, temperature, iterations, implementation)
     log_u = None
     for _ in range(iterations):
-        column_lse = torch.ops.tessera.sinkhorn_sweep(scores, log_u, temperature, implementation)
-        top = column_lse.clone()
-        dist.all_reduce(top, dist.ReduceOp.MAX, group)
-        total = (column_lse - top).exp()
-        dist.all_reduce(total, dist.ReduceOp.SUM, group)
-        log_u = _equalised(top + total.log())
+        if plain:
+            column_lse = load("sinkhorn", "plain").sweep(scores, log_u, temperature)
+        else:
+            column_lse = torch.ops.tessera.sinkhorn_sweep(scores, log_u, temperature, implementation)
+        log_u = _equalised(_over_ranks(column_lse, group))
     return log_u
+
+
+def _over_ranks(column_lse: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The log-sum-exp of the columns of all ranks' rows."""
+    top = column_lse.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX, group)
+    total = (column_lse - top).exp()
+    dist.all_reduce(total, dist.ReduceOp.SUM, group)
+    return top + total.log()
+
+
+def _taken(temperature: float | Tensor) -> float | Tensor:
+    """As ops take it, of which only plain's also takes a tensor."""
+    return temperature.detach() if isinstance(temperature, Tensor) else float(temperature)
 
 
 def _equalised(column_lse: Tensor) -> Tensor:
@@ -169,7 +200,7 @@ def _equalised(column_lse: Tensor) -> Tensor:
     return column_lse.mean() - column_lse
 
 
-def _check(op: str, scores: Tensor, iterations: int, **temperatures: float) -> None:
+def _check(op: str, scores: Tensor, iterations: int, temperature: float | Tensor, name: str = "temperature") -> None:
     if scores.ndim != 2 or scores.shape[1] < 1 or scores.dtype not in DTYPES:
         raise ValueError(
             f"{op} needs scores [rows, prototypes] in float16, bfloat16, float32 or float64, "
@@ -177,9 +208,7 @@ def _check(op: str, scores: Tensor, iterations: int, **temperatures: float) -> N
         )
     if iterations < 1:
         raise ValueError(f"{op} needs at least 1 iteration, got {iterations}")
-    for name, temperature in temperatures.items():
-        if not temperature > 0:
-            raise ValueError(f"{op} needs a positive {name}, got {temperature}")
+    check_temperature(op, name, temperature, balanced_by(scores))
 
 
 def _shape_class(scores: Tensor, *_: object) -> str:

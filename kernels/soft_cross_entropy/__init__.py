@@ -10,7 +10,7 @@ the gradient: 4 bytes and 6. In multi-crop training two teacher rows meet ten st
 them, so that no teacher row is copied and no student row read or differentiated twice. A teacher row that is named has
 its two numbers taken first, which is one more read of the few teacher rows.
 
-Every implementation is a module with these two functions (wide: fp64 for fp64 logits, else fp32; vectors and indices
+Every implementation but plain is a module with these two functions (wide: fp64 for fp64 logits, else fp32; vectors and indices
 are contiguous):
     forward(teacher_logits, student_logits, centre | None, teacher_rows[B,V] | None, weights | None,
         teacher_temperature, student_temperature)
@@ -19,12 +19,13 @@ are contiguous):
         logarithm would round away what exp(20 / 0.04) needs
     backward(grad_loss, teacher_logits, student_logits, centre | None, teacher_rows[B,V] | None, weights | None,
         teacher_sums, student_sums, teacher_temperature, student_temperature) -> grad_student_logits
+But for plain, which the compiler sees through: a function soft_cross_entropy of forward's arguments that returns the loss.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.checks import DTYPES, checks_values
+from kernels.checks import DTYPES, check_temperature, checks_values
 from kernels.choice import chosen, load
 from kernels.cost import Cost
 from kernels.registration import implement, name_of
@@ -41,8 +42,8 @@ torch.library.define(
 def soft_cross_entropy(
     teacher_logits: Tensor,
     student_logits: Tensor,
-    teacher_temperature: float,
-    student_temperature: float,
+    teacher_temperature: float | Tensor,
+    student_temperature: float | Tensor,
     centre: Tensor | None = None,
     weights: Tensor | None = None,
     teacher_rows: Tensor | None = None,
@@ -56,14 +57,15 @@ def soft_cross_entropy(
     Args:
         teacher_logits: [G, K], fp16, bf16, fp32 or fp64.
         student_logits: [B, K], in any of these dtypes, on the device of teacher_logits.
-        teacher_temperature: a positive number.
-        student_temperature: a positive number.
+        teacher_temperature: a positive number; where plain runs also a tensor [], trusted to hold one, which compiled code
+            takes as an input while a number becomes part of it.
+        student_temperature: likewise.
         centre: fp32 [K], or fp64 with fp64 teacher_logits, taken from every teacher row; None takes nothing.
         weights: fp32 [B]; with them the result is sum(weights * row loss) instead of the mean.
         teacher_rows: int64 [B], the teacher row of each student row, or [B, V], of which the loss of a row is the sum
             of V cross-entropies; -1 stands for none. None pairs row with row, G = B. The values are checked on the CPU,
             and with TESSERA_DEBUG=1 in the environment on a GPU as well, which is waited for; otherwise a GPU trusts
-            them.
+            them, and so does compiled code of plain.
 
     Returns:
         Scalar (0 for no student rows), in fp64 where logits are, else fp32. Differentiable in student_logits, once, and in
@@ -73,19 +75,25 @@ def soft_cross_entropy(
         ValueError: for a shape, dtype, device, temperature or teacher row that is not the above.
     """
     _check(teacher_logits, student_logits, centre, weights, teacher_rows)
+    implementation = met_by(teacher_logits, student_logits, teacher_rows)
     temperatures = {"teacher_temperature": teacher_temperature, "student_temperature": student_temperature}
     for name, temperature in temperatures.items():
-        if not temperature > 0:
-            raise ValueError(f"soft_cross_entropy needs a positive {name}, got {temperature}")
+        check_temperature("soft_cross_entropy", name, temperature, implementation)
     centre, weights = (None if x is None else x.detach().contiguous() for x in (centre, weights))
     if teacher_rows is not None:
         teacher_rows = (teacher_rows[:, None] if teacher_rows.ndim == 1 else teacher_rows).contiguous()
-    shape_class = _shape_class(teacher_logits, student_logits, centre, teacher_rows)
-    implementation = chosen("soft_cross_entropy", student_logits.device, "soft_cross_entropy_forward", shape_class)
+    inputs = teacher_logits.detach(), student_logits, centre, teacher_rows, weights
+    if implementation == "plain":
+        _check_rows(teacher_logits, teacher_rows)
+        return load("soft_cross_entropy", "plain").soft_cross_entropy(*inputs, *temperatures.values())
     plain = float(teacher_temperature), float(student_temperature), implementation
-    return torch.ops.tessera.soft_cross_entropy_forward(
-        teacher_logits.detach(), student_logits, centre, teacher_rows, weights, *plain
-    )[0]
+    return torch.ops.tessera.soft_cross_entropy_forward(*inputs, *plain)[0]
+
+
+def met_by(teacher_logits: Tensor, student_logits: Tensor, teacher_rows: Tensor | None = None) -> str:
+    """The implementation that runs for these; of their shapes and dtypes only."""
+    shape_class = _shape_class(teacher_logits, student_logits, None, teacher_rows)
+    return chosen("soft_cross_entropy", student_logits.device, "soft_cross_entropy_forward", shape_class)
 
 
 def cost(
@@ -167,15 +175,19 @@ def _shape_class(teacher: Tensor, student: Tensor, centre: Tensor | None, rows: 
     return f"{name_of(teacher.dtype)} {name_of(student.dtype)} K{student.shape[1]}" + " rows" * (rows is not None)
 
 
-@implement("tessera::soft_cross_entropy_forward", _shape_class)
-def _forward(teacher_logits, student_logits, centre, teacher_rows, weights, *plain):
-    *temperatures, implementation = plain
-    if teacher_rows is not None and len(teacher_rows) and checks_values(teacher_rows.device):
+def _check_rows(teacher_logits: Tensor, teacher_rows: Tensor | None) -> None:
+    if teacher_rows is not None and checks_values(teacher_rows.device) and len(teacher_rows):
         last, (low, high) = len(teacher_logits) - 1, (int(bound) for bound in teacher_rows.aminmax())
         if low < -1 or high > last:
             raise ValueError(
                 f"soft_cross_entropy needs teacher_rows between -1 and {last}, got {low if low < -1 else high}"
             )
+
+
+@implement("tessera::soft_cross_entropy_forward", _shape_class)
+def _forward(teacher_logits, student_logits, centre, teacher_rows, weights, *plain):
+    *temperatures, implementation = plain
+    _check_rows(teacher_logits, teacher_rows)
     forward = load("soft_cross_entropy", implementation).forward
     return forward(teacher_logits, student_logits, centre, teacher_rows, weights, *temperatures)
 

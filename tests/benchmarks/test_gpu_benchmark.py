@@ -66,6 +66,7 @@ def test_a_gpu_s_steps_time_dino_in_its_forms_on_every_implementation():
     forms = {one.implementation: one.measure.args[0].forms for one in planned}
     assert forms == {
         "reference": ("packed", "per-size", "padded"),
+        "plain": ("packed", "per-size"),
         "cuda": ("packed", "per-size"),
         "triton": ("packed", "per-size"),
     }
@@ -91,7 +92,9 @@ def test_sinkhorn_on_a_gpu_is_timed_in_all_forms_and_both_precisions(monkeypatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = list(bench_sinkhorn.cases(GPU))
     assert len({case.name for case in found}) == len(found) == 9
-    assert {tuple(case.forms) for case in found} == {("reference", "triton", "cuda", "published", "compiled published")}
+    assert {tuple(case.forms) for case in found} == {
+        ("reference", "plain", "triton", "cuda", "published", "compiled published")
+    }
     per_element = {case.name: case.cost.bytes / (2048 * 65536) for case in found}
     # four reads and Q in fp32; three sweeps, then scores and logits; both again, and the gradient
     assert per_element["assignment 2048 x 65536, bfloat16"] == 4 * 2 + 4

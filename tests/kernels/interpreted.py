@@ -18,18 +18,18 @@ MARKS = [pytest.mark.gpu] if HAS_GPU else []
 DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
 
 
-def _place(implementation: str, device: str, *dtype: torch.dtype):
+def place(implementation: str, device: str, *dtype: torch.dtype):
     needs_gpu = device == "cuda" or (implementation == "triton" and torch.bfloat16 in dtype)
     return pytest.param(implementation, device, *dtype, marks=[pytest.mark.gpu] if needs_gpu else [])
 
 
 # each implementation of an op that has both, on the devices that it runs on; the second with the dtypes that it takes
-IMPLEMENTATION_AND_DEVICE = [_place("reference", "cpu"), _place("reference", "cuda"), _place("triton", DEVICE)]
+IMPLEMENTATION_AND_DEVICE = [place("reference", "cpu"), place("reference", "cuda"), place("triton", DEVICE)]
 IMPLEMENTATION_DEVICE_DTYPE = [
-    _place(*place.values, dtype)
-    for place in IMPLEMENTATION_AND_DEVICE
+    place(*at.values, dtype)
+    for at in IMPLEMENTATION_AND_DEVICE
     for dtype in HALF_AND_FULL
-    if place.values[0] == "reference" or dtype != torch.float64
+    if at.values[0] == "reference" or dtype != torch.float64
 ]
 
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 
-from kernels.checks import check_range, checks_values
+from kernels.checks import check_range, check_temperature, checks_values
 
 CPU, GPU, META = (torch.device(name) for name in ("cpu", "cuda", "meta"))
 
@@ -42,3 +42,16 @@ def test_range():
     for wrong in (-1, 3):
         with pytest.raises(ValueError, match=f"^op needs indices between 0 and 2, got {wrong}$"):
             check_range("op", "indices", torch.tensor([[0, 1], [wrong, 2]]), 3)
+
+
+def test_a_temperature_in_a_tensor_is_for_plain_forms_and_not_looked_at():
+    for given, implementation in ((0.1, "reference"), (0.1, "plain"), (torch.zeros((), device=META), "plain")):
+        check_temperature("op", "temperature", given, implementation)
+    for wrong, implementation in ((torch.ones(()), "reference"), (torch.ones(1), "plain")):
+        with pytest.raises(
+            ValueError, match=r"^op needs temperature as a number, or in its plain form as a tensor of no"
+        ):
+            check_temperature("op", "temperature", wrong, implementation)
+    for wrong in (0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=r"^op needs a positive temperature, got "):
+            check_temperature("op", "temperature", wrong, "plain")

@@ -164,9 +164,16 @@ def test_every_public_op_is_tried_under_autocast():
     assert {name.split()[0] for name in PUBLIC} == set(choice.AVAILABLE)
 
 
+# of each call the forms that are plain torch
+FORMS = [
+    (name, form) for name in PUBLIC for form in ("reference", "plain") if form in choice.AVAILABLE[name.split()[0]]
+]
+
+
 @pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=NAMES)
-@pytest.mark.parametrize("name", PUBLIC)
-def test_autocast_changes_nothing(name: str, dtype: torch.dtype):
+@pytest.mark.parametrize(("name", "form"), FORMS)
+def test_autocast_changes_nothing(name: str, form: str, dtype: torch.dtype):
+    kernels.use(form)
     inputs, call = PUBLIC[name](dtype)
     found = []
     for enabled in (False, True):
@@ -176,3 +183,54 @@ def test_autocast_changes_nothing(name: str, dtype: torch.dtype):
         found.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
     for without, under in zip(*found, strict=True):
         assert without.dtype == under.dtype and torch.equal(without, under)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FULL, ids=NAMES)
+@pytest.mark.parametrize("name", [name for name, form in FORMS if form == "plain"])
+def test_what_a_plain_form_returns_has_the_dtype_of_the_reference(name: str, dtype: torch.dtype):
+    inputs, call = PUBLIC[name](dtype)
+    found = []
+    for form in ("reference", "plain"):
+        kernels.use(form)
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = call(*leaves)
+        found.append([out.detach(), *torch.autograd.grad(out.sum(), leaves)])
+    for reference, plain in zip(*found, strict=True):
+        assert (reference.dtype, reference.shape) == (plain.dtype, plain.shape)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("under", [False, True])
+def test_compiled_plain_forms_find_what_the_reference_finds_under_autocast_too(under: bool):
+    """Also with temperatures in tensors, of which compiled code is compiled once."""
+    teacher, student, queries, keys = (torch.randn(*shape) for shape in ((4, 33), (6, 33), (5, 8), (7, 8)))
+    rows, weights, targets = (
+        torch.tensor([[0, 1], [2, -1], [-1, -1], [3, 3], [1, 0], [2, 3]]),
+        torch.rand(6),
+        torch.arange(5),
+    )
+    leaves = [x.requires_grad_() for x in (student, queries, keys)]
+
+    def losses(hot, cold):
+        centre = kernels.sinkhorn_centre(teacher, cold)
+        named = kernels.soft_cross_entropy(teacher, student, cold, hot, centre, weights, rows)
+        paired = kernels.soft_cross_entropy(teacher, student[:4], cold, hot)
+        return (
+            named + paired + kernels.sinkhorn(teacher, cold)[:, 0].sum() + kernels.info_nce(queries, keys, targets, hot)
+        )
+
+    def step(run, temperatures):
+        with torch.autocast("cpu", torch.bfloat16, enabled=under):
+            loss = run(*temperatures)
+        return (loss.detach(), *torch.autograd.grad(loss, leaves))
+
+    schedule = ((0.2, 0.1), (0.3, 0.15))
+    kernels.use("reference")
+    wanted = [step(losses, temperatures) for temperatures in schedule]
+    kernels.use("plain")
+    compiled = torch.compile(losses, fullgraph=True, dynamic=False)
+    first, second = ([torch.tensor(t) for t in temperatures] for temperatures in schedule)
+    found = [step(compiled, first)]
+    with torch.compiler.set_stance("fail_on_recompile"):
+        found.append(step(compiled, second))
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)

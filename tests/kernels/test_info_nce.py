@@ -8,13 +8,16 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels.info_nce import cost, reference
-from tests.kernels.agreement import assert_agrees
-from tests.kernels.interpreted import (
-    IMPLEMENTATION_AND_DEVICE,
-    IMPLEMENTATION_DEVICE_DTYPE,
-    moved,
-    poisoned_memory,
-)
+from tests.kernels import interpreted
+from tests.kernels.agreement import HALF_AND_FULL, assert_agrees
+from tests.kernels.interpreted import moved, place, poisoned_memory
+
+PLAIN = [("plain", "cpu"), ("plain", "cuda")]
+IMPLEMENTATION_AND_DEVICE = [*interpreted.IMPLEMENTATION_AND_DEVICE, *(place(*where) for where in PLAIN)]
+IMPLEMENTATION_DEVICE_DTYPE = [
+    *interpreted.IMPLEMENTATION_DEVICE_DTYPE,
+    *(place(*where, dtype) for where in PLAIN for dtype in HALF_AND_FULL),
+]
 
 
 def plain_info_nce(queries, keys, targets, temperature):
@@ -131,7 +134,7 @@ def test_same_bits_every_time(implementation, device):
         assert all(map(torch.equal, runs[0], again))
 
 
-@pytest.mark.parametrize(("implementation", "device"), IMPLEMENTATION_AND_DEVICE)
+@pytest.mark.parametrize(("implementation", "device"), interpreted.IMPLEMENTATION_AND_DEVICE)
 def test_opcheck(implementation, device):
     kernels.use(implementation, "info_nce")
     queries, keys, targets = random_input(5, 7, 4, device=device)

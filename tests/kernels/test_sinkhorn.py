@@ -17,6 +17,16 @@ from kernels.sinkhorn import cost
 from tests.kernels.agreement import DEVICES, HALF_AND_FULL, assert_agrees, assert_close_as_plain
 
 
+@pytest.fixture(autouse=True, params=["reference", "plain"])
+def _traced_or_not(request):
+    kernels.use(request.param, "soft_cross_entropy")
+    kernels.use(request.param, "sinkhorn")
+
+
+# what would do the same twice
+ONLY_REFERENCE = pytest.mark.parametrize("_traced_or_not", ["reference"], indirect=True)
+
+
 def published_sinkhorn(scores, temperature, iterations=3):
     """Prototypes x samples, brought to total 1, then rows to 1/K and columns to 1/B in turn."""
     q = torch.exp(scores / temperature).T
@@ -91,6 +101,7 @@ def test_a_shift_per_sample_would_be_wrong():
     torch.testing.assert_close(kernels.sinkhorn(scores + 1000, 0.1), published_sinkhorn(scores, 0.1))
 
 
+@ONLY_REFERENCE
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 4), st.integers(1, 7))
 def test_any_number_of_rows_at_a_time(rows, prototypes, iterations, step):
@@ -216,6 +227,7 @@ def test_same_bits_every_time(device):
         assert all(map(torch.equal, runs[0], again))
 
 
+@ONLY_REFERENCE
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):
     ops = torch.ops.tessera
@@ -308,6 +320,7 @@ def test_compiles_with_a_group(tmp_path: Path):
     torch.testing.assert_close(results, both(scores, student))
 
 
+@ONLY_REFERENCE
 def test_cost_reads_once_per_iteration_and_once_more():
     assign, forward, backward = cost(2048, 65536, element_size=2, iterations=3)
     elements = 2048 * 65536

@@ -12,6 +12,15 @@ from kernels.soft_cross_entropy import cost
 from tests.kernels.agreement import DEVICES, HALF_AND_FULL, assert_agrees
 
 
+@pytest.fixture(autouse=True, params=["reference", "plain"])
+def _traced_or_not(request):
+    kernels.use(request.param, "soft_cross_entropy")
+
+
+# what would do the same twice
+ONLY_REFERENCE = pytest.mark.parametrize("_traced_or_not", ["reference"], indirect=True)
+
+
 def plain_soft_cross_entropy(
     teacher, student, teacher_temperature, student_temperature, centre=None, weights=None, teacher_rows=None
 ):
@@ -82,6 +91,7 @@ def test_named_teacher_rows(device, dtype, teachers, students, met):
     agrees(teacher, student, 0.04, 0.1, weights=weights, teacher_rows=rows[:, 0])
 
 
+@ONLY_REFERENCE
 @settings(max_examples=40, deadline=None)
 @given(
     st.integers(1, 9), st.integers(1, 20), st.integers(1, 30), st.integers(0, 3), st.integers(1, 7),
@@ -250,6 +260,7 @@ def check_op(implementation, dtype, device):
         )  # fmt: skip
 
 
+@ONLY_REFERENCE
 @pytest.mark.parametrize("device", DEVICES)
 def test_opcheck(device):
     check_op("reference", torch.float64, device)
@@ -276,6 +287,7 @@ def test_compiles_without_a_graph_break(device):
     check_compiles(device)
 
 
+@ONLY_REFERENCE
 def test_cost_reads_every_row_once():
     forward, backward = cost(128, 640, 65536, element_size=2, pairs=1152)
     assert forward.bytes == (128 + 640) * 65536 * 2

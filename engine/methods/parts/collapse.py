@@ -16,15 +16,18 @@ Shapes: G rows with targets, R rows of the student (images or patches, of this r
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 import kernels
 from engine.core import dist
+from kernels.sinkhorn import balanced_by
+from kernels.soft_cross_entropy import met_by
 
 CHOICES = ("centring", "me-max", "sinkhorn", "me-max+sinkhorn", "none")
 
@@ -64,38 +67,6 @@ class Targets:
         return Targets(torch.cat([part._centred() for part in parts]), temperature)
 
 
-def cross_entropy(
-    targets: Targets,
-    student_RK: Tensor,
-    temperature: float,
-    rows_RV: Tensor | None = None,
-    weights_R: Tensor | None = None,
-) -> Tensor:
-    """Mean over the student's rows, or with weights [R] their sum, of -sum_k target log softmax(student / temperature).
-
-    The one place where a student meets soft targets. `rows_RV`, int64 [R, V], names the targets of each row of the student,
-    whose cross-entropies are added, -1 for none; None pairs row with row.
-    """
-    return kernels.soft_cross_entropy(
-        targets.scores, student_RK, targets.temperature, temperature, targets.centre, weights_R, rows_RV
-    )
-
-
-def across_views(
-    targets: Targets, student_RK: Tensor, temperature: float, views: tuple[int, int], *, skip_same: bool = True
-) -> Tensor:
-    """Mean cross-entropy over all pairs of a target view and a student view of the same image.
-
-    Args:
-        targets: of views[0] views, image by image within a view.
-        student_RK: scores of views[1] views, likewise.
-        skip_same: view i of the targets shows what view i of the student shows, and these pairs are left out.
-    """
-    images = len(student_RK) // views[1]
-    rows_RV, pairs = _meetings(*views, images, skip_same, student_RK.device)
-    return cross_entropy(targets, student_RK, temperature, rows_RV) * (views[1] / pairs)
-
-
 @lru_cache(maxsize=16)
 def _meetings(
     target_views: int, student_views: int, images: int, skip_same: bool, device: torch.device
@@ -107,7 +78,7 @@ def _meetings(
         meet_ST = (views_S1 != views_T) | (not skip_same)
         rows_SbT = views_T * images + torch.arange(images, device=device)[:, None].expand(student_views, -1, -1)
         rows_RT = torch.where(meet_ST[:, None], rows_SbT, -1).flatten(0, 1)
-    return rows_RT, int(meet_ST.sum())
+    return rows_RT, target_views * student_views - skip_same * min(target_views, student_views)
 
 
 class Collapse(nn.Module):
@@ -141,6 +112,7 @@ class Collapse(nn.Module):
         self.from_probabilities = from_probabilities
         self.register_buffer("centre", torch.zeros(prototypes) if self.centres else None)
         self.pending: list[Tensor] = []
+        self.meet, self.balance = kernels.soft_cross_entropy, _balance
 
     @torch.no_grad()
     def targets(self, scores_RK: Tensor, temperature: float) -> Targets:
@@ -148,10 +120,55 @@ class Collapse(nn.Module):
         scores_RK = scores_RK.detach()
         if not self.balances:
             return Targets(scores_RK, temperature, self.centre)
-        if self.from_probabilities:
-            balanced = kernels.sinkhorn_centre((_wide(scores_RK) / temperature).log_softmax(1), 1.0, group=dist.group())
-            return Targets(scores_RK, temperature, balanced * temperature)
-        return Targets(scores_RK, temperature, kernels.sinkhorn_centre(scores_RK, temperature, group=dist.group()))
+        started_RK = _wide(scores_RK[:0]) if self.from_probabilities else scores_RK
+        plain = balanced_by(started_RK) == "plain"
+        balance, given = self.balance if plain else _balance, _given(temperature, scores_RK, plain)
+        return Targets(scores_RK, temperature, balance(scores_RK, given, self.from_probabilities, dist.group()))
+
+    def cross_entropy(
+        self,
+        targets: Targets,
+        student_RK: Tensor,
+        temperature: float,
+        rows_RV: Tensor | None = None,
+        weights_R: Tensor | None = None,
+    ) -> Tensor:
+        """Mean over the student's rows, or with weights [R] their sum, of -sum_k target log softmax(student / temperature).
+
+        The one place where a student meets soft targets. `rows_RV`, int64 [R, V], names the targets of each row of the student,
+        whose cross-entropies are added, -1 for none; None pairs row with row.
+        """
+        plain = met_by(targets.scores, student_RK, rows_RV) == "plain"
+        meet = self.meet if plain else kernels.soft_cross_entropy
+        temperatures = (_given(t, student_RK, plain) for t in (targets.temperature, temperature))
+        return meet(targets.scores, student_RK, *temperatures, targets.centre, weights_R, rows_RV)
+
+    def across_views(
+        self,
+        targets: Targets,
+        student_RK: Tensor,
+        temperature: float,
+        views: tuple[int, int],
+        *,
+        skip_same: bool = True,
+    ) -> Tensor:
+        """Mean cross-entropy over all pairs of a target view and a student view of the same image.
+
+        Args:
+            targets: of views[0] views, image by image within a view.
+            student_RK: scores of views[1] views, likewise.
+            skip_same: view i of the targets shows what view i of the student shows, and these pairs are left out.
+        """
+        images = len(student_RK) // views[1]
+        rows_RV, pairs = _meetings(*views, images, skip_same, student_RK.device)
+        return self.cross_entropy(targets, student_RK, temperature, rows_RV) * (views[1] / pairs)
+
+    def regions(self) -> Iterator[tuple[object, str]]:
+        """What may be compiled, as `engine.methods.base.Method.regions` has it; called only where plain implementations run, which
+        the compiler sees through."""
+        yield self, "meet"
+        if self.balances:
+            yield self, "balance"
 
     def regulariser(self, student_RK: Tensor, temperature: float) -> Tensor:
         """ME-MAX's term, weighted: log K - entropy of the student's mean prediction over all rows of all ranks; else 0.
@@ -226,6 +243,24 @@ def usage(indices: Tensor, count: int) -> Tensor:
     chosen = torch.zeros(count, dtype=torch.int64, device=indices.device)
     share = chosen.index_add_(0, indices, torch.ones_like(indices)).double() / indices.numel()
     return (torch.exp(-torch.xlogy(share, share).sum()) / min(count, indices.numel())).float()
+
+
+def _balance(
+    scores_RK: Tensor, temperature: float | Tensor, from_probabilities: bool, group: ProcessGroup | None
+) -> Tensor:
+    """The centre [K] that Sinkhorn-Knopp finds for the rows of a group of ranks."""
+    if not from_probabilities:
+        return kernels.sinkhorn_centre(scores_RK, temperature, group=group)
+    log_p_RK = (_wide(scores_RK) / temperature).log_softmax(1)
+    return kernels.sinkhorn_centre(log_p_RK, 1.0, group=group) * temperature
+
+
+def _given(temperature: float, like: Tensor, plain: bool) -> float | Tensor:
+    """The temperature as an op is given it on the device of `like`: in its plain form as a tensor [], for compiled code would be
+    compiled again for another number."""
+    if not plain:
+        return temperature
+    return torch.full((), temperature, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def _wide(x: Tensor) -> Tensor:

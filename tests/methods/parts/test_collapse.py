@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.methods.parts.collapse import CHOICES, Collapse, Targets, across_views, cross_entropy, usage
+from engine.methods.parts.collapse import CHOICES, Collapse, Targets, _meetings, usage
 
 TEACHER, STUDENT = 0.05, 0.1
 ROWS, PROTOTYPES, VIEWS = 6, 12, (2, 5)
@@ -54,7 +54,7 @@ def make(choice: str, **options: object) -> Collapse:
 
 
 def whole_loss(guard: Collapse, scores: Tensor, student: Tensor, views: tuple[int, int] = VIEWS) -> Tensor:
-    loss = across_views(guard.targets(scores, TEACHER), student, STUDENT, views)
+    loss = guard.across_views(guard.targets(scores, TEACHER), student, STUDENT, views)
     guard.observe(scores)
     return loss + guard.regulariser(student, STUDENT)
 
@@ -66,7 +66,7 @@ def test_loss_and_gradient_equal_a_plain_restatement(choice: str, from_probabili
     scores = unit_scores(VIEWS[0] * ROWS).requires_grad_()
     student = unit_scores(VIEWS[1] * ROWS, 1).requires_grad_()
     targets = guard.targets(scores, TEACHER)
-    loss = across_views(targets, student, STUDENT, VIEWS) + guard.regulariser(student, STUDENT)
+    loss = guard.across_views(targets, student, STUDENT, VIEWS) + guard.regulariser(student, STUDENT)
     centre = torch.zeros(PROTOTYPES) if guard.centre is None else guard.centre
     q = plain_targets(choice, scores.detach(), centre, from_probabilities)
     torch.testing.assert_close(targets.probabilities, q)
@@ -93,16 +93,28 @@ def test_rows_name_targets_and_weights_replace_the_mean():
         met = [(targets.scores[index] / TEACHER).softmax(0) for index in mine if index >= 0]
         per_row.append(sum((-(q * (row / STUDENT).log_softmax(0)).sum() for q in met), torch.zeros(())))
     losses = torch.stack([loss.double() for loss in per_row])
-    torch.testing.assert_close(cross_entropy(targets, student, STUDENT, rows), losses.mean())
-    torch.testing.assert_close(cross_entropy(targets, student, STUDENT, rows, weights), (losses * weights).sum())
+    torch.testing.assert_close(make("none").cross_entropy(targets, student, STUDENT, rows), losses.mean())
+    torch.testing.assert_close(
+        make("none").cross_entropy(targets, student, STUDENT, rows, weights), (losses * weights).sum()
+    )
 
 
 def test_all_pairs_meet_where_no_view_is_shared():
     scores, student = unit_scores(ROWS), unit_scores(3 * ROWS, 1)
-    loss = across_views(Targets(scores, TEACHER), student, STUDENT, (1, 3), skip_same=False)
+    loss = make("none").across_views(Targets(scores, TEACHER), student, STUDENT, (1, 3), skip_same=False)
     q = (scores / TEACHER).softmax(1)
     plain = [-(q * F.log_softmax(view / STUDENT, dim=1)).sum(1).mean() for view in student.split(ROWS)]
     torch.testing.assert_close(loss, sum(plain) / 3)
+
+
+@pytest.mark.parametrize("views", [(2, 5), (1, 3), (3, 2), (2, 2)])
+@pytest.mark.parametrize("skip_same", [False, True])
+def test_the_host_knows_how_many_pairs_meet(views: tuple[int, int], skip_same: bool):
+    """A meta tensor has no values, so nothing can have been read from it."""
+    rows, pairs = _meetings(*views, 4, skip_same, torch.device("cpu"))
+    assert pairs * 4 == (rows >= 0).sum()
+    unread, again = _meetings(*views, 4, skip_same, torch.device("meta"))
+    assert (unread.shape, again) == (rows.shape, pairs)
 
 
 def test_targets_of_different_centres_are_joined():

@@ -1,369 +1,285 @@
-"""One command for a machine with a GPU: tests, kernels against their peers, whole training steps, records.
+"""One command for a machine with a GPU: checks, kernels against their peers, whole training steps, tests, records.
 
     python -m benchmarks.gpu --out benchmarks/records/DATE-device
 
-In this order, each part within its share of --minutes: the tests marked `gpu`; the ceilings of the card (a large copy, a large
-matrix product); every kernel in every implementation beside every peer that is installed; whole steps, eager and compiled, on the
-reference and on our kernels, those of DINO beside the usual forms of multi-crop. What did not fit into the time is listed as
-not run. `record.json` holds everything, `record.md` the tables, `roofline.png` the picture.
+Every check, every form of every case in one direction and every step is a job in a guarded child process (`kernels.guarded`):
+what crashes, hangs or loses the GPU costs itself alone, and is told in its place. In this order, each part until its share of
+--minutes is over:
+
+1. values and gradients of all implementations, at the sizes that are timed, against float64, for four minutes at most (--smoke
+   ends here);
+2. the ceilings of the card (a large copy, a large matrix product), then all implementations of all ops, timed, and the peers that
+   need no compiler; those ops first from which most is expected;
+3. whole steps, compiled and eager, on the reference and on our kernels, those of DINO beside the usual forms of multi-crop;
+4. the tests marked `gpu`; the peers that torch compiles.
+
+What failed its check is not timed. Every result is appended to `record.jsonl` at once; at the end, or by --fold DIR from what a
+stopped command left, `record.json` holds everything, `record.md` the tables, `roofline.png` the picture. The kernels' part needs
+torch and Triton only.
 """
 
-import importlib
-import json
-import math
+import argparse
 import platform
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
-import kernels
-from benchmarks import multicrop, roofline, throughput
-from benchmarks.kernels.case import CPU, Case, Machine, machine
-from engine.core.durable import write_folder
+from benchmarks import whole_steps
+from benchmarks.kernels.case import CPU, GPU, Case, Machine, cases
+from benchmarks.record import Record, fold, speed
 from engine.core.errors import BadInput
-from engine.core.flags import read
 from kernels.choice import AVAILABLE
+from kernels.guarded import Guard, Outcome
 
 ROOT = Path(__file__).parents[1]
+MODULE = "benchmarks.kernels.bench_{op}"
+JOBS = "benchmarks.kernels.jobs"
+WORTH = ("soft_cross_entropy", "sinkhorn", "packed_attention")  # ops from which most is expected, in this order
+SMOKE_SECONDS = 240
+# by part: the share of the time after which none of it begins any more
+UNTIL = {
+    "facts": 1.0, "check": 0.4, "ceilings": 1.0, "ours": 0.6, "peers": 0.68, "step": 0.84, "profile": 0.86, "tests": 0.95,
+    "compiled": 1.0,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Options:
-    """Test and time everything on this machine's GPU, and write a record."""
+    """Check and time everything on this machine's GPU, and write a record."""
 
-    out: str = ""
-    """The record's folder; empty: benchmarks/records/DATE-device. An earlier record there is replaced."""
-    minutes: float = 9.0
-    """The time it may take; what does not fit is listed as not run."""
-    ops: tuple[str, ...] = ()
-    """Only these kernels; empty: all."""
-    tests: bool = True
-    """Run the tests marked gpu."""
-    steps: bool = True
-    """Time whole training steps."""
-    cpu: bool = False
-    """Small cases on the CPU, without a GPU: shows that the command works, its figures say nothing about a GPU."""
-
-
-@dataclass
-class Budget:
-    """Wall-clock time: what may still be started."""
-
-    ends: float
-
-    @property
-    def left(self) -> float:
-        return self.ends - time.monotonic()
-
-
-def milliseconds(call: Callable[[], Any], on_gpu: bool, seconds: float = 0.15) -> list[float]:
-    """Times of single calls; on a GPU by events, the L2 cache overwritten before each call, so that it reads memory."""
-    call()
-    if not on_gpu:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            call()
-            times.append(1e3 * (time.perf_counter() - start))
-        return sorted(times)
-    flush = torch.empty(256 * 2**20, dtype=torch.int8, device="cuda")
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    call()
-    torch.cuda.synchronize()
-    repeats = max(5, min(100, math.ceil(seconds / max(time.perf_counter() - start, 1e-5))))
-    marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    for before, after in marks:
-        flush.zero_()
-        before.record()
-        call()
-        after.record()
-    torch.cuda.synchronize()
-    return sorted(before.elapsed_time(after) for before, after in marks)
-
-
-def median(values: list[float]) -> float:
-    return values[len(values) // 2]
-
-
-def ceilings(at: Machine) -> dict[str, float]:
-    """Bytes per second of a copy (read and written), and operations per second of a matrix product, on random data."""
-    on_gpu = at.device == "cuda"
-    source = at.randn(2**30 if on_gpu else 2**22)
-    target = torch.empty_like(source)
-    copy = median(milliseconds(lambda: target.copy_(source), on_gpu))
-    side = 8192 if on_gpu else 1024
-    a, b = at.randn(side, side), at.randn(side, side)
-    product = median(milliseconds(lambda: a @ b, on_gpu))
-    return {
-        "bytes_per_second": 2e3 * source.numel() * source.element_size() / copy,
-        "flops_per_second": 2e3 * side**3 / product,
-    }
-
-
-def measure(case: Case, ceiling: dict[str, float], on_gpu: bool) -> dict[str, Any]:
-    """Every form of a case; a peer that fails says why in its place, an implementation of ours fails the record."""
-    floor = 1e3 * case.cost.floor_seconds(**ceiling)
-    forms: dict[str, dict[str, Any]] = {}
-    for name, form in case.forms.items():
-        torch.manual_seed(0)
-        try:
-            call = form(*case.inputs())
-            times = milliseconds(call, on_gpu)
-        except Exception as error:
-            forms[name] = {"failed": f"{type(error).__name__}: {error}".split("\n")[0][:200]}
-        else:
-            forms[name] = {
-                "ms": median(times), "ms_best": times[0], "ms_worst": times[-1], "runs": len(times),
-                "gigabytes_per_second": 1e-6 * case.cost.bytes / median(times), "share_of_floor": floor / median(times),
-            }  # fmt: skip
-        finally:
-            call = None
-            kernels.use("auto")
-            if on_gpu:
-                torch.cuda.empty_cache()
-    peers = {name: found["ms"] for name, found in forms.items() if name not in case.ours and "ms" in found}
-    best = min(peers, key=peers.get) if peers else None
-    for found in forms.values():
-        if best and "ms" in found:
-            found["speed_against_best_peer"] = peers[best] / found["ms"]
-    return {
-        "op": case.op, "case": case.name, "bytes": case.cost.bytes, "flops": case.cost.flops, "floor_ms": floor,
-        "best_peer": best, "ours": list(case.ours), "forms": forms,
-    }  # fmt: skip
-
-
-def cases(at: Machine, ops: tuple[str, ...]) -> Iterator[Case]:
-    for op in ops:
-        yield from importlib.import_module(f"benchmarks.kernels.bench_{op}").cases(at)
-
-
-def run_tests(budget: Budget) -> dict[str, Any]:
-    """The tests marked gpu, in a process of their own; what they printed last is kept."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider"]
-    start = time.monotonic()
-    try:
-        result = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=max(1, budget.left / 2)
-        )
-        output, status = result.stdout + result.stderr, result.returncode
-    except subprocess.TimeoutExpired as error:
-        output, status = (error.stdout or b"").decode(errors="replace"), None
-    ending = output.strip().splitlines()[-1] if output.strip() else ""
-    return {
-        "command": "python -m pytest -m gpu", "status": status, "summary": ending, "output": output[-20000:],
-        "seconds": round(time.monotonic() - start, 1),
-    }  # fmt: skip
+    out: str = field(default="", metadata={"help": "the record's folder, an earlier record there is replaced; default: "
+                                                   "benchmarks/records/DATE-device"})  # fmt: skip
+    minutes: float = field(
+        default=9.0, metadata={"help": "the time it may take; what does not fit is listed as not run"}
+    )
+    ops: tuple[str, ...] = field(default=(), metadata={"help": "only these kernels; default: all"})
+    smoke: bool = field(default=False, metadata={"help": "only check values and gradients, at most four minutes"})
+    tests: bool = field(default=True, metadata={"help": "run the tests marked gpu"})
+    steps: bool = field(default=True, metadata={"help": "time whole training steps"})
+    cpu: bool = field(default=False, metadata={"help": "small cases on the CPU, without a GPU: shows that the command works, its "
+                                                       "figures say nothing about a GPU"})  # fmt: skip
+    fold: str = field(default="", metadata={"help": "make the tables of the record in this folder, and nothing else"})
 
 
 @dataclass(frozen=True)
-class Planned:
-    """A measurement of whole steps with one choice of kernels, and the seconds that must be left to begin it."""
+class Job:
+    """A call of the guarded child."""
 
+    part: str
     name: str
-    implementation: str
+    function: str
+    arguments: dict[str, Any]
     seconds: float
-    measure: Callable[[], dict]
+    """It is stopped after so many."""
+    about: dict[str, Any] = field(default_factory=dict)
+    """What its line of the record holds beside the outcome."""
+    least: float = 0.0
+    """The seconds that must be left to begin it."""
 
 
-def planned_steps(at: Machine) -> Iterator[Planned]:
-    """MAE, multi-crop DINO in its forms, two-view tuning and, on a GPU, RelViT: on the reference and on each of our
-    implementations."""
-    on_gpu = at.device == "cuda"
-    model, batch = ("vit_large_patch16_224", 256) if on_gpu else ("vit_tiny_patch16_224", 2)
-    own = sorted({one for exist in AVAILABLE.values() for one in exist} - {"reference"}) if on_gpu else []
-    for method in ("mae", "dino", "maect", *(("relvit",) if on_gpu else ())):
-        for compiles in (False, True):
-            for implementation in ("reference", *own):
-                name = f"{method} {model}, {'compiled' if compiles else 'eager'}, kernels: {implementation}"
-                common = {
-                    "model": model,
-                    "compile": compiles,
-                    "device": at.device,
-                    "rounds": 3,
-                    "steps": 2 if on_gpu else 1,
-                }
-                if method != "dino":
-                    peer = method == "mae" and implementation == "reference"
-                    options = throughput.Options(method=method, batch_size=batch, peer=peer, **common)
-                    yield Planned(name, implementation, 90 if on_gpu else 20, partial(throughput.measure, options))
-                elif compiles == on_gpu:
-                    # lightly's form takes minutes to compile: `benchmarks.multicrop` has it
-                    forms = (multicrop.OURS, multicrop.USUAL, *(("padded",) if implementation == "reference" else ()))
-                    sizes = {"batch_size": 32} if on_gpu else {"batch_size": 2, "prototypes": 1024, "memory": False}
-                    options = multicrop.Options(forms=forms, **sizes, **common)
-                    yield Planned(name, implementation, 150 if on_gpu else 40, partial(multicrop.measure, options))
+def jobs(at: Machine, options: Options) -> Iterator[Job]:
+    """All that is to be done, in order."""
+    yield Job("facts", "facts", f"{JOBS}:facts", {"device": at.device}, 120)
+    listed = list(_cases(at, options.ops))
+    yield from _checks(listed, at)
+    if options.smoke:
+        return
+    yield Job("ceilings", "ceilings", f"{JOBS}:ceilings", {"device": at.device}, 120)
+    for part in ("ours", "peers"):
+        for module, case in listed:
+            yield from _times(part, module, case, at)
+    if options.steps:
+        for one in whole_steps.planned(at.device):
+            arguments = {"implementation": one.implementation, "benchmark": one.benchmark, "options": one.options}
+            yield Job("step", one.name, "benchmarks.whole_steps:measure", arguments, 300, least=one.seconds)
+        yield Job(
+            "profile", "profile of an MAE step", "benchmarks.whole_steps:profile", {"device": at.device}, 120, least=30
+        )
+    if options.tests and at.device == "cuda":
+        yield Job("tests", "tests marked gpu", f"{JOBS}:run_tests", {}, 600)
+    for module, case in listed:
+        yield from _times("compiled", module, case, at)
 
 
-def whole_steps(at: Machine, budget: Budget, say: Callable[[str], None]) -> tuple[list[dict], list[str]]:
-    """The planned steps that fit into the time, and the names of those that do not."""
-    found, left_out = [], []
-    for planned in planned_steps(at):
-        if budget.left < planned.seconds:
-            left_out.append(planned.name)
-            continue
-        try:
-            for op, exist in AVAILABLE.items():
-                kernels.use(planned.implementation if planned.implementation in exist else "reference", op)
-            record = planned.measure()
-        except Exception as error:
-            record = {"failed": f"{type(error).__name__}: {error}".split("\n")[0][:300]}
-        finally:
-            kernels.use("auto")
-            torch.compiler.reset()
-        found.append({"name": planned.name} | record)
-        say(f"{planned.name}: {_speed(record)}")
-    return found, left_out
+def _cases(at: Machine, ops: Sequence[str]) -> Iterator[tuple[str, Case]]:
+    chosen = ops or AVAILABLE
+    for op in (*(op for op in WORTH if op in chosen), *(op for op in chosen if op not in WORTH)):
+        module = MODULE.format(op=op)
+        for case in cases(module, at):
+            yield module, case
 
 
-def profile(at: Machine) -> list[dict[str, Any]]:
-    """Where the time of an MAE step goes: the twenty most expensive operations on the device."""
-    model, batch = ("vit_large_patch16_224", 256) if at.device == "cuda" else ("vit_tiny_patch16_224", 2)
-    options = throughput.Options(method="mae", model=model, batch_size=batch, device=at.device)
-    step, _ = throughput.ours(options, torch.device(at.device), "bf16" if at.device == "cuda" else "fp32")
-    for _ in range(3):
-        step()
-    with torch.profiler.profile() as seen:
-        for _ in range(3):
-            step()
-        if at.device == "cuda":
-            torch.cuda.synchronize()
-    attribute = "self_device_time_total" if at.device == "cuda" else "self_cpu_time_total"
-    rows = sorted(seen.key_averages(), key=lambda row: -getattr(row, attribute))
-    total = sum(getattr(row, attribute) for row in rows) or 1.0
-    return [
-        {"operation": row.key[:120], "share": getattr(row, attribute) / total, "calls": row.count} for row in rows[:20]
-    ]
+def _checks(listed: Sequence[tuple[str, Case]], at: Machine) -> Iterator[Job]:
+    """One case of every op before the others, the reference last: the time for checks is short."""
+    seen: set[str] = set()
+    found: list[tuple[bool, bool, Job]] = []
+    for module, case in listed:
+        for form in case.ours:
+            about = {"op": case.op, "case": case.name, "form": form, "ours": True}
+            arguments = {"module": module, "name": case.name, "form": form, "device": at.device}
+            job = Job("check", f"check {case.op}: {case.name}: {form}", f"{JOBS}:check", arguments, 60, about)
+            found.append((form == "reference", case.op in seen, job))
+        seen.add(case.op)
+    yield from (job for *_, job in sorted(found, key=lambda one: one[:2]))
 
 
-def _speed(record: dict) -> str:
-    if "failed" in record:
-        return f"failed: {record['failed']}"
-    parts = []
-    for name, found in record["median"].items():
-        part = f"{name} {found['images_per_second']:,.1f} images/s, {found['share_of_peak']:.1%} of the matrix product"
-        if "ratio" in found and name != record["base"]:
-            part += f", {found['ratio']:.2f}x {record['base']}"
-        if name in record.get("peak_memory", {}):
-            part += f", {record['peak_memory'][name] / 2**30:.1f} GiB"
-        parts.append(part)
-    return "; ".join(parts + [f"{name} left out: {why}" for name, why in record.get("left_out", {}).items()])
+def _times(part: str, module: str, case: Case, at: Machine) -> Iterator[Job]:
+    """Those of one part: our forms, peers, peers that are compiled."""
+    ours = case.ours
+    compiled = {form for form in case.theirs if form.startswith("compiled")}
+    forms = {"ours": ours, "peers": [form for form in case.theirs if form not in compiled], "compiled": compiled}[part]
+    for form in sorted(forms) if part == "compiled" else forms:
+        for direction, cost in zip(case.directions, case.costs, strict=True):
+            about = {
+                "op": case.op, "case": case.name, "form": form, "direction": direction, "ours": form in ours,
+                "bytes": cost.bytes, "flops": cost.flops,
+            }  # fmt: skip
+            arguments = {"module": module, "name": case.name, "form": form, "direction": direction, "device": at.device}
+            limit = 120 if "compiled" in form else 60
+            yield Job(
+                part, f"time {case.op}: {case.name}, {direction}: {form}", f"{JOBS}:time", arguments, limit, about
+            )
 
 
-def tables(record: dict[str, Any]) -> str:
-    """The record in Markdown."""
-    lines = [f"# {record['device']}, {record['date']}", "", f"torch {record['torch']}, {record['dtype']}.", ""]
-    if record["ceilings"]:
-        lines += [
-            f"Ceilings measured: copy {record['ceilings']['bytes_per_second'] / 1e12:.2f} TB/s, "
-            f"matrix product {record['ceilings']['flops_per_second'] / 1e12:.1f} TFLOP/s.", "",
-        ]  # fmt: skip
-    if record["tests"]:
-        lines += [f"Tests (`{record['tests']['command']}`): {record['tests']['summary']}", ""]
-    lines += [
-        "| op | case | form | ms | GB/s | floor / time | best peer / this |", "|---|---|---|---:|---:|---:|---:|",
-    ]  # fmt: skip
-    for row in record["kernels"]:
-        for name, found in row["forms"].items():
-            label = f"**{name}**" if name in row["ours"] else name
-            if "failed" in found:
-                cells = (f"does not run: {found['failed']}".replace("|", "/"), "", "", "")
+def work(planned: Sequence[Job], record: Record, seconds: float, smoke: bool) -> None:
+    """Do the jobs that fit into the time, and append what became of each to the record."""
+    start = time.monotonic()
+    wrong: dict[tuple, str] = {}
+    with Guard(preload=("torch", JOBS)) as guard, Guard() as bare:
+        for job in planned:
+            left = start + seconds - time.monotonic()
+            until = start + seconds * (1.0 if smoke else UNTIL[job.part]) - time.monotonic()
+            if job.part == "check":
+                until = min(until, start + SMOKE_SECONDS - time.monotonic())
+            if job.part in ("check", "tests"):
+                left = until
+            if until <= 0 or left < job.least:
+                continue
+            limit = min(job.seconds, left)
+            key = tuple(job.about.get(name) for name in ("op", "case", "form"))
+            if job.part != "check" and key in wrong:
+                outcome = Outcome(None, f"not timed, its check failed: {wrong[key]}", 0.0, "")
             else:
-                ratio = found.get("speed_against_best_peer")
-                cells = (
-                    f"{found['ms']:.3f}", f"{found['gigabytes_per_second']:,.0f}", f"{found['share_of_floor']:.0%}",
-                    "" if ratio is None else f"{ratio:.2f}x",
-                )  # fmt: skip
-            lines.append(f"| {row['op']} | {row['case']} | {label} | {' | '.join(cells)} |")
-    if record["steps"]:
-        lines += ["", "## Whole steps", ""] + [f"- {step['name']}: {_speed(step)}" for step in record["steps"]]
-    if record["profile"]:
-        lines += ["", "## Where an MAE step spends its time", "", "| share | calls | operation |", "|---:|---:|---|"]
-        lines += [f"| {row['share']:.1%} | {row['calls']} | `{row['operation']}` |" for row in record["profile"]]
-    if record["not_run"]:
-        lines += ["", "## Not run for want of time", ""] + [f"- {name}" for name in record["not_run"]]
-    return "\n".join(lines) + "\n"
+                # the tests start processes of their own, which want the device's memory
+                worker = bare if job.part == "tests" else guard
+                if worker is bare:
+                    guard.close()
+                outcome = worker.run(job.function, job.arguments, limit)
+            if outcome.failure and outcome.seconds >= limit < job.seconds and job.part != "tests":
+                print(f"{job.name}: stopped, the time is over", flush=True)
+                continue  # it has not failed: it was not given its time
+            if job.part == "check" and outcome.failure:
+                wrong[key] = outcome.failure
+            line = {"job": job.name, **job.about, "value": outcome.value, "failure": outcome.failure}
+            line |= {"seconds": round(outcome.seconds, 3)}
+            if outcome.failure or job.part == "tests":
+                line["output"] = outcome.output
+            part = "time" if "direction" in job.about else job.part
+            record.append(part=part, **line)
+            print(f"{job.name}: {_shown(part, outcome)}", flush=True)
+    record.append(part="end")
+
+
+def _shown(part: str, outcome: Outcome) -> str:
+    if outcome.failure:
+        return outcome.failure
+    if part == "time":
+        return f"{outcome.value['ms']:.3f} ms"
+    if part == "step":
+        return speed(outcome.value)
+    if part == "tests":
+        return (outcome.output.strip().splitlines() or ["it said nothing"])[-1]
+    return "right" if part == "check" else "done"
+
+
+def read(arguments: Sequence[str]) -> Options:
+    """The options; BadInput where they cannot be meant."""
+    parser = _Parser(prog="benchmarks.gpu", description=Options.__doc__, allow_abbrev=False)
+    for one in fields(Options):
+        flag, options = f"--{one.name}", {"default": one.default, "help": one.metadata["help"]}
+        if one.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif one.name == "ops":
+            options |= {"nargs": "*", "metavar": "OP"}
+        else:
+            options["type"] = one.type
+        parser.add_argument(flag, **options)
+    found = vars(parser.parse_args(arguments))
+    options = Options(**found | {"ops": tuple(found["ops"])})
+    wrong = [op for op in options.ops if op not in AVAILABLE]
+    if wrong:
+        raise BadInput(f"--ops has no kernel {wrong[0]!r}; choose from {', '.join(AVAILABLE)}.")
+    if not options.minutes > 0:
+        raise BadInput(f"--minutes is {options.minutes:g}; it must be above 0.")
+    if not options.cpu and not options.fold and not torch.cuda.is_available():
+        raise BadInput("benchmarks.gpu needs a CUDA device and torch sees none; --cpu tries the command without one.")
+    return options
+
+
+def _device(at: Machine) -> str:
+    """The device's name as part of a path; a GPU is asked by a child, so that this process takes nothing of it."""
+    name = f"CPU {platform.machine()}"
+    if at.device == "cuda":
+        with Guard() as guard:
+            asked = guard.run(f"{JOBS}:facts", {"device": at.device}, 120)
+        if asked.failure:
+            raise BadInput(f"the GPU of this machine cannot be used: {asked.failure}.")
+        name = asked.value["device"]
+    return "".join(c if c.isalnum() else "-" for c in name.lower())
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise BadInput(f"{message}; --help lists all flags.")
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """Sentences on what is ours and failed; a peer may."""
+    found = [
+        f"{row['op']}: {row['case']}: {row['form']}: {row['failed']}" for row in record["checks"] if "failed" in row
+    ]
+    for row in record["kernels"]:
+        failed = {name: row["forms"][name]["failed"] for name in row["ours"] if "failed" in row["forms"][name]}
+        found += [f"{row['op']}: {row['case']}: {name}: {why}" for name, why in failed.items()]
+    if record["tests"] is not None and record["tests"]["status"]:
+        found.append(f"tests: {record['tests']['summary']}")
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        options = read(Options, sys.argv[1:] if arguments is None else arguments, prog="benchmarks.gpu")
-        wrong = [op for op in options.ops if op not in AVAILABLE]
-        if wrong:
-            raise BadInput(f"--ops has no kernel {wrong[0]!r}; choose from {', '.join(AVAILABLE)}.")
-        if options.minutes <= 0:
-            raise BadInput(f"--minutes is {options.minutes:g}; it must be above 0.")
-        if not options.cpu and not torch.cuda.is_available():
-            raise BadInput(
-                "benchmarks.gpu needs a CUDA device and torch sees none; --cpu tries the command without one."
-            )
+        options = read(sys.argv[1:] if arguments is None else arguments)
+        if options.fold:
+            fold(Path(options.fold))
+            return 0
+        at = CPU if options.cpu else GPU
+        date = datetime.now(UTC).date().isoformat()
+        folder = Path(options.out or ROOT / "benchmarks" / "records" / f"{date}-{_device(at)}")
+        if folder.exists() and not folder.is_dir():
+            raise BadInput(f"--out is {options.out!r}, which is a file; give a folder.")
+        planned = list(jobs(at, options))
+        record = Record(
+            folder, date=date, options=asdict(options), plan=[job.name for job in planned],
+            available={op: list(exist) for op, exist in AVAILABLE.items()},
+        )  # fmt: skip
+        try:
+            work(planned, record, 60 * options.minutes, options.smoke)
+        finally:
+            found = fold(folder)
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    at = CPU if options.cpu else machine()
-    device = torch.cuda.get_device_name() if at.device == "cuda" else f"CPU {platform.machine()}"
-    date = datetime.now(UTC).date().isoformat()
-    name = f"{date}-{''.join(c if c.isalnum() else '-' for c in device.lower())}"
-    folder = Path(options.out or ROOT / "benchmarks" / "records" / name)
-    budget, console = Budget(time.monotonic() + 60 * options.minutes), Console()
-    record: dict[str, Any] = {
-        "device": device, "date": date, "torch": torch.__version__, "dtype": str(at.dtype), "options": asdict(options),
-        "available": {op: list(exist) for op, exist in AVAILABLE.items()},
-        "tests": None, "ceilings": None, "kernels": [], "steps": [], "profile": [], "not_run": [],
-    }  # fmt: skip
-
-    def save() -> None:
-        def fill(aside: Path) -> None:
-            (aside / "record.json").write_text(json.dumps(record, indent=1))
-            (aside / "record.md").write_text(tables(record))
-            if record["kernels"]:
-                roofline.draw(record, aside / "roofline.png")
-
-        write_folder(folder, fill)
-
-    if options.tests and at.device == "cuda":
-        record["tests"] = run_tests(budget)
-        console.print(f"tests: {record['tests']['summary']}")
-        save()
-    record["ceilings"] = ceilings(at)
-    for case in cases(at, options.ops or tuple(AVAILABLE)):
-        # whole steps keep a third of the time
-        if budget.left < 20 * options.minutes * options.steps:
-            record["not_run"].append(f"{case.op}: {case.name}")
-            continue
-        found = measure(case, record["ceilings"], at.device == "cuda")
-        record["kernels"].append(found)
-        shown = ", ".join(f"{n} {f['ms']:.3f}" if "ms" in f else f"{n} -" for n, f in found["forms"].items())
-        console.print(f"{case.op}: {case.name}: floor {found['floor_ms']:.3f} ms; {shown}")
-    save()
-    if options.steps:
-        record["steps"], left_out = whole_steps(at, budget, console.print)
-        record["not_run"] += left_out
-        if budget.left > 45:
-            record["profile"] = profile(at)
-        else:
-            record["not_run"].append("profile of an MAE step")
-    save()
-    console.print(f"record: {folder}")
-    ours_failed = [
-        f"{row['op']} {name}: {row['forms'][name]['failed']}"
-        for row in record["kernels"]
-        for name in row["ours"]
-        if "failed" in row["forms"][name]
-    ]
-    for sentence in ours_failed:
-        console.print(f"failed: {sentence}")
-    tests_bad = record["tests"] is not None and record["tests"]["status"] != 0
-    return 1 if ours_failed or tests_bad else 0
+    print(f"record: {folder}; {len(found['not_run'])} of {len(planned)} jobs were not run")
+    sentences = failures(found)
+    for sentence in sentences:
+        print(f"failed: {sentence}")
+    return 1 if sentences else 0
 
 
 if __name__ == "__main__":

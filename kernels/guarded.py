@@ -61,7 +61,7 @@ class Guard:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._kill()
+        self.close()
 
     def run(self, function: str, arguments: Mapping[str, Any], seconds: float) -> Outcome:
         """Call a function of a module by name.
@@ -77,24 +77,25 @@ class Guard:
         request = {"function": function, "arguments": dict(arguments), "seconds": seconds}
         json.dumps(request)
         if self._child is not None and self._child.ended():  # since the last call: the kernel may have wanted memory
-            self._kill()
+            self.close()
         try:
             if self._child is None:
                 self._child = _Child(self.environment)
                 hello = {"path": sys.path, "preload": self.preload, "seconds": START_SECONDS}
                 started = self._child.ask(hello, START_SECONDS)
                 if started.failure:
-                    self._kill()
+                    self.close()
                     return replace(started, failure=f"the child process did not start: {started.failure}", seconds=0.0)
             outcome = self._child.ask(request, seconds)
         except BaseException:
-            self._kill()
+            self.close()
             raise
         if self._child.lost:
-            self._kill()
+            self.close()
         return outcome
 
-    def _kill(self) -> None:
+    def close(self) -> None:
+        """Kill the child and whatever it has started; the next call starts another."""
         if self._child is not None:
             self._child.kill()
             self._child = None

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 from functools import partial
+from itertools import groupby
 
-import pytest
 import torch
 
 import kernels
-from benchmarks.kernels.case import Case, Machine, directions, every_form, machine
-from benchmarks.kernels.peers_of_attention import peers
+from benchmarks.kernels.case import Case, Machine
+from benchmarks.kernels.peers_of_attention import eager, peers
 from kernels.packed_attention import cost
 
 # name: lengths of the sequences of one image, heads, head dim
@@ -28,22 +28,33 @@ def cases(at: Machine) -> Iterator[Case]:
         images = max(1, at.tokens // sum(per_image))
         # crops of one size lie together, as the engine packs them
         lengths = tuple(length for length in sorted(per_image, reverse=True) for _ in range(images))
-        yield from directions(
+        yield Case(
             "packed_attention",
             name,
             cost(lengths, heads, dim, at.dtype.itemsize),
             partial(_inputs, at, lengths, heads, dim),
             lambda qkv, cu_seqlens, lengths: kernels.packed_attention(qkv, cu_seqlens, max(lengths)),
+            eager,
             peers(at.device),
             leaves=(0,),
+            part=_some_sequences,
         )
+
+
+def _some_sequences(inputs: tuple) -> tuple[tuple, torch.Tensor]:
+    """The first two and the last two sequences of every run of one length, and their tokens."""
+    qkv, cu_seqlens, lengths = inputs
+    chosen, place = [], 0
+    for _, run in groupby(lengths):
+        count = len(list(run))
+        chosen += sorted({place, place + 1, place + count - 2, place + count - 1} & set(range(place, place + count)))
+        place += count
+    starts = cu_seqlens.tolist()
+    rows = torch.cat([torch.arange(starts[i], starts[i + 1]) for i in chosen]).to(qkv.device)
+    kept = tuple(lengths[i] for i in chosen)
+    return (qkv[rows], torch.tensor([0, *kept]).cumsum(0).int().to(qkv.device), kept), rows
 
 
 def _inputs(at: Machine, lengths: tuple[int, ...], heads: int, dim: int) -> tuple:
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int().to(at.device)
     return at.randn(sum(lengths), 3, heads, dim), cu_seqlens, lengths
-
-
-@pytest.mark.parametrize(("case", "form"), every_form(cases(machine())))
-def bench_packed_attention(clock, case, form):
-    clock(case, form)

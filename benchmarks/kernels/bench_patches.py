@@ -2,12 +2,11 @@
 
 from collections.abc import Iterator
 
-import pytest
 import torch
 from torch import Tensor
 
 import kernels
-from benchmarks.kernels.case import Case, Machine, directions, every_form, machine, only_forward
+from benchmarks.kernels.case import Case, Machine, wide
 from kernels.patches import cost
 
 PATCH = 16
@@ -25,28 +24,28 @@ def gather_after(images: Tensor, indices: Tensor) -> Tensor:
 
 
 def loss_after(prediction: Tensor, images: Tensor, indices: Tensor) -> Tensor:
-    target = all_patches(images, PATCH).float()
+    target = wide(all_patches(images, PATCH))
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     target = target.gather(1, indices.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
-    return ((prediction.float() - target) ** 2).mean()
+    return ((wide(prediction) - target) ** 2).mean()
 
 
 def cases(at: Machine) -> Iterator[Case]:
     """MAE at 224 pixels, patch 16: a quarter of the patches is seen, three quarters are predicted."""
     size = at.dtype.itemsize
-    yield only_forward(
-        "patches", "gather 49 of 196 patches", cost(at.images * 49, PATCH, 4, 4)[0],
+    yield Case(
+        "patches", "gather 49 of 196 patches", cost(at.images * 49, PATCH, 4, 4)[:1],
         lambda: (_images(at), _indices(at)[:, :49]),
         lambda images, indices: kernels.gather_patches(images, indices, PATCH),
-        {"plain": gather_after, "compiled plain": torch.compile(gather_after, dynamic=False)},
+        gather_after, {},
     )  # fmt: skip
     forward = cost(at.images * 147, PATCH, 4, size)[1]
     elements = at.images * 147 * 3 * PATCH**2
     backward = forward._replace(bytes=forward.bytes + elements * size)  # the gradient of the prediction is written
-    yield from directions(
+    yield Case(
         "patches", "pixel loss on 147 of 196 patches", (forward, backward),
         lambda: (at.randn(at.images, 147, 3 * PATCH**2), _images(at), _indices(at)[:, 49:]),
-        _loss, {"plain": loss_after, "compiled plain": torch.compile(loss_after, dynamic=False)}, leaves=(0,),
+        _loss, loss_after, {}, leaves=(0,),
     )  # fmt: skip
 
 
@@ -60,8 +59,3 @@ def _images(at: Machine) -> Tensor:
 
 def _indices(at: Machine) -> Tensor:
     return torch.rand(at.images, 196, device=at.device).argsort(1)
-
-
-@pytest.mark.parametrize(("case", "form"), every_form(cases(machine())))
-def bench_patches(clock, case, form):
-    clock(case, form)

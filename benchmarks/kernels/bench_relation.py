@@ -5,13 +5,12 @@ import math
 from collections.abc import Iterator
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import kernels
-from benchmarks.kernels.case import Case, Machine, directions, every_form, machine
+from benchmarks.kernels.case import Case, Machine, wide
 from kernels.relation import cost
 
 
@@ -19,18 +18,19 @@ def cross_entropy(queries: Tensor, keys: Tensor, places: Tensor) -> Tensor:
     columns = math.isqrt(places.shape[1])
     logits = torch.einsum("bird,bjrd->brij", queries, keys) * queries.shape[3] ** -0.5
     down, right = ((x[:, :, None] - x[:, None]).sign() for x in (places // columns, places % columns))
-    return F.cross_entropy(logits.float(), 3 * down + right + 4)
+    return F.cross_entropy(wide(logits), 3 * down + right + 4)
 
 
 def cases(at: Machine) -> Iterator[Case]:
     for tokens, channels in ((64, 42), (49, 42), (49, 85), (196, 42)):
-        yield from directions(
+        yield Case(
             "relation",
             f"{at.images} images of {tokens} tokens, {channels} channels",
             cost(at.images, tokens, channels, at.dtype.itemsize),
             partial(_inputs, at, tokens, channels),
             lambda q, k, places: kernels.relation_loss(q, k, places, math.isqrt(places.shape[1])),
-            {"plain": cross_entropy, "compiled plain": torch.compile(cross_entropy, dynamic=False)},
+            cross_entropy,
+            {},
             leaves=(0, 1),
         )
 
@@ -38,8 +38,3 @@ def cases(at: Machine) -> Iterator[Case]:
 def _inputs(at: Machine, tokens: int, channels: int) -> tuple:
     queries, keys = (at.randn(at.images, tokens, 9, channels) for _ in range(2))
     return queries, keys, torch.rand(at.images, tokens, device=at.device).argsort(1)
-
-
-@pytest.mark.parametrize(("case", "form"), every_form(cases(machine())))
-def bench_relation(clock, case, form):
-    clock(case, form)

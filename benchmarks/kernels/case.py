@@ -1,14 +1,15 @@
 """What the kernel benchmarks share: the machine at hand, and a case, one op at one shape in all its forms.
 
-`bench_OP.py` lists the cases of an op. `python -m benchmarks.gpu` times them all and writes a record; at a desk,
+`bench_OP.py` lists the cases of an op. `python -m benchmarks.gpu` checks and times them all and writes a record; at a desk,
 `python -m pytest -n 0 benchmarks/kernels --benchmark-only` hands them to pytest-benchmark.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import importlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -17,6 +18,11 @@ from kernels.choice import AVAILABLE
 from kernels.cost import Cost
 
 Call = Callable[[], Any]
+Outputs = tuple[Tensor, ...]
+
+# implementations that run on one kind of device only
+OF_CPUS, OF_GPUS = ("written", "flash"), ("triton", "cuda")
+FORWARD, BACKWARD = "forward", "backward"
 
 
 @dataclass(frozen=True)
@@ -47,90 +53,124 @@ def machine() -> Machine:
     return GPU if torch.cuda.is_available() else CPU
 
 
+def _the_output(out: Tensor, inputs: tuple) -> Outputs:
+    return (out,)
+
+
+def _whole(inputs: tuple) -> tuple[tuple, None]:
+    return inputs, None
+
+
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape and in one direction.
+    """One op at one shape, in all its forms: our implementations and what else computes the same.
 
-    `inputs` makes fresh tensors; a form takes them and returns the call that is timed, or raises where it cannot run.
-    `ours` are the forms that are implementations of the op; the others are peers.
+    Every form maps the inputs to what the op returns; a peer that this machine lacks raises when it is called. Those that
+    torch compiles have names that begin with "compiled".
     """
 
     op: str
     name: str
-    cost: Cost
+    costs: tuple[Cost, ...]
+    """Of forward and, where it is timed, of backward."""
     inputs: Callable[[], tuple]
-    forms: dict[str, Callable[..., Call]]
-    ours: tuple[str, ...]
+    """Makes fresh tensors."""
+    call: Callable[..., Any]
+    """The op."""
+    formula: Callable[..., Any]
+    """The usual way to write it in plain torch: a peer, and in float64 the truth."""
+    peers: dict[str, Callable[..., Any]]
+    """More peers."""
+    leaves: tuple[int, ...] = ()
+    """The places of the inputs that get a gradient."""
+    outputs: Callable[[Any, tuple], Outputs] = _the_output
+    """Of what a form returns and its inputs: the tensors that are compared with the truth."""
+    ends_in: tuple[str, ...] = ()
+    """Other ops that the call runs: on the same implementation, or on Triton's where they have none of that name."""
+    part: Callable[[tuple], tuple[tuple, Tensor | None]] = _whole
+    """The inputs that stand for all of them in float64, and the rows of outputs and gradients that belong to them; None: all."""
 
+    @property
+    def directions(self) -> tuple[str, ...]:
+        return (FORWARD, BACKWARD)[: len(self.costs)]
 
-def every_form(cases: Iterable[Case]) -> list:
-    """What pytest's parametrize takes: (case, form), named by both."""
-    return [pytest.param(case, form, id=f"{case.name}-{form}") for case in cases for form in case.forms]
+    @property
+    def ours(self) -> dict[str, Callable[..., Any]]:
+        """By implementation, and the plain one also compiled, for which it is written."""
+        found = {name: self._on(name, self.call) for name in implementations(self.op)}
+        if "plain" in found:
+            found["compiled plain"] = self._on("plain", _compiled(self.call))
+        return found
 
+    def _on(self, implementation: str, call: Callable) -> Callable:
+        @cache
+        def choose() -> None:
+            kernels.use(implementation, self.op)
+            for op in self.ends_in:
+                kernels.use(implementation if implementation in AVAILABLE[op] else "triton", op)
 
-def directions(
-    op: str,
-    name: str,
-    costs: tuple[Cost, Cost],
-    inputs: Callable[[], tuple],
-    op_call: Callable[..., Tensor],
-    peers: dict[str, Callable[..., Tensor]],
-    leaves: Sequence[int],
-) -> Iterator[Case]:
-    """A case for forward and one for backward. The calls map inputs to one tensor; `leaves` are the places of the inputs
-    that get a gradient."""
-    calls = {one: _with(op, one, op_call) for one in implementations(op)} | peers
-    for direction, cost in zip(("forward", "backward"), costs, strict=True):
-        timed = _forward if direction == "forward" else _backward
-        forms = {form: _timed(timed, call, tuple(leaves)) for form, call in calls.items()}
-        yield Case(op, f"{name}, {direction}", cost, inputs, forms, implementations(op))
+        def run(*inputs: Any) -> Any:
+            choose()  # once: a call that is timed shall do nothing else
+            return call(*inputs)
 
+        return run
 
-def only_forward(
-    op: str,
-    name: str,
-    cost: Cost,
-    inputs: Callable[[], tuple],
-    op_call: Callable[..., Any],
-    peers: dict[str, Callable[..., Any]],
-) -> Case:
-    calls = {one: _with(op, one, op_call) for one in implementations(op)} | peers
-    forms = {form: _timed(_forward, call, ()) for form, call in calls.items()}
-    return Case(op, name, cost, inputs, forms, implementations(op))
+    @property
+    def theirs(self) -> dict[str, Callable[..., Any]]:
+        return {"formula": self.formula, **self.peers, "compiled formula": _compiled(self.formula)}
+
+    @property
+    def forms(self) -> dict[str, Callable[..., Any]]:
+        return self.ours | self.theirs
 
 
 def implementations(op: str) -> tuple[str, ...]:
-    """Of the op, those that run here: without a GPU those in plain torch."""
-    return tuple(one for one in AVAILABLE[op] if torch.cuda.is_available() or one in ("reference", "plain"))
+    """Of the op, those that run here."""
+    elsewhere = OF_CPUS if torch.cuda.is_available() else OF_GPUS
+    return tuple(one for one in AVAILABLE[op] if one not in elsewhere)
 
 
-def _with(op: str, implementation: str, call: Callable) -> Callable:
-    if implementation == "plain":  # it is written for the compiler
-        call = torch.compile(call, dynamic=False)
-
-    def run(*inputs: Any) -> Any:
-        kernels.use(implementation, op)
-        return call(*inputs)
-
-    return run
+def wide(x: Tensor) -> Tensor:
+    """In fp32, or in float64 as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def _timed(timed: Callable, call: Callable, leaves: tuple[int, ...]) -> Callable[..., Call]:
-    return lambda *inputs: timed(call, inputs, leaves)
+def cases(module: str, at: Machine) -> Iterator[Case]:
+    """Those that a module lists."""
+    return importlib.import_module(module).cases(at)
 
 
-def _forward(call: Callable, inputs: tuple, leaves: tuple[int, ...]) -> Call:
-    def run() -> Any:
-        with torch.no_grad():
-            return call(*inputs)
-
-    run()
-    return run
+def case(module: str, name: str, at: Machine) -> Case:
+    return next(one for one in cases(module, at) if one.name == name)
 
 
-def _backward(call: Callable, inputs: tuple, leaves: tuple[int, ...]) -> Call:
-    inputs = tuple(x.detach().requires_grad_() if i in leaves else x for i, x in enumerate(inputs))
-    asked = [inputs[i] for i in leaves]
-    out = call(*inputs)
-    direction = torch.randn_like(out)
-    return lambda: torch.autograd.grad(out, asked, direction, retain_graph=True)
+def prepared(form: Callable[..., Any], one: Case, direction: str, inputs: tuple) -> Call:
+    """A form's call on these inputs in one direction, which has run once: backward that of a graph which is kept."""
+    if direction == FORWARD:
+
+        def run() -> Any:
+            with torch.no_grad():
+                return form(*inputs)
+
+        run()
+        return run
+    inputs = with_leaves(one, inputs)
+    asked = [inputs[i] for i in one.leaves]
+    out = form(*inputs)
+    gradient = torch.randn_like(out)
+    return lambda: torch.autograd.grad(out, asked, gradient, retain_graph=True)
+
+
+def with_leaves(one: Case, inputs: tuple) -> tuple:
+    """The same inputs; those that get a gradient ask for it."""
+    return tuple(x.detach().requires_grad_() if i in one.leaves else x for i, x in enumerate(inputs))
+
+
+def _compiled(function: Callable) -> Callable:
+    """Compiled when it is called first: the compiler takes seconds to load."""
+
+    @cache
+    def made() -> Callable:
+        return torch.compile(function, dynamic=False)
+
+    return lambda *inputs: made()(*inputs)

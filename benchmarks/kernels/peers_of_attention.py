@@ -92,25 +92,16 @@ def eager(qkv: Tensor, cu_seqlens: Tensor, lengths: Lengths) -> Tensor:
     return torch.cat(outs) if len(outs) > 1 else outs[0]
 
 
-@lru_cache(maxsize=1)
-def _compiled_eager() -> Callable:
-    return torch.compile(eager, dynamic=False)
-
-
-def compiled_eager(qkv: Tensor, cu_seqlens: Tensor, lengths: Lengths) -> Tensor:
-    return _compiled_eager()(qkv, cu_seqlens, lengths)
-
-
 def peers(device: str) -> dict[str, Peer]:
-    """By name; a peer that this machine lacks raises when it is called."""
-    found: dict[str, Peer] = {"sdpa": sdpa(), "eager": eager, "compiled eager": compiled_eager}
+    """By name, beside the formula; a peer that this machine lacks raises when it is called."""
+    found: dict[str, Peer] = {"sdpa": sdpa()}
     if device == "cuda":
         found |= {
             "varlen_attn": varlen,
             "sdpa flash": sdpa(SDPBackend.FLASH_ATTENTION),
             "sdpa cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
             "sdpa mem-efficient": sdpa(SDPBackend.EFFICIENT_ATTENTION),
-            "flex_attention": flex,
+            "compiled flex_attention": flex,
             "xformers": xformers,
         }
     return found

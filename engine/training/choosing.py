@@ -47,7 +47,7 @@ def choose(parts: Parts, out: Path | None, say: Say) -> None:
         found = dist.from_first(lambda: _saved(out / FILE))
         if "failed" in found:
             raise BadInput(found["failed"])
-        _go_on_with(found, ranks.device, say if ranks.first else _nothing)
+        _go_on_with(found, ranks.device, parts.compiles, say if ranks.first else _nothing)
         return
     found = dist.from_first(lambda: _found(parts, say))
     kernels.freeze(found["table"], ranks.device.type)
@@ -94,13 +94,15 @@ def _saved(path: Path) -> dict[str, Any]:
         return {"failed": f"{path} is not a table of kernels that this version wrote ({error}); --resume needs it."}
 
 
-def _go_on_with(found: dict[str, Any], device: torch.device, say: Say) -> None:
+def _go_on_with(found: dict[str, Any], device: torch.device, compiles: bool, say: Say) -> None:
     """Freeze the run's table as far as it can run here; say what differs from when it began."""
     gone = {}
     frozen: dict[str, dict[str, str]] = {}
     for call, by_class in found["table"].items():
         for shape_class, implementation in by_class.items():
             why = usable(call, implementation, device)
+            if not why and implementation == "plain" and not compiles:
+                why = "it is for runs that compile"
             if why:
                 gone[f"{call} {shape_class}"] = f"{implementation} ({why})"
             else:

@@ -34,7 +34,9 @@ def test_a_large_model_is_listed_with_its_sizes():
 
 
 def test_multi_crop_lists_lengths_as_they_are():
-    plan = config.parse(["--method", "dino", "--batch-size", "8"])
+    plan = config.parse(
+        ["--method", "dino", "--model", "vit_tiny_patch16_224", "--preset", "plain", "--batch-size", "8"]
+    )
     (call,) = [
         call
         for call in calls_of(plan, CPU, 1, "fp32")

@@ -164,8 +164,8 @@ class Collapse(nn.Module):
         return self.cross_entropy(targets, student_RK, temperature, rows_RV) * (views[1] / pairs)
 
     def regions(self) -> Iterator[tuple[object, str]]:
-        """What may be compiled, as `engine.methods.base.Method.regions` has it; called only where plain implementations run, which
-        the compiler sees through."""
+        """What may be compiled, as `engine.methods.base.Method.regions` has it: what is called where plain implementations run,
+        which the compiler sees through, and only there."""
         yield self, "meet"
         if self.balances:
             yield self, "balance"

@@ -13,10 +13,12 @@ from functools import partial
 import numpy as np
 import torch
 
+from engine.core.draws import seed_of
 from engine.core.errors import BadInput
 from engine.data.augment import epoch_order
 from engine.data.batch import Batch
 from engine.data.graph import Inputs, branches, centre_graph, centre_inputs, view_graph, view_inputs
+from engine.data.made import Made
 from engine.data.sources import ImageSet
 from engine.data.stream import Files, Stream
 from engine.data.views import Augmentation
@@ -70,9 +72,13 @@ class TrainLoader:
         self._rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._files = Files(images, [] if ledger is None else ledger)
-        self._stream = None
+        self._stream: Stream | Made | None = None
         self._step = start_step  # of a loader without views
         if not self.views:
+            return
+        if images.synthetic:
+            sizes = [view.size for view in self.views]
+            self._stream = Made(images, sizes, self._ids, torch.device(device), seed, start_step)
             return
         self._stream = Stream(
             self._files,
@@ -91,7 +97,7 @@ class TrainLoader:
     def __next__(self) -> Batch:
         if self._stream is not None:
             return next(self._stream)
-        step, (ids, _) = self._step, self._plan(self._step)
+        step, ids = self._step, self._ids(self._step)
         self._step += 1
         return Batch.of(self.images, step, ids, ())
 
@@ -100,12 +106,15 @@ class TrainLoader:
         if self._stream is not None:
             self._stream.close()
 
-    def _plan(self, step: int) -> tuple[np.ndarray, Inputs]:
+    def _ids(self, step: int) -> np.ndarray:
         epoch, place = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             self._order = epoch, epoch_order(len(self.images), self.seed, epoch)
         chosen = self._order[1][place * self.batch_size :][self._rows]
-        ids = self._files.substitute[chosen]
+        return self._files.substitute[chosen]
+
+    def _plan(self, step: int) -> tuple[np.ndarray, Inputs]:
+        ids = self._ids(step)
         return ids, view_inputs(self.views, self.images.sizes[ids], self._rows, self.seed, step)
 
 
@@ -130,13 +139,19 @@ def eval_batches(
         raise BadInput(f"batch size {batch_size} is too small: choose 1 or above")
     files = Files(images, [] if ledger is None else ledger)
 
-    def plan(step: int) -> tuple[np.ndarray, Inputs]:
+    def ids_of(step: int) -> np.ndarray:
         # batches already given hold files that stay good, so the steps keep their place when one is found bad later
         ids = np.flatnonzero(files.good)[step * batch_size : (step + 1) * batch_size].copy()
         if not len(ids):
             raise StopIteration
+        return ids
+
+    def plan(step: int) -> tuple[np.ndarray, Inputs]:
+        ids = ids_of(step)
         return ids, centre_inputs(images.sizes[ids], size)
 
+    if images.synthetic:
+        return Made(images, [size], ids_of, torch.device(device), 0, 0)
     return Stream(
         files,
         graph=partial(centre_graph, size),
@@ -177,14 +192,18 @@ def each_once(
     files = Files(images, [] if ledger is None else ledger)
     share = -(-len(images) // (world * batch_size)) * batch_size
 
-    def plan(step: int) -> tuple[np.ndarray, Inputs]:
+    def ids_of(step: int) -> np.ndarray:
         if step * batch_size >= share:
             raise StopIteration
         start = rank * share + step * batch_size
-        rows = slice(start, start + batch_size)
-        ids = files.substitute[np.arange(rows.start, rows.stop).clip(max=len(images) - 1)]
-        return ids, view_inputs(views, images.sizes[ids], rows, seed, turn)
+        return files.substitute[np.arange(start, start + batch_size).clip(max=len(images) - 1)]
 
+    def plan(step: int) -> tuple[np.ndarray, Inputs]:
+        ids, start = ids_of(step), rank * share + step * batch_size
+        return ids, view_inputs(views, images.sizes[ids], slice(start, start + batch_size), seed, turn)
+
+    if images.synthetic:
+        return Made(images, [view.size for view in views], ids_of, torch.device(device), seed_of(seed, turn), 0)
     return Stream(
         files,
         graph=partial(view_graph, tuple(views)),

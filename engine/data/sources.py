@@ -7,6 +7,7 @@ readers of their own, `engine.data.annotated.coco` and `engine.data.annotated.vo
 import hashlib
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,7 @@ import numpy as np
 from engine.core.errors import BadInput
 from engine.data import cache, listing, screen
 from engine.data.listing import File, Listing
-from engine.data.sets import archives, digits, scenes
+from engine.data.sets import archives, digits, scenes, synthetic
 
 SCREEN_VERSION = 1  # rises when screening judges differently, so that old verdicts are not reused
 BAD_LIMIT = 0.001
@@ -41,7 +42,7 @@ class ImageSet:
 
     root: Path
     split: str
-    paths: list[str]
+    paths: Sequence[str]
     labels: np.ndarray | None
     classes: tuple[str, ...] | None
     sizes: np.ndarray
@@ -51,6 +52,11 @@ class ImageSet:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether there are no files, and the images are made."""
+        return isinstance(self.paths, synthetic.Names)
 
     @property
     def good(self) -> np.ndarray:
@@ -68,10 +74,10 @@ def open_images(
 
     Args:
         source: None or "digits" for the embedded set with classes, "scenes" for the training images of the one with objects,
-            without labels; NAME:DIR for a published set that lies in DIR (`engine.data.sets.archives`
-            says which); else a folder: train/CLASS/* and val/CLASS/* (images may lie deeper), or any folder of images
-            without labels, searched with its subfolders. Files of other suffixes than jpg, jpeg, png, webp, bmp, tif and
-            tiff are passed over, and so are hidden ones.
+            without labels; "synthetic" or "synthetic:N" for images that are made (`engine.data.made`); NAME:DIR for a published
+            set that lies in DIR (`engine.data.sets.archives` says which); else a folder: train/CLASS/* and val/CLASS/* (images
+            may lie deeper), or any folder of images without labels, searched with its subfolders. Files of other suffixes than
+            jpg, jpeg, png, webp, bmp, tif and tiff are passed over, and so are hidden ones.
         split: which part; a folder without train/ and val/ has "train" only.
         bad_limit: fraction of unreadable files above which this refuses.
         screening: "decode" reads all pixels, "header" only headers; "auto" decodes up to 50,000 images. The verdicts
@@ -87,6 +93,8 @@ def open_images(
         raise BadInput(f"screening {screening!r} is unknown: choose auto, header or decode")
     if not 0 <= bad_limit <= 1:
         raise BadInput(f"bad_limit {bad_limit} is not a fraction between 0 and 1")
+    if count := synthetic.named(source):
+        return _synthetic(count, split)
     return of_listing(_list(source, split), split, bad_limit, screening)
 
 
@@ -104,8 +112,20 @@ def of_listing(
     return ImageSet(listed.root, split, paths, listed.labels, listed.classes, sizes, substitutes(good), bad, bad_limit)
 
 
+def _synthetic(count: int, split: str) -> ImageSet:
+    """So many images, in classes by turns; training images only."""
+    if split != "train":
+        raise BadInput(f"{synthetic.NAME} images have no {split} split")
+    classes = tuple(f"class {index}" for index in range(synthetic.CLASSES))
+    sizes = np.full((count, 2), synthetic.SIDE, np.int32)
+    labels, ids = np.arange(count) % synthetic.CLASSES, np.arange(count)
+    return ImageSet(Path(synthetic.NAME), split, synthetic.Names(count), labels, classes, sizes, ids)
+
+
 def has_split(source: str | Path | None, split: Literal["train", "val"]) -> bool:
     """Whether the source has this split. Raises BadInput if there is no such source."""
+    if synthetic.named(source):
+        return split == "train"
     if chosen := archives.named(source):
         archives.check(*chosen)
         return True
@@ -138,8 +158,8 @@ def _locate(source: str | Path | None) -> Path:
     root = Path(source).expanduser()
     if not root.is_dir():
         raise BadInput(
-            f"{source} is no folder: give a folder of images, 'digits' or 'scenes' (the embedded sets), or NAME:DIR with NAME "
-            f"one of {', '.join(archives.NAMES)}"
+            f"{source} is no folder: give a folder of images, 'digits' or 'scenes' (the embedded sets), 'synthetic', or NAME:DIR "
+            f"with NAME one of {', '.join(archives.NAMES)}"
         )
     if (root / "val").is_dir() and not (root / "train").is_dir():
         raise BadInput(f"{root} has a folder val/ but no train/, which names the classes")

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from engine.core.errors import BadInput
+from engine.data.sets import synthetic
 from engine.data.sources import ImageSet
 
 
@@ -16,7 +17,7 @@ def subset(images: ImageSet, ids: np.ndarray | Tensor) -> ImageSet:
     ids = images.substitute[np.asarray(ids)]
     return dataclasses.replace(
         images,
-        paths=[images.paths[i] for i in ids],
+        paths=synthetic.Names(len(ids)) if images.synthetic else [images.paths[i] for i in ids],
         labels=None if images.labels is None else images.labels[ids],
         sizes=images.sizes[ids],
         substitute=np.arange(len(ids)),

@@ -18,6 +18,7 @@ from engine.data import cache
 from engine.evals import Course, Encoder, Sets, report
 from engine.evals.command_line import Eval, command, parse
 from engine.evals.encoders import encoders
+from kernels.calibrate import known
 
 SCENES_SIZE = (128, 128)
 
@@ -34,6 +35,7 @@ def run(flags: Eval, settings: dict[str, Any]) -> list[evals.Result]:
         KeyboardInterrupt: with what became of the results.
     """
     ranks = dist.start(flags.device)
+    kernels.freeze(known(ranks.device), ranks.device.type)
     sets = Sets(flags.bad_limit, data=flags.data or None, objects=flags.objects or None, video=flags.video or None)
     evals.check(settings, sets)
     judged = encoders(flags, ranks.device)

@@ -22,7 +22,7 @@ from kernels.calibration import inputs, records
 from kernels.calibration.calls import Call
 from kernels.calibration.records import Key, Record
 from kernels.calibration.verdict import INCUMBENT, Verdict, judge
-from kernels.choice import AVAILABLE
+from kernels.choice import AVAILABLE, CALLS, op_of
 from kernels.guarded import Guard, Outcome
 
 PROVE_SECONDS = 60.0  # after which an implementation counts as hanging, compilation included
@@ -100,6 +100,20 @@ def table(
         if verdict.choice != INCUMBENT:
             frozen.setdefault(call.name, {})[call.shape_class] = verdict.choice
     return frozen, lines
+
+
+def known(device: torch.device) -> dict[str, dict[str, str]]:
+    """What is known of this machine, without a run that would say which calls it makes: the table of all trials of its record, and
+    of shipped ones where that has none, for code that does not compile."""
+    here = records.machine(device, torch.get_num_threads())
+    trials = Record.shipped(here).trials | Record.of(here).trials
+    frozen: dict[str, dict[str, str]] = {}
+    for text, trial in trials.items():
+        key = Key(*text.split(" | "))
+        choice = judge(trial["forms"], compiles=False).choice
+        if key.call in CALLS and key.sources == records.sources(op_of(key.call)) and choice != INCUMBENT:
+            frozen.setdefault(key.call, {})[key.shape_class] = choice
+    return frozen
 
 
 def line(name: str, shape_class: str, verdict: Verdict) -> str:

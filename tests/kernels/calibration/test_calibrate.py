@@ -101,6 +101,24 @@ def test_what_is_known_is_not_measured_again_and_another_machines_record_is_left
     assert not Record.shipped(other.machine, tmp_path / "shipped").trials
 
 
+def test_what_is_known_of_this_machine_needs_no_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path))
+    record = Record.of(records.machine(CPU, torch.get_num_threads()))
+    times = {"stable": True, "runs": 7}
+    slow, fast = ({"ms": ms, "low": ms, "high": ms} | times for ms in (2.0, 1.0))
+    trials = {
+        "packed_attention_forward | float32 D32 L9": {"reference": slow, "flash": fast},
+        "packed_attention_forward | float32 D32 L17": {"reference": fast, "flash": slow},
+        "soft_cross_entropy_forward | float32 float32 K9": {"reference": slow, "plain": fast},
+        "gone_forward | float32": {"reference": slow, "flash": fast},
+    }
+    for key, forms in trials.items():
+        record.trials[f"{key} | {records.sources('packed_attention')}"] = {"forms": forms}
+    record.trials["packed_attention_forward | float32 D32 L5 | other"] = {"forms": {"reference": slow, "flash": fast}}
+    record.save()
+    assert calibrate.known(CPU) == {"packed_attention_forward": {"float32 D32 L9": "flash"}}
+
+
 def test_what_does_not_fit_into_the_time_stays_on_the_reference_and_is_told(tmp_path):
     record, said = measured(tmp_path, seconds=0)
     assert said == ["calibration: 1 of 1 calls did not fit into 0 s; they stay on the reference"]

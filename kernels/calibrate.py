@@ -103,8 +103,8 @@ def table(
 
 
 def known(device: torch.device) -> dict[str, dict[str, str]]:
-    """What is known of this machine, without a run that would say which calls it makes: the table of all trials of its record, and
-    of shipped ones where that has none, for code that does not compile."""
+    """What is known of this machine, without a run that would say which calls it makes: the table of all trials of its record,
+    and of shipped ones where that has none, for code that does not compile."""
     here = records.machine(device, torch.get_num_threads())
     trials = Record.shipped(here).trials | Record.of(here).trials
     frozen: dict[str, dict[str, str]] = {}

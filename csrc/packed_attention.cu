@@ -10,6 +10,8 @@
 // S sequences, H heads, D head dim. Rows are padded to a multiple of 16, the row count of one mma.
 #include "packed_attention.h"
 
+#include <type_traits>
+
 #include "device.h"
 
 namespace tessera {
@@ -63,15 +65,21 @@ struct Pair {
   }
 };
 
-// The block copies `rows` rows to shared memory, and zeros up to a whole tile: 0 times what lay there may be NaN.
+// The block copies `rows` rows to shared memory, and zeros up to a whole tile: 0 times what lay there may be NaN. A warp
+// takes whole tiles, so that a lane's places in a tile are the same for all of them.
 template <int D, class Element>
 TESSERA_DEVICE void stage(uint32_t to, const Element* from, int64_t stride, int rows) {
-  constexpr int CHUNKS = D / 8;
-  for (int i = thread_index(); i < tiles_of(rows) * TILE * CHUNKS; i += blockDim.x) {
-    const int row = i / CHUNKS, chunk = i % CHUNKS;
-    const bool real = row < rows;
-    copy_async(to + row / TILE * Rows<D>::GROUP + Rows<D>::offset(row % TILE, chunk),
-               from + (real ? row : 0) * stride + chunk * 8, real);
+  constexpr int CHUNKS = D / 8, EACH = TILE * CHUNKS / 32;
+  static_assert(EACH * 32 == TILE * CHUNKS);
+  for (int tile = warp(); tile < tiles_of(rows); tile += warps()) {
+    const Element* first = from + int64_t{tile} * TILE * stride;
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) {
+      const int row = (lane() + i * 32) / CHUNKS, chunk = (lane() + i * 32) % CHUNKS;
+      const bool real = tile * TILE + row < rows;
+      copy_async(to + tile * Rows<D>::GROUP + Rows<D>::offset(row, chunk), first + (real ? row : 0) * stride + chunk * 8,
+                 real);
+    }
   }
 }
 
@@ -411,8 +419,9 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kern
     }
     uint32_t along = k_shared + Rows<D>::along(), across = k_shared + Rows<D>::across();
     float q_result[D / 8][4] = {};
-#pragma unroll 1
-    for (int key = 0; key < pair.keys; key += TILE) {
+    // a tile of keys; only the last may have fewer than 16
+    const auto ask = [&](int key, auto is_whole) {
+      constexpr bool WHOLE = decltype(is_whole)::value;
       float p[2][4] = {}, ds[2][4];
 #pragma unroll
       for (int j = 0; j < 8; ++j) ds[j / 4][j % 4] = minus_delta_row[j % 4 / 2];
@@ -421,7 +430,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kern
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float exponent = p[j / 4][j % 4] * to_log2 - lse_row[j % 4 / 2];
-        const bool real = key + j / 4 * 8 + t * 2 + j % 2 < pair.keys;
+        const bool real = WHOLE || key + j / 4 * 8 + t * 2 + j % 2 < pair.keys;
         ds[j / 4][j % 4] = real ? exp2_approximate(exponent) * ds[j / 4][j % 4] : 0;
       }
       uint32_t operand[4];
@@ -429,6 +438,16 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kern
       accumulate<Element, D>(q_result, operand, across);
       along += GROUP;
       across += GROUP;
+    };
+    if constexpr (D < 128) {
+      const int whole = pair.keys / TILE * TILE;
+#pragma unroll 1
+      for (int key = 0; key < whole; key += TILE) ask(key, std::true_type{});
+      if (whole < pair.keys) ask(whole, std::false_type{});
+    } else {
+      // two registers are missing for both
+#pragma unroll 1
+      for (int key = 0; key < pair.keys; key += TILE) ask(key, std::false_type{});
     }
     store_tile<D>(grad(0) + first * grad_stride, grad_stride, pair.length - first, q_result, a.scale, a.scale);
   }

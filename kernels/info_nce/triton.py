@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels.interpreter  # noqa: F401
-from kernels.resources import Variant
+from kernels.compiled import Variant, chip_class
 
 _TEMPORARY_BYTES = 2**24
 
@@ -275,7 +275,8 @@ def _forward_tile(dtype: torch.dtype, channels: int, capability: int, aligned: b
         return _Tile(128, 128, 64, False, 8, 3)
     width = max(64, triton.next_power_of_2(channels))
     if width == 256 and capability < 90:
-        return _Tile(128, 64, width, True, 8, 3)
+        # 99 KB of shared memory hold 64 queries beside two tiles of keys
+        return _Tile(64 if capability == 86 else 128, 64, width, True, 8, 3)
     # at 256 channels, two tiles of keys beside the queries fill Hopper's shared memory
     return _Tile(128, 128, width, True, 8, 3 if width < 256 else 2)
 
@@ -312,8 +313,8 @@ def _splits(rows: int, columns: int, tile: _Tile, processors: int, bytes_per_row
 
 @cache
 def _chip(device: torch.device) -> tuple[int, int]:
-    """(capability class, processors); the interpreter passes for a small chip."""
+    """(class of chips, processors); the interpreter passes for a small chip."""
     if device.type == "cpu":
         return 90, 4
     properties = torch.cuda.get_device_properties(device)
-    return (90 if properties.major >= 9 else 80), properties.multi_processor_count
+    return chip_class(properties.major, properties.minor), properties.multi_processor_count

@@ -27,58 +27,17 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels.interpreter  # noqa: F401
-from kernels.resources import Variant
-
-HEAD_DIM_BLOCKS = {32: (32,), 64: (64,), 80: (64, 16), 96: (64, 32), 128: (128,)}
-# how many keys a resident program may hold, in pieces that are powers of two; the smallest that holds the longest
-# sequence is taken
-KEY_PIECES = ((64,), (128,), (128, 64, 16), (128, 128))
-# larger heads than these keep their registers for columns and stream beyond the first entry of KEY_PIECES
-LONG_RESIDENT_DIMS = (32, 64)
-# at most this many tokens per sequence: programs take several
-GROUPED = 32
-
-
-class Form(NamedTuple):
-    """One compiled form: `pieces` of resident keys, none where they stream; `grouped`: several sequences a program."""
-
-    pieces: tuple[int, ...]
-    grouped: bool = False
-
-    @property
-    def capacity(self) -> float:
-        """The longest sequence that it serves, in tokens."""
-        return sum(self.pieces) if self.pieces else float("inf")
-
-
-class Config(NamedTuple):
-    """Queries per step of a resident program, or rows of a streaming one's own block; rows per step of the latter;
-    warps; depth of the software pipeline."""
-
-    rows: int
-    step: int = 0
-    warps: int = 4
-    stages: int = 2
-
-
-def key_pieces(dim: int, dtype: torch.dtype) -> tuple[tuple[int, ...], ...]:
-    """What resident programs may hold for this head dim and dtype, in rising order."""
-    if dtype == torch.float32:
-        return ()
-    return KEY_PIECES if dim in LONG_RESIDENT_DIMS else KEY_PIECES[:1]
-
-
-def config(direction: str, form: Form, dim: int, dtype: torch.dtype, capability: int) -> Config:
-    """Chosen by registers and spills of the compiled form, see `python -m kernels.resources --op packed_attention`."""
-    if dtype == torch.float32:
-        return Config(rows=32 if direction == "forward" or dim <= 80 else 16, step=16, stages=1)
-    if not form.pieces:
-        if direction == "forward":
-            return Config(rows=64, step=64 if dim < 128 else 32)
-        return Config(rows=64, step=16 if dim == 128 and capability == 80 else 32)
-    if form.pieces == (64,):
-        return Config(rows=64 if direction == "forward" else 32 if dim <= 64 else 16, stages=1)
-    return Config(rows=64) if direction == "forward" else Config(rows=32, warps=8)
+from kernels.compiled import Variant, chip_class
+from kernels.packed_attention.tiles import (
+    GROUPED_DIMS,
+    HEAD_DIM_BLOCKS,
+    SPILLS,
+    Config,
+    Form,
+    config,
+    key_pieces,
+    ladder,
+)
 
 
 @triton.constexpr_function
@@ -560,24 +519,13 @@ def variants(capability: int) -> list[Variant]:
     found = []
     for direction in ("forward", "backward"):
         for dim in HEAD_DIM_BLOCKS:
-            forms = [Form(sizes) for sizes in (*key_pieces(dim, torch.bfloat16), ())]
-            if dim in LONG_RESIDENT_DIMS:
+            resident = key_pieces(direction, dim, torch.bfloat16, capability)
+            forms = [Form(sizes) for sizes in (*resident, ())]
+            if dim in GROUPED_DIMS:
                 forms.append(Form((64,), grouped=True))
             found += [_variant(direction, form, dim, torch.bfloat16, capability) for form in forms]
             found.append(_variant(direction, Form(()), dim, torch.float32, capability))
     return found
-
-
-# Two to four registers per thread, in programs that hold dK and dV of up to 256 keys. With half the queries per step
-# head dim 32 does not spill, at twice the steps and barriers; 64 spills more. Fewer keys would mean to stream, at 7
-# matrix products per score instead of 5.
-_SPILLS = {
-    ("backward", 32, (128, 64, 16)): {80: 16, 90: 8},
-    ("backward", 64, (128, 128)): {80: 16},
-    # fp32, where the assembler itself stops at 72 and 96 registers for the sake of more programs at once
-    ("forward", 80, ()): {90: 8},
-    ("forward", 96, ()): {80: 16},
-}
 
 
 def _variant(direction: str, form: Form, dim: int, dtype: torch.dtype, capability: int) -> Variant:
@@ -601,7 +549,7 @@ def _variant(direction: str, form: Form, dim: int, dtype: torch.dtype, capabilit
             if name.endswith("stride") or name in pointers.keys() - set(_SCALAR_POINTERS)
         ),
         matrix=dtype != torch.float32,
-        spills=_SPILLS.get((direction, dim, form.pieces), {}) if form.pieces or dtype == torch.float32 else {},
+        spills=SPILLS.get((direction, dim, form.pieces), {}) if form.pieces or dtype == torch.float32 else {},
     )
 
 
@@ -641,8 +589,8 @@ def _plan(
 ) -> tuple[_Launch, ...]:
     """The launches that serve a batch, longest class first, so that the shorter ones fill the gaps."""
     launches = []
-    ladder = _ladder(dim, dtype, max_seqlen, equal)
-    for form, shorter in zip_longest(ladder, ladder[1:]):
+    forms = ladder(direction, dim, dtype, capability, max_seqlen, equal)
+    for form, shorter in zip_longest(forms, forms[1:]):
         chosen = config(direction, form, dim, dtype, capability)
         launches.append(
             _Launch(
@@ -655,16 +603,6 @@ def _plan(
             )
         )
     return tuple(launches)
-
-
-def _ladder(dim: int, dtype: torch.dtype, max_seqlen: int, equal: bool) -> list[Form]:
-    """The forms for a batch, falling in capacity; one where all sequences are equally long."""
-    resident = key_pieces(dim, dtype)
-    if max_seqlen <= GROUPED and dim in LONG_RESIDENT_DIMS and resident:
-        return [Form((64,), grouped=True)]
-    form = Form(next((sizes for sizes in resident if sum(sizes) >= max_seqlen), ()))
-    shorter = [] if equal else dict.fromkeys((*resident[-1:], *resident[:1]))
-    return [form, *(Form(sizes) for sizes in shorter if sum(sizes) < form.capacity)]
 
 
 def _constants(form: Form, dim: int, dtype: torch.dtype, chosen: Config) -> dict[str, Any]:
@@ -681,10 +619,8 @@ def _constants(form: Form, dim: int, dtype: torch.dtype, chosen: Config) -> dict
 
 @cache
 def _capability(device: torch.device) -> int:
-    """80 or 90, the two chips that configurations exist for; 80 for what is interpreted."""
-    if device.type != "cuda":
-        return 80
-    return 90 if torch.cuda.get_device_capability(device)[0] in (9, 10) else 80
+    """Whose tiles a device takes; those of sm_80 where kernels are interpreted."""
+    return chip_class(*torch.cuda.get_device_capability(device)) if device.type == "cuda" else 80
 
 
 def _addressable(x: Tensor, max_seqlen: int) -> Tensor:

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels.interpreter  # noqa: F401
-from kernels.resources import Variant
+from kernels.compiled import Variant
 
 # a whole patch lies in the registers of one program
 _LARGEST_PATCH = 64

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels.interpreter  # noqa: F401
-from kernels.resources import Variant
+from kernels.compiled import Variant
 
 _CLASSES = tl.constexpr(9)
 # tokens and channels of the longest image whose matrix of a class one program holds, in 16 bit

@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels.interpreter  # noqa: F401
-from kernels.resources import Variant
+from kernels.compiled import Variant
 
 # prototypes in a row that one program can hold
 _LARGEST_WHOLE = 16384

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 import kernels.interpreter  # noqa: F401
-from kernels.resources import Variant
+from kernels.compiled import Variant
 
 # below every entry, yet finite: its difference to itself is 0
 _LEAST = tl.constexpr(-3.4028234663852886e38)

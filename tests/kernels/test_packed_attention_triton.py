@@ -1,6 +1,7 @@
 """packed_attention in Triton against plain torch: in the interpreter where no GPU is, compiled where one is."""
 
 import importlib
+from itertools import product
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 import kernels
 from kernels.packed_attention import HEAD_DIMS
+from kernels.packed_attention.tiles import key_pieces, ladder
 from tests.kernels.agreement import assert_agrees
 from tests.kernels.test_packed_attention import layout, mixed_keys, packed, plain_attention, random_qkv
 
@@ -16,7 +18,7 @@ triton_attention = importlib.import_module("kernels.packed_attention.triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.float32]
-LENGTHS = (1, 15, 16, 17, 37, 49, 50, 64, 65, 196, 197, 208, 256, 257)
+LENGTHS = (1, 15, 16, 17, 37, 49, 50, 64, 65, 196, 197, 208, 256, 257, 273)
 
 
 @pytest.fixture(autouse=True)
@@ -118,12 +120,20 @@ def test_any_layout(data):
         assert packed(lengths, DEVICE, keys)(qkv).shape == (0, 2, dim)
 
 
-@pytest.mark.parametrize("chip", [80, 90])
-@pytest.mark.parametrize("length", [50, 197])
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("chip", [80, 86, 90])
+@pytest.mark.parametrize(
+    ("length", "dim"), [(50, 64), (50, 128), (101, 80), (197, 32), (197, 64), (197, 80), (257, 80)]
+)
 def test_configurations_of_each_chip(monkeypatch, chip, length, dim):
     monkeypatch.setattr(triton_attention, "_capability", lambda device: chip)
     check((length,), dim, torch.float16)
+
+
+@pytest.mark.parametrize("dim", [32, 64, 80])
+def test_a_mixed_batch_beside_a_class_token(monkeypatch, dim):
+    """257 tokens, and shorter sequences of other classes, some of whose tokens are no keys, in every class at once."""
+    monkeypatch.setattr(triton_attention, "_capability", lambda device: 90)
+    check((257, 37, 272, 130, 64), dim, torch.float16, (257, 5, 271, 1, 64))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -253,19 +263,30 @@ def test_double_precision_is_refused():
         packed((5,), DEVICE)(random_qkv((5,), 32, torch.float64, DEVICE))
 
 
-def test_little_of_a_tile_is_wasted():
-    """Rows of keys that are computed, over those that are needed, for what the forms choose by themselves."""
+@pytest.mark.parametrize(("direction", "chip"), [("forward", 80), ("forward", 90), ("backward", 80)])
+def test_little_of_a_tile_is_wasted(direction, chip):
+    """Rows of keys that are computed, over those that are needed, for what the forms choose by themselves; Hopper's
+    backward trades products for fewer reads of shared memory."""
     for dim in (32, 64):
-        for length, most in ((197, 1.07), (50, 1.3), (64, 1.0), (256, 1.0), (208, 1.0)):
-            (form,) = triton_attention._ladder(dim, torch.bfloat16, length, equal=True)
-            assert form.pieces and form.capacity / length <= most
+        for length, most in ((197, 1.07), (50, 1.3), (64, 1.0), (256, 1.0), (208, 1.0), (257, 1.07)):
+            (form,) = ladder(direction, dim, torch.bfloat16, chip, length, equal=True)
+            if length < 257 or (direction, dim) != ("backward", 64):
+                assert form.pieces and form.capacity / length <= most
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_pieces_rise_and_every_chip_has_them(direction):
+    for dim in HEAD_DIMS:
+        for chip in (80, 86, 90):
+            capacities = [sum(pieces) for pieces in key_pieces(direction, dim, torch.bfloat16, chip)]
+            assert capacities[0] == 64 and capacities == sorted(set(capacities))
 
 
 def test_every_length_is_served_by_exactly_one_launch():
-    for dim in HEAD_DIMS:
-        for dtype in (torch.bfloat16, torch.float32):
-            for longest in (1, 32, 33, 64, 65, 197, 256, 257, 4096):
-                plan = triton_attention._plan("forward", dim, dtype, longest, False, 80)
-                bounds = [longest, *(step.longer_than for step in plan)]
-                assert bounds == sorted(bounds, reverse=True)
-                assert bounds[-1] == 0
+    asked = product(("forward", "backward"), HEAD_DIMS, (torch.bfloat16, torch.float32), (80, 86, 90))
+    for direction, dim, dtype, chip in asked:
+        for longest in (1, 32, 33, 64, 65, 197, 256, 257, 272, 273, 4096):
+            plan = triton_attention._plan(direction, dim, dtype, longest, False, chip)
+            bounds = [longest, *(step.longer_than for step in plan)]
+            assert bounds == sorted(bounds, reverse=True)
+            assert bounds[-1] == 0

@@ -191,7 +191,7 @@ def test_what_it_does_not_take_is_told_in_one_sentence():
 
 PLACES = """
 import importlib, json
-from kernels.resources import measure
+from kernels.resources.registers import measure
 variants = importlib.import_module("kernels.soft_cross_entropy.triton").variants
 names = ("cross-entropy bf16 K 65536 V 0", "cross-entropy bf16 K 65536 V 2", "gradient bf16 K 65536 V 2")
 print(json.dumps([measure(v, c)._asdict() for c in (80, 90) for v in variants(c) if v.name in names]))

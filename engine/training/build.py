@@ -41,6 +41,9 @@ def compile_regions(method: Method) -> None:
     # On CPUs inductor proves every vector extension by a program built and run in a new process, 25 s on two cores. What the
     # system lists for the processor is enough.
     torch._inductor.config.cpp.vec_isa_ok = True
+    # Its code for CPUs is made for a number of threads, which by default is no part of the key under which it is kept: code made
+    # for two, run by one, takes fifteen times as long.
+    torch._inductor.config.cpp.threads = torch.get_num_threads()
     for dynamic, regions in ((False, method.regions()), (True, method.ragged_regions())):
         for owner, name in regions:
             region = getattr(owner, name)

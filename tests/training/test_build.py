@@ -1,6 +1,9 @@
 """What is compiled stays whole."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.training.build import compile_regions
+
+ROOT = Path(__file__).parents[2]
 
 
 class Wide(nn.Module):
@@ -65,3 +70,44 @@ def test_a_region_is_one_graph_under_ddp(monkeypatch, cut: bool):
         torch._dynamo.config.optimize_ddp = before
         torch._dynamo.reset()
     assert (len(graphs) == 1) == (not cut)
+
+
+FROM_CACHE = """
+import torch
+from torch._dynamo.utils import counters
+from engine.training.build import compile_regions
+
+
+class Softmax(torch.nn.Module):
+    def region(self, x):
+        return x.softmax(1)
+
+    def regions(self):
+        yield self, "region"
+
+    def ragged_regions(self):
+        return iter(())
+
+
+method = Softmax()
+compile_regions(method)
+method.region(torch.ones(4096, 64))
+print(torch.get_num_threads(), counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("order", [(1, 2), (2, 1, 2)])
+def test_code_made_for_one_number_of_threads_is_not_taken_for_another(tmp_path, order: tuple[int, ...]):
+    """A study's jobs run with fewer threads than the run before, and share its compiled code."""
+    seen = []
+    for threads in order:
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        environment.pop("TRITON_INTERPRET", None)
+        done = subprocess.run(
+            [sys.executable, "-c", FROM_CACHE], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        seen.append(done.stdout.strip())
+    # taken from the cache where that number was there before
+    assert seen == [f"{threads} {order[:place].count(threads)}" for place, threads in enumerate(order)]

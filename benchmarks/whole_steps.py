@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import kernels
-from benchmarks.kernels.case import OF_CPUS
+from benchmarks.kernels.case import OF_CPUS, OF_OTHERS
 from benchmarks.kernels.jobs import fresh
 from kernels.choice import AVAILABLE
 
@@ -33,7 +33,8 @@ def planned(device: str) -> Iterator[Planned]:
     implementations; compiled first, which is how one trains."""
     on_gpu = device == "cuda"
     model, batch = ("vit_large_patch16_224", 256) if on_gpu else ("vit_tiny_patch16_224", 2)
-    own = sorted({one for exist in AVAILABLE.values() for one in exist} - {"reference", *OF_CPUS}) if on_gpu else []
+    exist = {one for each in AVAILABLE.values() for one in each}
+    own = sorted(exist - {"reference", *OF_CPUS, *OF_OTHERS}) if on_gpu else []
     for compiles in (True, False):
         for method in METHODS if on_gpu else METHODS[:3]:
             for implementation in ("reference", *own):

@@ -1,4 +1,4 @@
-"""The public ops. Each runs one of its implementations (reference, plain, triton, cuda); `use` chooses, `describe` tells."""
+"""The public ops. Each runs one of its implementations (`kernels.choice.IMPLEMENTATIONS`); `use` chooses, `describe` tells."""
 
 import os
 

@@ -1,11 +1,14 @@
 """The one choice between an op's implementations: plain torch (reference), plain torch that the compiler
-sees through (plain), Triton, CUDA C++.
+sees through (plain), Triton, CUDA C++, and what others have made.
 
 An implementation exists when its file does: `kernels/OP/triton.py` makes "triton" available for OP, and nothing else
-needs to know. What is asked for by name is read when an op is called or traced, so a compiled graph carries it as a
-constant, `use` makes the compiler trace again, and no choice ever breaks a graph. What "auto" means stands in a table, by
-registered op and class of shapes, that calibration on this very kind of device has filled (`kernels.calibrate`) and that is
-frozen before the first step: without one, auto is the reference.
+needs to know. What its import lacks is why it cannot run here. A module that is for GPUs only says NEEDS_GPU = True;
+Triton's are known by their functions, which a CPU may interpret.
+
+What is asked for by name is read when an op is called or traced, so a compiled graph carries it as a constant, `use` makes the
+compiler trace again, and no choice ever breaks a graph. What "auto" means stands in a table, by registered op and class of
+shapes, that calibration on this very kind of device has filled (`kernels.calibrate`) and that is frozen before the first step:
+without one, auto is the reference.
 """
 
 import importlib
@@ -17,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-IMPLEMENTATIONS = ("reference", "plain", "written", "flash", "triton", "cuda")
+IMPLEMENTATIONS = ("reference", "plain", "written", "flash", "efficient", "cudnn", "xformers", "triton", "cuda")
 AVAILABLE: dict[str, tuple[str, ...]] = {
     folder.name: tuple(name for name in IMPLEMENTATIONS if (folder / f"{name}.py").is_file())
     for folder in sorted(Path(__file__).parent.iterdir())
@@ -59,9 +62,9 @@ def use(choice: str, op: str | None = None) -> None:
     """Choose the implementation that ops run from now on; the environment variable TESSERA_KERNELS does the same.
 
     Args:
-        choice: "auto" (what a record has shown to be fastest on the device, else the reference), "reference", "plain",
-            "triton" or "cuda". Without `op` also a list by op, such as "packed_attention=cuda,sinkhorn=triton", where the
-            others run what stands without a name in front ("triton,sinkhorn=reference"), or auto.
+        choice: "auto" (what a record has shown to be fastest on the device, else the reference) or one of IMPLEMENTATIONS.
+            Without `op` also a list by op, such as "packed_attention=cuda,sinkhorn=triton", where the others run what stands
+            without a name in front ("triton,sinkhorn=reference"), or auto.
         op: one op by its folder's name (see `describe`); None chooses for all of them where they have it: an op that lacks
             it runs what auto means, and `describe` says so. Named, an op never runs another than was asked for.
 
@@ -288,7 +291,8 @@ def bring(op: str, implementation: str) -> ModuleType:
     _modules[op, implementation] = module
     _unusable.pop((op, implementation), None)
     # a function that Triton interprets has another type than one that it compiles
-    if implementation == "cuda" or any(type(value).__name__ == "JITFunction" for value in vars(module).values()):
+    jitted = any(type(value).__name__ == "JITFunction" for value in vars(module).values())
+    if jitted or getattr(module, "NEEDS_GPU", False):
         _needs_gpu.add((op, implementation))
     return module
 

@@ -22,6 +22,8 @@ Outputs = tuple[Tensor, ...]
 
 # implementations that run on one kind of device only
 OF_CPUS, OF_GPUS = ("written", "flash"), ("triton", "cuda")
+# those, for GPUs, whose kernels others wrote: peers, which a machine may lack and which need not take every case
+OF_OTHERS = ("efficient", "cudnn", "xformers")
 FORWARD, BACKWARD = "forward", "backward"
 
 
@@ -117,7 +119,9 @@ class Case:
 
     @property
     def theirs(self) -> dict[str, Callable[..., Any]]:
-        return {"formula": self.formula, **self.peers, "compiled formula": _compiled(self.formula)}
+        wrapped = [one for one in OF_OTHERS if one in AVAILABLE[self.op]] if torch.cuda.is_available() else []
+        through_us = {f"our op on {name}": self._on(name, self.call) for name in wrapped}
+        return {"formula": self.formula, **self.peers, **through_us, "compiled formula": _compiled(self.formula)}
 
     @property
     def forms(self) -> dict[str, Callable[..., Any]]:
@@ -125,9 +129,9 @@ class Case:
 
 
 def implementations(op: str) -> tuple[str, ...]:
-    """Of the op, those that run here."""
-    elsewhere = OF_CPUS if torch.cuda.is_available() else OF_GPUS
-    return tuple(one for one in AVAILABLE[op] if one not in elsewhere)
+    """Of the op, ours that run here."""
+    left_out = (*OF_OTHERS, *(OF_CPUS if torch.cuda.is_available() else OF_GPUS))
+    return tuple(one for one in AVAILABLE[op] if one not in left_out)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -79,8 +79,8 @@ class Train:
     compile: bool = False
     """Compile blocks and losses with torch.compile."""
     kernels: str = "auto"
-    """Which form of the kernels runs: auto, reference, plain, triton or cuda, for all ops that have it, or by op, as in
-    packed_attention=cuda,sinkhorn=triton."""
+    """Which form of the kernels runs: auto, reference, plain, triton, cuda or another of docs/kernels.md, for all ops that have
+    it, or by op, as in packed_attention=cuda,sinkhorn=triton."""
     calibrate: str = "auto"
     """Prove and time every kernel on this very device before the first step, and take the fastest right one: auto does so at the
     first run on a GPU and keeps what it found, again measures anew (on a CPU, too), never takes what is known."""

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels import library
+from kernels.packed_attention.layout import in_chunks
 
+NEEDS_GPU = True
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_LENGTH = 320  # as in csrc/packed_attention.h
 
@@ -23,7 +25,7 @@ def forward(
     """See `kernels.packed_attention`; returns (out [T,H,D], lse fp32 [H,T])."""
     _check(qkv_T3HD, max_seqlen)
     return _ops.packed_attention_forward(
-        _in_chunks(qkv_T3HD), cu_seqlens.contiguous(), max_seqlen, _contiguous(kv_lengths), scale
+        in_chunks(qkv_T3HD), cu_seqlens.contiguous(), max_seqlen, _contiguous(kv_lengths), scale
     )
 
 
@@ -40,8 +42,8 @@ def backward(
     """Gradient of qkv, [T,3,H,D] contiguous."""
     _check(qkv_T3HD, max_seqlen)
     return _ops.packed_attention_backward(
-        _in_chunks(grad_out_THD),
-        _in_chunks(qkv_T3HD),
+        in_chunks(grad_out_THD),
+        in_chunks(qkv_T3HD),
         out_THD.contiguous(),
         lse_HT.contiguous(),
         cu_seqlens.contiguous(),
@@ -57,14 +59,6 @@ def _check(qkv: Tensor, max_seqlen: int) -> None:
             f"packed_attention in CUDA C++ takes float16 or bfloat16 and sequences of up to {MAX_LENGTH} tokens, got "
             f"{qkv.dtype} and {max_seqlen}; triton and reference take the others"
         )
-
-
-def _in_chunks(x: Tensor) -> Tensor:
-    """x as it is where each row lies in whole chunks of 16 bytes, which is how the kernels read; else a copy."""
-    *strides, last = x.stride()
-    if last == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides):
-        return x
-    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:

@@ -1,7 +1,8 @@
-"""The layout of a packed batch, read on the host and checked."""
+"""The layout of a packed batch: read on the host and checked, and as it lies in memory."""
 
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 
@@ -29,3 +30,16 @@ def read(tokens: int, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | 
         if not 0 <= key <= length:
             raise ValueError(f"kv_lengths must lie between 0 and the length, got {key} for a sequence of {length}")
     return list(zip(starts[:-1], lengths, keys, strict=True))
+
+
+def equally_long(tokens: int, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None) -> bool:
+    """Whether shapes alone tell that each sequence has max_seqlen tokens, all of them keys: there are as many as there can be."""
+    return tokens > 0 and kv_lengths is None and (len(cu_seqlens) - 1) * max_seqlen == tokens
+
+
+def in_chunks(x: Tensor) -> Tensor:
+    """x as it is where each row lies in whole chunks of 16 bytes, which is how kernels read 16 bit; else a copy."""
+    *strides, last = x.stride()
+    if last == 1 and x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in strides):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.packed_attention import layout
+from kernels.packed_attention.places import KeysFirst
 
 _aten = torch.ops.aten
 _SHORT = 64  # tokens up to which a CPU is faster with the formula written out
@@ -137,8 +138,7 @@ def grouped_backward(
 
 def _groups(tokens: int, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None) -> list[_Group]:
     sequences = len(cu_seqlens) - 1
-    if tokens and kv_lengths is None and sequences * max_seqlen == tokens:
-        # as many tokens as there can be: all sequences are equally long
+    if layout.equally_long(tokens, cu_seqlens, max_seqlen, kv_lengths):
         on_cpu = cu_seqlens.device.type == "cpu"
         if not on_cpu or torch.equal(cu_seqlens, torch.arange(0, tokens + 1, max_seqlen, dtype=torch.int32)):
             return [_Group(slice(0, tokens), sequences, max_seqlen, max_seqlen)]
@@ -185,22 +185,22 @@ def written_backward(grad_out, q_SHLD, k_SHKD, v_SHKD, out, lse_SHL, scale):
 
 def _gpu_flash_forward(qkv_T3HD, cu_seqlens, max_seqlen, kv_lengths, scale):
     q, k, v = qkv_T3HD.unbind(1)
-    cu_keys = cu_seqlens
+    keys, cu_keys = None, cu_seqlens
     if kv_lengths is not None:
-        _, order_T, _, cu_keys = _keys_first(len(q), cu_seqlens, kv_lengths)
-        k, v = k[order_T], v[order_T]
+        keys = KeysFirst.of(len(q), cu_seqlens, kv_lengths)
+        k, v, cu_keys = keys.lay(k), keys.lay(v), keys.cu_keys
     out, lse, *_ = _aten._flash_attention_forward(
         q, k, v, cu_seqlens, cu_keys, max_seqlen, max_seqlen, 0.0, False, False, scale=scale
     )
-    return out, lse
+    return out, lse if keys is None else keys.agreed(lse)
 
 
 def _gpu_flash_backward(grad_out_THD, qkv_T3HD, out_THD, lse_HT, cu_seqlens, max_seqlen, kv_lengths, scale):
     q, k, v = qkv_T3HD.unbind(1)
-    cu_keys = cu_seqlens
+    keys, cu_keys = None, cu_seqlens
     if kv_lengths is not None:
-        is_key_T, order_T, place_T, cu_keys = _keys_first(len(q), cu_seqlens, kv_lengths)
-        k, v = k[order_T], v[order_T]
+        keys = KeysFirst.of(len(q), cu_seqlens, kv_lengths)
+        k, v, cu_keys = keys.lay(k), keys.lay(v), keys.cu_keys
     # without dropout the two random states are never read
     rng_state = torch.zeros(2, dtype=torch.uint64, device=q.device)
     unused = torch.empty(0, device=q.device)
@@ -208,25 +208,9 @@ def _gpu_flash_backward(grad_out_THD, qkv_T3HD, out_THD, lse_HT, cu_seqlens, max
     dq, dk, dv = _aten._flash_attention_backward(
         grad_out_THD, q, k, v, out_THD, lse_HT, *layout, 0.0, False, rng_state, unused, scale=scale
     )
-    if kv_lengths is not None:
-        # the kernel leaves the rows behind the last key as they were in memory
-        dk, dv = (grad[place_T].masked_fill_(~is_key_T[:, None, None], 0) for grad in (dk, dv))
+    if keys is not None:
+        dk, dv = keys.back(dk), keys.back(dv)
     return torch.stack((dq, dk, dv), 1)
-
-
-def _keys_first(tokens: int, cu_seqlens: Tensor, kv_lengths: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Which tokens are keys; the order that puts keys in front, sequence by sequence; its inverse; where each one's
-    keys start.
-
-    Everything stays on the device: the number of keys is never known to the host.
-    """
-    token_T = torch.arange(tokens, device=cu_seqlens.device, dtype=torch.int32)
-    sequence_T = torch.searchsorted(cu_seqlens[1:], token_T, right=True)
-    is_key_T = token_T - cu_seqlens[sequence_T] < kv_lengths[sequence_T]
-    order_T = torch.argsort(~is_key_T, stable=True)
-    place_T = torch.empty_like(order_T).scatter_(0, order_T, torch.arange(tokens, device=order_T.device))
-    cu_keys = torch.nn.functional.pad(kv_lengths.cumsum(0, dtype=torch.int32), (1, 0))
-    return is_key_T, order_T, place_T, cu_keys
 
 
 def _has_gpu_flash(x: Tensor) -> bool:

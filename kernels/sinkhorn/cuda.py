@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels import library
 
+NEEDS_GPU = True
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_PROTOTYPES = 131072  # as in csrc/sinkhorn.h
 

@@ -1,8 +1,10 @@
 """What all tests share: a core each, a cache of their own; tests of a GPU, of nvcc, of a browser only where there is one."""
 
+import getpass
 import importlib
 import os
 import shutil
+import tempfile
 
 import pytest
 import torch
@@ -25,7 +27,8 @@ torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cp
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Data sets and screening results of a test session stay out of the user's cache."""
+    """Data sets and screening results of a test session stay out of the user's cache; compiled code is shared by its workers."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{getpass.getuser()}")
     os.environ["TESSERA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

@@ -76,8 +76,8 @@ class Train:
     """Micro-batches per step and rank; a stage that compares images within the batch takes only 1."""
     precision: str = "auto"
     """fp32 or bf16; auto is bf16 on GPUs and fp32 on CPUs."""
-    compile: bool = False
-    """Compile blocks and losses with torch.compile."""
+    compile: str = "auto"
+    """Compile blocks and losses with torch.compile: on (also by --compile alone), off (also by --no-compile), or auto: on GPUs."""
     kernels: str = "auto"
     """Which form of the kernels runs: auto, reference, plain, triton, cuda or another of docs/kernels.md, for all ops that have
     it, or by op, as in packed_attention=cuda,sinkhorn=triton."""
@@ -125,6 +125,7 @@ class Train:
             "pool": ("", "token", "avg"),
             "collapse": ("", *CHOICES),
             "precision": ("auto", "fp32", "bf16"),
+            "compile": ("auto", "on", "off"),
             "calibrate": ("auto", "again", "never"),
             "device": ("auto", "cpu", "cuda"),
         }
@@ -186,7 +187,7 @@ def parse(arguments: Sequence[str]) -> Plan:
     if asked in ("-h", "--help"):
         print(short_help(Train, "usage: python -m engine.train --method NAME [flags]", HELP, MORE_HELP))
         raise SystemExit(0)
-    wanted = [word for word in arguments if word not in IN_FULL]
+    wanted = _spelled_out([word for word in arguments if word not in IN_FULL])
     train, _ = read(Train, wanted, return_unknown_args=True, add_help=False)
     before = _saved(Path(train.resume)) if train.resume else None
     train = before.train if before else train
@@ -212,6 +213,19 @@ def parse(arguments: Sequence[str]) -> Plan:
     if before:
         _check_unchanged(before, resolved)
     return resolved
+
+
+def _spelled_out(arguments: list[str]) -> list[str]:
+    """With `--compile on` for --compile alone, and `--compile off` for --no-compile."""
+    spelled: list[str] = []
+    for word, following in zip(arguments, [*arguments[1:], "--"]):
+        if word == "--compile" and following.startswith("-"):
+            spelled += [word, "on"]
+        elif word == "--no-compile":
+            spelled += ["--compile", "off"]
+        else:
+            spelled.append(word)
+    return spelled
 
 
 def _preset(train: Train) -> Plan:
@@ -258,7 +272,10 @@ def _saved(run: Path) -> Plan:
     path = run / "config.json"
     try:
         saved = json.loads(path.read_text())
-        train = Train(**_tuples(Train, saved["train"]))
+        flags = saved["train"]
+        if isinstance(flags["compile"], bool):  # as earlier versions wrote it
+            flags |= {"compile": "on" if flags["compile"] else "off"}
+        train = Train(**_tuples(Train, flags))
         stages = []
         for entry in saved["stages"]:
             settings = recipes.methods.get(entry["method"]).Settings

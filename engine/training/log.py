@@ -17,6 +17,8 @@ from engine.training.progress import Progress, Stretch
 from engine.training.speed import Speed
 from engine.training.trackers import TensorBoard, Trackers
 
+LONG_FIRST_STEP = 5.0  # seconds from which it is told
+
 
 class RunLog:
     """Record and progress display of one run. On any rank but 0 every method returns at once.
@@ -106,8 +108,10 @@ class RunLog:
         if not self._active or self._progress.stage is None:
             return
         self._step = step
-        self._speed.tick(step)
+        first = self._speed.tick(step)
         self._progress.tick(step)
+        if first is not None and first >= LONG_FIRST_STEP:
+            self.message(f"the first step took {first:.0f} s, compilation included; the others do not")
 
     def log(self, step: int, values: Mapping[str, float | str], *, kind: str = "train") -> None:
         """Record the values of a step: one line of metrics.jsonl, TensorBoard, the trackers, the progress display.

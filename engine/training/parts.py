@@ -13,6 +13,7 @@ import kernels
 from engine.core import dist
 from engine.core.draws import Draws, seed_of
 from engine.core.errors import BadInput
+from engine.data import cache
 from engine.data.batch import Batch
 from engine.data.pipeline import TrainLoader, each_once
 from engine.data.sources import ImageSet, has_split, open_images
@@ -169,14 +170,19 @@ def _check_batch(stage: str, settings: StageSettings, plan: Plan, ranks: dist.Ra
 
 
 def _compiles(train: Train, ranks: dist.Ranks) -> bool:
-    if not train.compile or ranks.device.type == "cuda":
-        return train.compile
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) or shutil.which("clang++"):
-        return True
-    if ranks.first:
-        print(
-            f"note: --compile needs a C++ compiler on CPUs and found neither {compiler} nor clang++: running uncompiled.",
-            file=sys.stderr,
-        )
-    return False
+    on_gpu = ranks.device.type == "cuda"
+    if train.compile == "off" or (train.compile == "auto" and not on_gpu):
+        return False
+    # what is compiled for a GPU is launched by code in C, what is compiled for a CPU is C++
+    compiler, other = (os.environ.get("CC", "gcc"), "clang") if on_gpu else (os.environ.get("CXX", "g++"), "clang++")
+    if not (shutil.which(compiler) or shutil.which(other)):
+        if ranks.first:
+            print(
+                f"note: compiling needs a C{'' if on_gpu else '++'} compiler and found neither {compiler} nor {other}: running "
+                "uncompiled.",
+                file=sys.stderr,
+            )
+        return False
+    # the next run finds what this one has compiled, also after a restart has emptied /tmp
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.folder() / "compiled"))
+    return True

@@ -20,12 +20,15 @@ class Speed:
     def begin(self, images_per_step: int, flops_per_image: float | None) -> None:
         """A stage begins."""
         self._images_per_step, self._flops_per_image = images_per_step, flops_per_image
-        self._mark = None
+        self._mark, self._began = None, self._clock()
 
-    def tick(self, step: int) -> None:
-        """`step` is finished. A stage's first update compiles and loads kernels: rates are measured from its end on."""
-        if self._mark is None:
-            self._mark = (self._clock(), step)
+    def tick(self, step: int) -> float | None:
+        """`step` is finished. A stage's first update compiles and loads kernels: rates are measured from its end on. Returns the
+        seconds that it took, else None."""
+        if self._mark is not None:
+            return None
+        self._mark = (self._clock(), step)
+        return self._mark[0] - self._began
 
     def rates(self, step: int) -> dict[str, float]:
         """images_per_second since the last call or the stage's first tick, and mfu (0 to 1) where it is known."""

@@ -2,20 +2,23 @@
 
 import importlib
 import json
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from engine import train
+from engine.core.dist import Ranks
 from engine.core.errors import BadInput
 from engine.data.sets import archives
 from engine.model import vit, weights
 from engine.model.positions import sincos_positions
 from engine.recipes import small_data
-from engine.training import config
+from engine.training import config, parts
 
 
 def folder_of_images(root: Path, per_class: int = 4) -> Path:
@@ -218,3 +221,47 @@ def test_a_methods_own_flags_are_told_when_asked_for(capsys, asked: str, general
     said = capsys.readouterr().out
     assert "--mae.mask-ratio" in said and "--maect." not in said
     assert ("--bad-limit" in said) == general
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        ([], "auto"),
+        (["--compile"], "on"),
+        (["--compile", "--seed", "1"], "on"),
+        (["--compile", "off"], "off"),
+        (["--compile", "auto"], "auto"),
+        (["--no-compile"], "off"),
+    ],
+)
+def test_compile_alone_means_on(words: list[str], meant: str):
+    assert config.parse(["--method", "mae", *words]).train.compile == meant
+
+
+def test_an_earlier_runs_compile_is_understood(tmp_path: Path):
+    plan = config.parse(["--method", "mae", "--compile"])
+    (tmp_path / "config.json").write_text(plan.as_json().replace('"compile": "on"', '"compile": true'))
+    assert config.parse(["--resume", str(tmp_path)]).train.compile == "on"
+    assert config.parse(["--resume", str(tmp_path), "--no-compile"]).train.compile == "off"
+
+
+@pytest.mark.parametrize(
+    ("compile_", "device", "compilers", "compiles"),
+    [
+        ("auto", "cpu", ("g++", "gcc"), False),
+        ("on", "cpu", ("g++",), True),
+        ("on", "cpu", (), False),
+        ("auto", "cuda", ("gcc",), True),
+        ("auto", "cuda", ("clang",), True),
+        ("auto", "cuda", (), False),
+        ("off", "cuda", ("gcc",), False),
+    ],
+)
+def test_runs_compile_on_gpus_where_a_compiler_is(monkeypatch, capsys, compile_, device, compilers, compiles):
+    for name in ("CC", "CXX", "TORCHINDUCTOR_CACHE_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(parts.shutil, "which", lambda name: name if name in compilers else None)
+    train = config.parse(["--method", "mae", "--compile", compile_]).train
+    assert parts._compiles(train, Ranks(0, 1, torch.device(device))) == compiles
+    assert ("running uncompiled" in capsys.readouterr().err) == (not compiles and not compilers)
+    assert ("TORCHINDUCTOR_CACHE_DIR" in os.environ) == compiles

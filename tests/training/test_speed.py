@@ -2,12 +2,22 @@ import pytest
 
 from engine.training.log import RunLog
 from engine.training.metrics import read_metrics
-from tests.training.logged import Clock, train
+from tests.training.logged import Clock, console, shown, train
 
 
 @pytest.fixture
 def clock(monkeypatch):
     return Clock(monkeypatch)
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(1, False), (38, True)])
+def test_a_long_first_step_is_told(clock, seconds, told):
+    with RunLog(None, console=console()) as run:
+        run.start_stage("mae", 0, 1, 0, 100, 64)
+        for _ in range(3):
+            clock.now += seconds
+            run.tick(1)
+    assert ("the first step took 38 s, compilation included" in shown(run)) == told
 
 
 def test_rates_leave_out_the_first_update_and_time_aside(tmp_path, clock):

@@ -77,7 +77,7 @@ class Train:
     precision: str = "auto"
     """fp32 or bf16; auto is bf16 on GPUs and fp32 on CPUs."""
     compile: str = "auto"
-    """Compile blocks and losses with torch.compile: on (also by --compile alone), off (also by --no-compile), or auto: on GPUs."""
+    """Compile blocks and losses with torch.compile: on (also --compile alone), off (also --no-compile), or auto: on GPUs."""
     kernels: str = "auto"
     """Which form of the kernels runs: auto, reference, plain, triton, cuda or another of docs/kernels.md, for all ops that have
     it, or by op, as in packed_attention=cuda,sinkhorn=triton."""

@@ -119,13 +119,19 @@ def known(device: torch.device) -> dict[str, dict[str, str]]:
 def line(name: str, shape_class: str, verdict: Verdict) -> str:
     """A verdict in a line: op, shapes, choice, milliseconds, the next one's ratio, and why the others lost."""
     took = "" if verdict.ms is None else f", {verdict.ms:.3g} ms"
-    ratio = "" if verdict.ratio is None else f", {verdict.ratio:.2f}x the next"
-    lost = "; ".join(f"{one}: {_brief(why)}" for one, why in verdict.why.items() if one != verdict.choice)
+    ratio = "" if verdict.ratio is None else f", the next takes {verdict.ratio:.2f} times as long"
+    reasons: dict[str, list[str]] = {}
+    for one, why in verdict.why.items():
+        if one != verdict.choice:
+            reasons.setdefault(_brief(why), []).append(one)
+    lost = "; ".join(f"{', '.join(names)}: {why}" for why, names in reasons.items())
     return f"{name} {shape_class}: {verdict.choice}{took}{ratio}{f' ({lost})' if lost else ''}"
 
 
 def _brief(why: str) -> str:
     """A reason's first words; the record has all of them."""
+    if "needs tensors on a GPU" in why:
+        return "for GPUs"
     why = why.partition(";")[0].partition(": /")[0]
     return why if len(why) <= 90 else f"{why[:87]}..."
 

@@ -63,7 +63,7 @@ def test_each_that_misbehaves_is_caught_by_its_own_reason_and_the_fastest_right_
     assert table == {"info_nce_forward": {"float32 C32": "faster"}}
     for part in (
         "info_nce_forward float32 C32: faster, ",
-        "x the next",
+        "the next takes ",
         "slower: ",
         " times as long",
         "crashes: killed by",

@@ -1,4 +1,5 @@
-"""What all tests share: a core each, a cache of their own; tests of a GPU, of nvcc, of a browser only where there is one."""
+"""What all tests share: a core each, a cache of their own; tests of a GPU, of nvcc, of a browser only where there is one; those
+that take hours only where they are asked for."""
 
 import getpass
 import importlib
@@ -11,6 +12,7 @@ import torch
 
 from kernels.choice import AVAILABLE
 from tests import browsers
+from tests.null_device import device
 
 # Where no GPU is, Triton's kernels are interpreted, on CPU tensors. That is settled when a function is defined, Triton's
 # own library included, so it comes before anything else that brings Triton in.
@@ -37,6 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "gpu": torch.cuda.is_available(),
         "nvcc": shutil.which("nvcc") is not None,
         "browser": browsers.installed() is not None,
+        "null_device": device.can_be_built(),
+        "exhaustive": "exhaustive" in config.option.markexpr,
     }
     missing = [marker for marker, is_there in present.items() if not is_there]
     left_out = [item for item in items if any(item.get_closest_marker(marker) for marker in missing)]

@@ -4,6 +4,7 @@ A record of another machine is neither read nor overwritten: its file has anothe
 the op's sources that it is of; a trial of other sources is left where it is, and ignored.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -139,5 +140,7 @@ def _driver() -> str:
     try:
         line = Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except (OSError, IndexError):
-        return f"API {torch._C._cuda_getDriverVersion()}"
+        version = ctypes.c_int()  # of the interface: all that WSL and some containers tell
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+        return f"API {version.value}"
     return next((word for word in line.split() if word[0].isdigit() and "." in word), line)

@@ -1,0 +1,84 @@
+"""On the device that computes nothing: every stage of a method's published recipe, its whole step, as JSON.
+
+    python -m tests.null_device.steps METHOD
+
+Only a process in `device.environment` sees the device. Images are memory that nobody wrote; stages that store features first go
+without, and a method that must see the data before its first step hasn't, which changes values and no count.
+"""
+
+import gc
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+
+import torch
+
+from engine import methods
+from engine.core.draws import Draws
+from engine.methods.base import Labels, Method, StageSettings
+from engine.model import vit
+from engine.training import config
+from engine.training.build import compile_regions
+from engine.training.step import Update
+from tests.null_device.ledger import Report, examine
+
+MODEL = "vit_tiny_patch16_224"
+BATCH = 8
+CLASSES = 1000  # of ImageNet
+# bytes a thread that one of inductor's kernels spills and that were looked at: SimMIM's loss with the mask of its pixels
+ACCEPTED_SPILLS = {"simmim": 104}
+
+
+def reports(name: str, compiles: bool) -> dict[str, Report]:
+    """By stage and how it runs."""
+    flags = ["--method", name, "--model", MODEL, "--preset", "plain", "--batch-size", str(BATCH), "--device", "cuda"]
+    plan = config.parse(flags)
+    torch.set_float32_matmul_precision("high")  # as training does
+    torch.manual_seed(0)
+    encoder = vit.create(plan.model, **plan.encoder)
+    found: dict[str, Report] = {}
+    earlier = None
+    for index, (kind, settings) in enumerate(plan.stages):
+        method = made(kind, settings, encoder)
+        if earlier is not None:
+            method.inherit(earlier)
+        earlier = method
+        found[f"{index} {kind}, {'compiled' if compiles else 'eager'}"] = examine(
+            stepping(method, compiles, index), ACCEPTED_SPILLS.get(name, 0)
+        )
+    return found
+
+
+def made(kind: str, settings: StageSettings, encoder: vit.VisionTransformer) -> Method:
+    """A stage's method on the host."""
+    if hasattr(settings, "reuse"):
+        settings = replace(settings, reuse=0)
+    names = tuple(map(str, range(CLASSES)))
+    known = (Labels(torch.arange(settings.batch_size) % CLASSES, names),) if settings.labelled else ()
+    return methods.get(kind)(encoder, settings, *known)
+
+
+def stepping(method: Method, compiles: bool, stage: int = 0) -> Callable[[int], None]:
+    """The engine's update of a method as the loop calls it, with that step's draws."""
+    device, batch = torch.device("cuda", 0), method.settings.batch_size
+    method.to(device).train()
+    if compiles:
+        compile_regions(method)
+    update = Update(method, 1000, "bf16")
+    images = tuple(torch.empty(batch, 3, *view.size, device=device) for view in method.views())
+    ids = torch.arange(batch, device=device)
+
+    def step(number: int) -> None:
+        drawn = method.draw(Draws(0, stage, number, batch=batch, rows=slice(0, batch), device=device))
+        update(number, images, ids, drawn)
+
+    return step
+
+
+if __name__ == "__main__":
+    (name,) = sys.argv[1:]
+    eager = reports(name, False)
+    gc.collect()
+    torch.cuda.empty_cache()
+    print(json.dumps({stage: asdict(report) for stage, report in (eager | reports(name, True)).items()}))

@@ -4,7 +4,7 @@
 // given, and refuses code for another chip and launches that no chip takes.
 //
 // NULLCUDA_SM: 90, an H200 (the default), or 80, an A100 of 80 GB. Not answered yet: graphs (capture is said to be off), NCCL,
-// a second device. A library of its own, like cuBLAS, belongs into a file of its own, which writes with nullcuda_note.
+// cuDNN, a second device. A library of its own, like cuBLAS, belongs into a file of its own, which writes with nullcuda_note.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>

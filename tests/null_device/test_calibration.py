@@ -16,7 +16,8 @@ LOST = ("killed by signal", "ended with status", "took longer", "context is lost
 
 
 def test_every_candidate_of_attention_and_losses_launches_and_the_child_outlives_it(on_device, tmp_path):
-    found = device.answer("calibrating", [], on_device() | {"WATCHED": str(tmp_path / "seen")})
+    seen = on_device() | {"WATCHED": str(tmp_path / "seen"), "TESSERA_CACHE": str(tmp_path)}  # none knows a call yet
+    found = device.answer("calibrating", [], seen)
     assert {CALLS[name].op for name in found["trials"]} == set(found["ops"])
     launched = {(seen["call"], seen["implementation"]): seen["launched"] for seen in found["seen"]}
     for name, forms in found["trials"].items():

@@ -18,8 +18,10 @@ def sound(name: str, chip: int, seen: dict[str, str]) -> None:
     counted = figures.of_answer(answer)
     version, of_methods = figures.stored()
     kept = of_methods.get(name, {}).get(f"sm_{chip}")
-    assert kept is not None, f"no figures are stored: python -m tests.null_device.figures {name}"
-    if version == torch.__version__:
+    assert kept is not None or name not in SHORT, f"no figures are stored: python -m tests.null_device.figures {name}"
+    if kept is None:  # of this method nothing was counted yet that a change could move
+        assert all(of["launches"] > 0 and of["peak_bytes"] > 0 for of in counted.values())
+    elif version == torch.__version__:
         assert counted == kept
     else:  # another torch launches otherwise
         assert counted.keys() == kept.keys()

@@ -253,9 +253,10 @@ def test_a_function_that_is_compiled_too_often_fails_instead_of_running_uncompil
             self.value = value
 
     jobs.fresh()
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     try:
-        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        # not by monkeypatch, whose undoing hides the setting from all that is compiled later in this process
+        limited = torch._dynamo.config.patch(recompile_limit=2)
+        with limited, pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
             for i in range(4):
                 compiled(torch.ones(2), Number(float(i)))
     finally:

@@ -186,6 +186,15 @@ with Guard() as guard:
     os.kill(below, signal.SIGKILL)
 
 
+@pytest.fixture
+def interruptible():
+    """What a shell starts in the background ignores Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_of_the_caller_kills_the_child(guard, tmp_path):
     def interrupt():
         written(tmp_path / "pids")

@@ -19,6 +19,7 @@ from torch import Tensor
 import kernels
 from kernels import library
 from kernels.packed_attention import HEAD_DIMS, reference
+from kernels.packed_attention.layout import in_chunks
 from tests.kernels.agreement import assert_agrees, assert_close_as_plain
 from tests.kernels.emulated import (
     A100,
@@ -346,9 +347,9 @@ def test_longest_sequence_is_told_alike_in_python_and_cpp(cuda):
 def test_only_rows_that_are_not_in_whole_chunks_are_copied(cuda):
     x = torch.randn(9, 3, 2, 32).half()
     for good in (x, x[::2], x[1:], x[:, :, 1:]):
-        assert cuda._in_chunks(good) is good
+        assert in_chunks(good) is good
     for bad in (x.flatten()[1:577].view(3, 3, 2, 32), x[..., ::2], x.transpose(2, 3)):
-        copied = cuda._in_chunks(bad)
+        copied = in_chunks(bad)
         assert copied.is_contiguous() and copied.data_ptr() % 16 == 0
         assert torch.equal(copied, bad)
 

@@ -33,7 +33,7 @@ def choose(parts: Parts, out: Path | None, say: Say) -> None:
     Args:
         parts: of the run.
         out: its folder, where the table is written, or read by a resumed run; None writes nothing.
-        say: is told, on the first rank.
+        say: is told; it shows the first rank's words only.
 
     Raises:
         BadInput: ranks have different devices, or the resumed run's table can't be read.
@@ -47,7 +47,7 @@ def choose(parts: Parts, out: Path | None, say: Say) -> None:
         found = dist.from_first(lambda: _saved(out / FILE))
         if "failed" in found:
             raise BadInput(found["failed"])
-        _go_on_with(found, ranks.device, parts.compiles, say if ranks.first else _nothing)
+        _go_on_with(found, ranks.device, parts.compiles, say)
         return
     found = dist.from_first(lambda: _found(parts, say))
     kernels.freeze(found["table"], ranks.device.type)
@@ -122,7 +122,3 @@ def _go_on_with(found: dict[str, Any], device: torch.device, compiles: bool, say
 def _kind(device: torch.device) -> tuple[str, str]:
     here = machine(device, 0)
     return here["device"], here["capability"]
-
-
-def _nothing(_: str) -> None:
-    pass

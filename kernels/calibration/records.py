@@ -13,11 +13,11 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 FORMAT = 1
 KERNELS = Path(__file__).parents[1]
@@ -94,7 +94,7 @@ def machine(device: torch.device, threads: int, deterministic: bool = False) -> 
     """What times depend on: the device, its driver, the libraries, whether torch's own kernels are held to the same bits at every
     run; on a CPU the threads, too."""
     versions = {
-        "torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__, "deterministic": deterministic,
+        "torch": torch.__version__, "cuda": torch.version.cuda, "triton": version("triton"), "deterministic": deterministic,
     }  # fmt: skip
     if device.type != "cuda":
         capability = torch.backends.cpu.get_cpu_capability()

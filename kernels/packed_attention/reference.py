@@ -136,6 +136,29 @@ def grouped_backward(
     return grad_T3HD
 
 
+def on_cpus(
+    attend: Callable[..., tuple[Tensor, Tensor]],
+    attend_back: Callable[..., tuple[Tensor, Tensor, Tensor]],
+    refusal: str,
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], Callable[..., Tensor]]:
+    """An implementation's forward and backward by one attention for sequences of any length, as `grouped_forward` and
+    `grouped_backward` take it; for tensors elsewhere than on a CPU they raise ValueError with `refusal`."""
+
+    def forward(qkv_T3HD: Tensor, *layout_and_scale: object) -> tuple[Tensor, Tensor]:
+        check(qkv_T3HD)
+        return grouped_forward(attend, last_dim_contiguous(qkv_T3HD), *layout_and_scale)
+
+    def backward(grad_out_THD: Tensor, qkv_T3HD: Tensor, *others: object) -> Tensor:
+        check(qkv_T3HD)
+        return grouped_backward(attend_back, last_dim_contiguous(grad_out_THD), last_dim_contiguous(qkv_T3HD), *others)
+
+    def check(qkv: Tensor) -> None:
+        if qkv.device.type != "cpu":
+            raise ValueError(refusal)
+
+    return forward, backward
+
+
 def _groups(tokens: int, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None) -> list[_Group]:
     sequences = len(cu_seqlens) - 1
     if layout.equally_long(tokens, cu_seqlens, max_seqlen, kv_lengths):

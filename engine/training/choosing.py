@@ -74,9 +74,8 @@ def _found(parts: Parts, say: Say) -> dict[str, Any]:
     how = {"compiles": parts.compiles}
     if measures:
         again = train.calibrate == "again"
-        say(
-            f"calibration: {len(calls)} calls on {here['device']}, at most {SECONDS:.0f} s; known ones are not measured again"
-        )
+        known = "known ones too" if again else "known ones are not measured again"
+        say(f"calibration: {len(calls)} calls on {here['device']}, at most {SECONDS:.0f} s; {known}")
         records[0] = measure(
             calls, device, seconds=SECONDS, again=again, say=say, deterministic=train.deterministic, **how
         )

@@ -44,13 +44,6 @@ class _Batch(NamedTuple):
         # the kernel refuses a bound above the number of tokens
         return _Batch((1, tokens), cu_seqlens, cu_keys, min(max_seqlen, tokens), keys)
 
-    def take(self, qkv_T3HD: Tensor) -> list[Tensor]:
-        """q, k, v, each [B,M,H,D]."""
-        q, k, v = qkv_T3HD.unbind(1)
-        if self.keys is not None:
-            k, v = self.keys.lay(k), self.keys.lay(v)
-        return [x.unflatten(0, self.shape) for x in (q, k, v)]
-
     def packed_lse(self, lse_SHM: Tensor, tokens: int) -> Tensor:
         """[S,H,padded longest] -> [H,T]."""
         lse_HSM = lse_SHM.transpose(0, 1)
@@ -79,7 +72,7 @@ def forward(
     if not qkv_T3HD.numel():
         return qkv_T3HD.new_empty(tokens, heads, dim), qkv_T3HD.new_empty(heads, tokens, dtype=torch.float32)
     batch = _Batch.of(tokens, cu_seqlens, max_seqlen, kv_lengths)
-    q, k, v = batch.take(in_chunks(qkv_T3HD))
+    q, k, v = places.taken(in_chunks(qkv_T3HD), batch.shape, batch.keys)
     longest = None if batch.cu_seqlens is None else batch.longest
     layout = (batch.cu_seqlens, batch.cu_keys, longest, longest)
     out, lse, *_ = _aten._efficient_attention_forward(q, k, v, None, *layout, 0.0, _NO_MASK, True, scale=scale)
@@ -105,7 +98,7 @@ def backward(
     if not qkv_T3HD.numel():
         return qkv_T3HD.new_empty(qkv_T3HD.shape)
     batch = _Batch.of(tokens, cu_seqlens, max_seqlen, kv_lengths)
-    q, k, v = batch.take(in_chunks(qkv_T3HD))
+    q, k, v = places.taken(in_chunks(qkv_T3HD), batch.shape, batch.keys)
     grad_out, out = (x.contiguous().unflatten(0, batch.shape) for x in (grad_out_THD, out_THD))
     layout = (batch.cu_seqlens, batch.cu_keys, batch.longest, batch.longest)
     # without dropout the two random states are never read

@@ -56,3 +56,11 @@ class KeysFirst(NamedTuple):
     def agreed(self, lse_HT: Tensor) -> Tensor:
         """-inf where a sequence has no key, in place: kernels have +inf there, or anything."""
         return lse_HT.masked_fill_(self.keyless_T, -torch.inf)
+
+
+def taken(qkv_T3HD: Tensor, shape: tuple[int, int], keys: KeysFirst | None) -> list[Tensor]:
+    """q, k, v as a batch of this shape (B, M), each [B,M,H,D]; keys and values laid in front where only some tokens are keys."""
+    q, k, v = qkv_T3HD.unbind(1)
+    if keys is not None:
+        k, v = keys.lay(k), keys.lay(v)
+    return [x.unflatten(0, shape) for x in (q, k, v)]

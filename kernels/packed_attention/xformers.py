@@ -16,7 +16,7 @@ from xformers.ops import fmha
 from xformers.ops.fmha import attn_bias, flash, flash3
 
 from kernels.packed_attention.layout import equally_long, in_chunks
-from kernels.packed_attention.places import KeysFirst
+from kernels.packed_attention.places import KeysFirst, taken
 
 NEEDS_GPU = True
 DTYPES = (torch.float16, torch.bfloat16)
@@ -48,13 +48,6 @@ class _Batch(NamedTuple):
         mask = attn_bias.BlockDiagonalMask(asked, asked if keys is None else _lengths(keys.cu_keys, max_seqlen))
         return _Batch((1, tokens), mask, keys)
 
-    def take(self, qkv_T3HD: Tensor) -> list[Tensor]:
-        """q, k, v, each [B,M,H,D]."""
-        q, k, v = qkv_T3HD.unbind(1)
-        if self.keys is not None:
-            k, v = self.keys.lay(k), self.keys.lay(v)
-        return [x.unflatten(0, self.shape) for x in (q, k, v)]
-
 
 def forward(
     qkv_T3HD: Tensor, cu_seqlens: Tensor, max_seqlen: int, kv_lengths: Tensor | None, scale: float
@@ -65,7 +58,7 @@ def forward(
     if not qkv_T3HD.numel():
         return qkv_T3HD.new_empty(tokens, heads, dim), qkv_T3HD.new_empty(heads, tokens, dtype=torch.float32)
     batch = _Batch.of(tokens, cu_seqlens, max_seqlen, kv_lengths)
-    q, k, v = batch.take(in_chunks(qkv_T3HD))
+    q, k, v = taken(in_chunks(qkv_T3HD), batch.shape, batch.keys)
     out, lse_BHM = fmha.memory_efficient_attention_forward_requires_grad(
         q, k, v, batch.mask, scale=scale, op=_operators(qkv_T3HD)[0]
     )
@@ -90,7 +83,7 @@ def backward(
     if not qkv_T3HD.numel():
         return qkv_T3HD.new_empty(qkv_T3HD.shape)
     batch = _Batch.of(len(qkv_T3HD), cu_seqlens, max_seqlen, kv_lengths)
-    q, k, v = batch.take(in_chunks(qkv_T3HD))
+    q, k, v = taken(in_chunks(qkv_T3HD), batch.shape, batch.keys)
     grad_out, out = (x.contiguous().unflatten(0, batch.shape) for x in (grad_out_THD, out_THD))
     lse_BHM = lse_HT.unflatten(1, batch.shape).transpose(0, 1).contiguous()
     grads = fmha.memory_efficient_attention_backward(

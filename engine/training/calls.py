@@ -37,7 +37,7 @@ def calls_of(plan: Plan, device: torch.device, world: int, precision: str, class
     with torch.random.fork_rng(devices=[]):  # new weights, which nobody sees, are drawn
         encoder = vit.create(plan.model, **plan.encoder)
         for name, settings in plan.stages:
-            method = _method(name, settings, encoder, classes)
+            method = without_data(name, settings, encoder, classes)
             if earlier is not None:
                 method.inherit(earlier)
             earlier = method
@@ -77,7 +77,8 @@ def _emptied(method: Method, mode: FakeTensorMode, device: torch.device) -> Meth
     return copy.deepcopy(method, copies)
 
 
-def _method(name: str, settings: StageSettings, encoder: vit.VisionTransformer, classes: int) -> Method:
+def without_data(name: str, settings: StageSettings, encoder: vit.VisionTransformer, classes: int) -> Method:
+    """A stage's method as its steps run it, where there are no images: it stores no features first, and labels are made up."""
     if hasattr(settings, "reuse"):
         settings = replace(settings, reuse=0)  # the pass that stores features calls what a step without them calls
     names = tuple(map(str, range(classes)))

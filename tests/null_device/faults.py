@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from engine import recipes
 from engine.model import vit
 from engine.training.build import compile_regions
+from engine.training.calls import without_data
 from tests.methods.small import small
 from tests.null_device.ledger import Report, examine
-from tests.null_device.steps import MODEL, made, stepping
+from tests.null_device.steps import CLASSES, MODEL, stepping
 
 
 def read_for_a_branch(x: Tensor) -> Tensor:
@@ -93,7 +94,7 @@ def in_the_step(plant: Callable[[Tensor], Tensor]) -> Report:
     """Where nothing is compiled: on the way from the loss of a small MAE."""
     ((kind, settings),) = recipes.recipe("mae", MODEL, "plain", embedded=False).stages
     settings = replace(settings, **small(type(settings), batch_size=2))
-    planted = made(kind, settings, vit.create(MODEL, depth=2))
+    planted = without_data(kind, settings, vit.create(MODEL, depth=2), CLASSES)
     forward = planted.forward
 
     def with_fault(*arguments) -> dict[str, Tensor]:

@@ -10,16 +10,16 @@ import gc
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import torch
 
-from engine import methods
 from engine.core.draws import Draws
-from engine.methods.base import Labels, Method, StageSettings
+from engine.methods.base import Method
 from engine.model import vit
 from engine.training import config
 from engine.training.build import compile_regions
+from engine.training.calls import without_data
 from engine.training.step import Update
 from tests.null_device.ledger import Report, examine
 
@@ -40,7 +40,7 @@ def reports(name: str, compiles: bool) -> dict[str, Report]:
     found: dict[str, Report] = {}
     earlier = None
     for index, (kind, settings) in enumerate(plan.stages):
-        method = made(kind, settings, encoder)
+        method = without_data(kind, settings, encoder, CLASSES)
         if earlier is not None:
             method.inherit(earlier)
         earlier = method
@@ -48,15 +48,6 @@ def reports(name: str, compiles: bool) -> dict[str, Report]:
             stepping(method, compiles, index), ACCEPTED_SPILLS.get(name, 0)
         )
     return found
-
-
-def made(kind: str, settings: StageSettings, encoder: vit.VisionTransformer) -> Method:
-    """A stage's method on the host."""
-    if hasattr(settings, "reuse"):
-        settings = replace(settings, reuse=0)
-    names = tuple(map(str, range(CLASSES)))
-    known = (Labels(torch.arange(settings.batch_size) % CLASSES, names),) if settings.labelled else ()
-    return methods.get(kind)(encoder, settings, *known)
 
 
 def stepping(method: Method, compiles: bool, stage: int = 0) -> Callable[[int], None]:

@@ -167,7 +167,7 @@ class Beit(Method):
         (pixels,) = images
         masked = Masked.of(drawn["masks"][:, None], self.encoder.num_prefix_tokens, pixels.device)
         view = View(pixels, hidden=masked.hidden[0], blank=self.mask_token[0])
-        tokens_MC = masked.rows_of(self.encode([view], drawn))
+        (tokens_MC,) = masked.rows_of(self.encode([view], drawn))
         codes_M = self.tokenizer(pixels, masked.patches)
         loss, right = self.code_loss(tokens_MC, codes_M, masked.weights)
         used = usage(codes_M, self.settings.codes) if len(codes_M) else loss.new_zeros(())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.core.optim import Group, ramp, scaled_lr, with_decay
-from engine.methods.base import StageSettings
+from engine.methods.base import Rows, StageSettings
 from engine.methods.crops import CropSettings, MultiCrop
 from engine.methods.parts.collapse import CHOICES, Collapse, Targets
 from engine.methods.teaching import Taught, TeacherSettings
@@ -74,8 +74,8 @@ class ClusteringSettings(CropSettings, StageSettings):
 class Clustering(MultiCrop):
     """A student that predicts, from every crop, which prototypes other crops of the image belong to.
 
-    A method adds its heads, and writes `forward`, which learns through `predict` or `predict_views`, and `scores`. Prototypes
-    beside the images' have a `guard` of their own.
+    A method adds its heads, and writes `represent`, `compare`, which learns through `predict` or `predict_views`, and `scores`.
+    Prototypes beside the images' have a `guard` of their own.
 
     Attributes:
         last_layers: prefixes of the parameters that freeze_last_layer is about.
@@ -211,10 +211,18 @@ class Distillation(Taught, Clustering):
         s = self.settings
         return DinoHead(self.encoder.embed_dim, s.head_hidden, s.head_layers, bottleneck, prototypes, s.free_norm)
 
+    def represent_targets(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        """ "taught": what the teacher pools of each large crop [b, C]."""
+        return {"taught": self.pool_taught(self.teach(images[: self.settings.global_crops]))}
+
     @torch.no_grad()
     def teach(self, images: tuple[Tensor, ...]) -> list[Tensor]:
         """The teacher's tokens [b, L, C] of these views, in one pass."""
         return self.teacher.encoder.encode([View(view) for view in images]).unpack()
+
+    def pool_taught(self, taught: list[Tensor]) -> list[Tensor]:
+        """[b, C] of each view of the teacher's tokens."""
+        return [self.evaluated.pool(tokens_bLC) for tokens_bLC in taught]
 
     def scores(self, features: Tensor) -> Tensor:
         return self.teacher.head(features)

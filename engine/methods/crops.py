@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from engine.core.errors import BadInput
 from engine.data.views import Augmentation, multi_crop
-from engine.methods.base import Method
+from engine.methods.base import Comparing
 from engine.model.vit import VisionTransformer
 
 
@@ -42,7 +42,7 @@ class CropSettings:
             )
 
 
-class MultiCrop(Method):
+class MultiCrop(Comparing):
     """A method that sees the large crops of an image, then the small ones."""
 
     def views(self) -> tuple[Augmentation, ...]:

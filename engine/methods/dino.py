@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.methods.base import Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.model.memory import Teacher
 from engine.model.tokens import View
@@ -32,14 +33,16 @@ class Dino(Distillation):
         self.head = self.dino_head(settings.bottleneck, settings.prototypes)
         self.teacher = Teacher(encoder=encoder, head=self.head)
 
-    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        settings = self.settings
-        pooled = [self.encoder.pool(tokens_bLC) for tokens_bLC in self.encode([View(view) for view in images], drawn)]
-        student_RK = self.head(torch.cat(pooled))
+    def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        seen = self.encode([View(view) for view in images], drawn)
+        return {"pooled": [self.encoder.pool(tokens_bLC) for tokens_bLC in seen]}
+
+    def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        student_RK = self.head(torch.cat(rows["pooled"]))
         with torch.no_grad():
-            taught = self.teach(images[: settings.global_crops])
-            scores_GK = self.scores(torch.cat([self.evaluated.pool(tokens_bLC) for tokens_bLC in taught]))
-        loss, spread, health = self.predict_views(scores_GK, student_RK, (settings.global_crops, len(images)))
+            scores_GK = self.scores(torch.cat(rows["taught"]))
+        views = (len(rows["taught"]), len(rows["pooled"]))
+        loss, spread, health = self.predict_views(scores_GK, student_RK, views)
         return {"loss": loss + spread} | health
 
     def flops_per_image(self) -> float:

@@ -17,6 +17,7 @@ import kernels
 from engine.core import masking
 from engine.core.draws import Draws
 from engine.core.optim import Group, ramp, root_scaled_lr, with_decay
+from engine.methods.base import Rows
 from engine.methods.ibot import Ibot, Masked
 from engine.methods.ibot import Settings as IbotSettings
 from engine.model.heads import head_flops
@@ -92,15 +93,18 @@ class Dinov2(Ibot):
         steps = s.target_temperature_epochs * moment.steps_per_epoch
         return ramp(moment.step, steps, s.target_temperature_start, s.target_temperature)
 
-    def compare(self, images: tuple[Tensor, ...], seen: list[Tensor], masked: Masked) -> dict[str, Tensor]:
-        report = super().compare(images, seen, masked)
-        spread = torch.stack([koleo(self.encoder.pool(view_bLC)) for view_bLC in seen[: self.settings.global_crops]])
+    def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        report = super().compare(rows, ids, drawn)
+        spread = torch.stack([koleo(pooled_bC) for pooled_bC in rows["pooled"][: self.settings.global_crops]])
         loss = report["loss"] + self.settings.koleo_weight * spread.sum()
         return report | {"loss": loss, "koleo": spread.detach().mean()}
 
-    def patch_scores(self, taught: list[Tensor], masked: Masked) -> tuple[Tensor, Tensor]:
+    def taught_patches(self, taught: list[Tensor], masked: Masked) -> list[Tensor]:
+        return masked.rows_of(taught)
+
+    def patch_scores(self, patches: list[Tensor], masked: Masked) -> tuple[Tensor, Tensor]:
         """The teacher's scores [M, K] of the masked patches, which are also those that the centre follows."""
-        scores_MK = self._patch_head(self.teacher)(masked.rows_of(taught))
+        scores_MK = self._patch_head(self.teacher)(torch.cat(patches))
         return scores_MK, scores_MK
 
     def taught_patch_flops(self, masked: float) -> float:

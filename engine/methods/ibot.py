@@ -6,6 +6,7 @@ large crops, G rows of the teacher and R of the student (view by view, b each), 
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from engine.core import masking
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
+from engine.methods.base import Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import usage
 from engine.model.heads import DinoHead, head_flops
@@ -98,6 +100,7 @@ class Masked:
     weights: Tensor
 
     @staticmethod
+    @lru_cache(maxsize=1)  # the parts of a step ask one after the other, with one tensor
     def of(masks_bVN: Tensor, prefix: int, device: torch.device) -> "Masked":
         """Made of masks bool [b, V, N] on the CPU, for tokens that begin with `prefix` others; lies on `device`."""
         masks_VbN = masks_bVN.transpose(0, 1).contiguous()
@@ -114,12 +117,11 @@ class Masked:
         tokens = put(tokens_M).split(counts_Vb.sum(1).tolist())
         return Masked(list(put(masks_VbN)), list(tokens), put(patches_M), put(weights_M))
 
-    def rows_of(self, views: Sequence[Tensor]) -> Tensor:
-        """Their tokens [M, C], out of those of the large crops [b, L, C]."""
-        found = [
+    def rows_of(self, views: Sequence[Tensor]) -> list[Tensor]:
+        """Their tokens [m, C] of each view, out of those of the large crops [b, L, C]."""
+        return [
             tokens_bLC.flatten(0, 1).index_select(0, rows) for tokens_bLC, rows in zip(views, self.tokens, strict=True)
         ]
-        return torch.cat(found)
 
 
 class Ibot(Distillation):
@@ -170,9 +172,19 @@ class Ibot(Distillation):
         numbers_R2 = draws.on_host("shares", self.settings.global_crops, 2).flatten(0, 1).double().numpy()
         return masking.shares(numbers_R2, *self.settings.mask_ratio, self.settings.masked_crops)
 
-    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        masked = Masked.of(drawn["masks"], self.encoder.num_prefix_tokens, images[0].device)
-        return self.compare(images, self.see(images, masked, drawn), masked)
+    def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        masked = self.masked(drawn, images[0].device)
+        seen = self.see(images, masked, drawn)
+        pooled = [self.encoder.pool(tokens_bLC) for tokens_bLC in seen]
+        return {"pooled": pooled, "patches": masked.rows_of(seen[: self.settings.global_crops])}
+
+    def represent_targets(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        taught = self.teach(images[: self.settings.global_crops])
+        masked = self.masked(drawn, images[0].device)
+        return {"taught": self.pool_taught(taught), "taught_patches": self.taught_patches(taught, masked)}
+
+    def masked(self, drawn: dict[str, Tensor], device: torch.device) -> Masked:
+        return Masked.of(drawn["masks"], self.encoder.num_prefix_tokens, device)
 
     def see(self, images: tuple[Tensor, ...], masked: Masked, drawn: dict[str, Tensor]) -> list[Tensor]:
         """The student's tokens [b, L, C] of each crop, the large ones with masked patches."""
@@ -180,16 +192,14 @@ class Ibot(Distillation):
         views = [View(view, hidden=h, blank=self.mask_token[0]) for view, h in zip(images[:crops], masked.hidden)]
         return self.encode([*views, *(View(view) for view in images[crops:])], drawn)
 
-    def compare(self, images: tuple[Tensor, ...], seen: list[Tensor], masked: Masked) -> dict[str, Tensor]:
-        """Both losses of the student's tokens, and what is to be logged."""
-        s = self.settings
-        pooled_RC = torch.cat([self.encoder.pool(tokens_bLC) for tokens_bLC in seen])
-        student_RK, student_MK = self._scores(self, pooled_RC, masked.rows_of(seen[: s.global_crops]))
+    def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        s, masked = self.settings, self.masked(drawn, ids.device)
+        student_RK, student_MK = self._scores(self, torch.cat(rows["pooled"]), torch.cat(rows["patches"]))
         with torch.no_grad():
-            taught = self.teach(images[: s.global_crops])
-            scores_GK = self.scores(torch.cat([self.evaluated.pool(tokens_bLC) for tokens_bLC in taught]))
-            scores_MK, followed = self.patch_scores(taught, masked)
-        class_loss, spread, health = self.predict_views(scores_GK, student_RK, (s.global_crops, len(images)))
+            scores_GK = self.scores(torch.cat(rows["taught"]))
+            scores_MK, followed = self.patch_scores(rows["taught_patches"], masked)
+        views = (s.global_crops, len(rows["pooled"]))
+        class_loss, spread, health = self.predict_views(scores_GK, student_RK, views)
         patch_loss, patch_spread, _ = self.predict(
             self.patch_collapse, scores_MK, student_MK, weights_R=masked.weights, followed=followed
         )
@@ -218,14 +228,20 @@ class Ibot(Distillation):
         scores = owner.head(torch.cat([pooled_RC, patches_MC]))
         return scores[: len(pooled_RC)], scores[len(pooled_RC) :]
 
-    def patch_scores(self, taught: list[Tensor], masked: Masked) -> tuple[Tensor, Tensor]:
+    def taught_patches(self, taught: list[Tensor], masked: Masked) -> list[Tensor]:
+        """Of the teacher's tokens of each large crop [b, L, C] what `patch_scores` takes: masked patches [m, C], or all patches
+        [b, N, C] where a centre follows them all."""
+        if not self.patch_collapse.centres:
+            return masked.rows_of(taught)
+        return [tokens_bLC[:, self.encoder.num_prefix_tokens :] for tokens_bLC in taught]
+
+    def patch_scores(self, patches: list[Tensor], masked: Masked) -> tuple[Tensor, Tensor]:
         """The teacher's scores [M, K] of the masked patches, and what the centre follows: the mean [1, K] of all patches'."""
         head = self._patch_head(self.teacher)
         if not self.patch_collapse.centres:
-            scores_MK = head(masked.rows_of(taught))
+            scores_MK = head(torch.cat(patches))
             return scores_MK, scores_MK
-        prefix = self.encoder.num_prefix_tokens
-        embedded = head.embed(torch.cat([tokens_bLC[:, prefix:].flatten(0, 1) for tokens_bLC in taught]))
+        embedded = head.embed(torch.cat([patches_bNC.flatten(0, 1) for patches_bNC in patches]))
         # The prototypes are linear: the mean of all patches' scores is the score of their mean.
         with torch.autocast(embedded.device.type, enabled=False):
             followed = head.last_layer(embedded.mean(0, keepdim=True))

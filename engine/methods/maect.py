@@ -83,7 +83,7 @@ class Maect(Nnclr):
                 packed = self.encoder.run_blocks(self.encoder.embed(views), 0, self.frozen)
         return Packed(packed.tokens_TC.float(), packed.layout)
 
-    def query(self, projected: list[Tensor], pooled: tuple[Tensor, ...]) -> list[Tensor]:
+    def query(self, projected: list[Tensor], pooled: list[Tensor]) -> list[Tensor]:
         return [self.projector_average(view_bC.detach()) for view_bC in pooled]
 
     def groups(self, images_per_step: int) -> Iterator[Group]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from engine.core.draws import Draws
 from engine.data.views import Augmentation
+from engine.methods.base import Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import usage
 from engine.methods.parts.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
@@ -109,38 +110,50 @@ class MimCluster(Distillation):
         s = self.settings
         return super().draw(draws) | draw_corruption(s, draws, s.global_crops, self.encoder.img_size)
 
-    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+    def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
         s, large = self.settings, images[: self.settings.global_crops]
         drawn = drawn | {"corrupted": drawn["corrupted"].to(large[0].device, non_blocking=True)}
         views = [*corrupt(s, large, drawn), *images[len(large) :]]
         seen = self.encode([View(view) for view in views], drawn)
-        loss, report = seen[0].new_zeros((), dtype=torch.float32), {}
-        if s.class_weight or s.patch_weight:
-            clustering, report = self.cluster_loss(seen, large)
-            loss = loss + clustering
+        rows = self._read(self.encoder, seen)
         if s.pixel_weight:
             prediction_BNp = self.decoder(torch.cat(self._patch_tokens(seen)))
             corrupted_BHW = drawn["corrupted"].transpose(0, 1).flatten(0, 1)
-            pixel_loss = self.pixel_loss(prediction_BNp, torch.cat(large), corrupted_BHW)
+            # a mean over images, which need not meet for it
+            rows["pixel_loss"] = [self.pixel_loss(prediction_BNp, torch.cat(large), corrupted_BHW)[None]]
+        return rows
+
+    def represent_targets(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        """Of the clean large crops."""
+        s = self.settings
+        if not (s.class_weight or s.patch_weight):
+            return {}
+        read = self._read(self.teacher.encoder, self.teach(images[: s.global_crops]))
+        return {f"taught_{name}": views for name, views in read.items()}
+
+    def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        s, loss, report = self.settings, torch.zeros((), device=ids.device), {}
+        if s.class_weight or s.patch_weight:
+            clustering, report = self.cluster_loss(rows)
+            loss = loss + clustering
+        if s.pixel_weight:
+            pixel_loss = rows["pixel_loss"][0].mean()
             loss, report = loss + s.pixel_weight * pixel_loss, report | {"pixel_loss": pixel_loss.detach()}
         return {"loss": loss} | report
 
-    def cluster_loss(self, seen: list[Tensor], large: tuple[Tensor, ...]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both cross-entropies, weighted and added, of the student's tokens [b, L, C], and what is to be logged.
-
-        Args:
-            large: the clean large crops, for the teacher.
-        """
+    def cluster_loss(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        """Both cross-entropies, weighted and added, and what is to be logged."""
         s = self.settings
-        student = self._embed(self, seen)
+        student = self._embed(self, rows, "")
         with torch.no_grad():
-            taught = self._embed(self.teacher, self.teach(large))
+            taught = self._embed(self.teacher, rows, "taught_")
         loss, report = student[0].new_zeros(()), {}
         if s.class_weight:
             student_RK = self.head.last_layer(student[0])
             with torch.no_grad():
                 scores_GK = self.teacher.head.last_layer(taught[0])
-            class_loss, spread, health = self.predict_views(scores_GK, student_RK, (len(large), len(seen)))
+            views = (len(rows["taught_pooled"]), len(rows["pooled"]))
+            class_loss, spread, health = self.predict_views(scores_GK, student_RK, views)
             loss = loss + s.class_weight * (class_loss + spread)
             report |= {"class_loss": class_loss.detach()} | health
         if s.patch_weight:
@@ -167,15 +180,24 @@ class MimCluster(Distillation):
         """[b, N, C] of each large crop, the first of these views [b, L, C]."""
         return [view_bLC[:, self.encoder.num_prefix_tokens :] for view_bLC in tokens[: self.settings.global_crops]]
 
-    def _embed(self, owner: nn.Module, tokens: list[Tensor]) -> tuple[Tensor, ...]:
+    def _read(self, encoder: VisionTransformer, tokens: list[Tensor]) -> Rows:
+        """Of an encoder's tokens [b, L, C] what the wanted losses compare: pooled crops [b, C] and patches [b, N, C]."""
+        s, rows = self.settings, {}
+        if s.class_weight:
+            rows["pooled"] = [encoder.pool(view_bLC) for view_bLC in tokens]
+        if s.patch_weight:
+            rows["patches"] = self._patch_tokens(tokens)
+        return rows
+
+    def _embed(self, owner: nn.Module, rows: Rows, prefix: str) -> tuple[Tensor, ...]:
         """Unit vectors of pooled crops [R, E] (or [G, E]), then of patches [M, E], those of the two whose loss is wanted; `owner`
-        of encoder and head is the student (self) or the teacher."""
-        rows = []
+        of the head is the student (self) or the teacher, and `prefix` that of the names of its rows."""
+        parts = []
         if self.settings.class_weight:
-            rows.append(torch.cat([owner.encoder.pool(view_bLC) for view_bLC in tokens]))
+            parts.append(torch.cat(rows[f"{prefix}pooled"]))
         if self.settings.patch_weight:
-            rows.append(torch.cat(self._patch_tokens(tokens)).flatten(0, 1))
-        return owner.head.embed(torch.cat(rows)).split([len(part) for part in rows])
+            parts.append(torch.cat(rows[f"{prefix}patches"]).flatten(0, 1))
+        return owner.head.embed(torch.cat(parts)).split([len(part) for part in parts])
 
     def flops_per_image(self) -> float:
         s, views = self.settings, self.views()

@@ -17,7 +17,7 @@ from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
-from engine.methods.base import Method
+from engine.methods.base import Method, Rows
 from engine.methods.crops import CropSettings, MultiCrop
 from engine.methods.nnclr import NeighbourSettings
 from engine.methods.parts.contrast import own_places
@@ -119,13 +119,13 @@ class MimHeads(MultiCrop):
             for block in self.blocks
         }
 
-    def pooled(self, images: tuple[Tensor, ...]) -> list[Tensor]:
-        """All views through the encoder as one packed batch; for each head [V, b, C]."""
-        packed, done, read = self.encoder.embed([View(view) for view in images]), 0, []
+    def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        """All views through the encoder as one packed batch; for each head, by the number of its block, [b, C] per view."""
+        packed, done, rows = self.encoder.embed([View(view) for view in images]), 0, {}
         for block in self.blocks:
             packed, done = self.encoder.run_blocks(packed, done, block), block
-            read.append(torch.stack([self.summary(tokens_bLC, block) for tokens_bLC in self.tokens(packed, block)]))
-        return read
+            rows[str(block)] = [self.summary(tokens_bLC, block) for tokens_bLC in self.tokens(packed, block)]
+        return rows
 
     def tokens(self, packed: Packed, block: int) -> list[Tensor]:
         """What a block put out [b, L, C] per view; the last block's through the encoder's final norm."""
@@ -140,11 +140,11 @@ class MimHeads(MultiCrop):
         patches = tokens_bLC[:, self.encoder.num_prefix_tokens :]
         return tokens_bLC[:, 0] if self.encoder.global_pool == "token" else patches.mean(dim=1)
 
-    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+    def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         projected, predicted, neighbours, similarities = [], [], [], []
-        for block, pooled_VbC in zip(self.blocks, self.pooled(images), strict=True):
+        for block in self.blocks:
             head = self.heads[str(block)]
-            own_2bE, predicted_VbE = head(pooled_VbC)
+            own_2bE, predicted_VbE = head(torch.stack(rows[str(block)]))
             choice_R = drawn[f"choice{block}"].T.flatten()
             found_RE, slot_R, similarity = head.queue.lookup(
                 own_2bE.flatten(0, 1), ids.repeat(LARGE), choice_R, self.settings.top_k

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.core import dist
 from engine.core.draws import Draws
+from engine.methods.base import Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.ibot import Masked
 from engine.methods.parts.contrast import pick_own
@@ -116,30 +117,54 @@ class Mmc(Distillation):
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         s = self.settings
-        return super().draw(draws) | draw_corruption(s, draws, s.global_crops, self.encoder.img_size)
+        drawn = super().draw(draws) | draw_corruption(s, draws, s.global_crops, self.encoder.img_size)
+        if s.distil_weight and s.distil == "patch_same":
+            drawn["masks"] = masked_patches(drawn["corrupted"], self.encoder.patch_size)
+        return drawn
 
-    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        s, device = self.settings, images[0].device
+    def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        s, device, rows = self.settings, images[0].device, {}
         there = drawn | {"corrupted": drawn["corrupted"].to(device, non_blocking=True)}
         seen = self.encode([View(view) for view in corrupt(s, images, there)], drawn)
-        patches_RNC = torch.cat([tokens_bLC[:, self.encoder.num_prefix_tokens :] for tokens_bLC in seen])
-        terms, health = {}, {}
+        patches = [tokens_bLC[:, self.encoder.num_prefix_tokens :] for tokens_bLC in seen]
         if s.contrast_weight or s.distil_weight:
-            taught = self.teach(images)
-            student_RC = torch.cat([self.encoder.pool(tokens_bLC) for tokens_bLC in seen])
-            taught_RC = torch.cat([self.evaluated.pool(tokens_bLC) for tokens_bLC in taught])
-        if s.contrast_weight:
-            terms["contrast"] = self.contrast_both(student_RC, taught_RC)
+            rows["pooled"] = [self.encoder.pool(tokens_bLC) for tokens_bLC in seen]
         if s.pixel_weight:
             corrupted_RHW = there["corrupted"].transpose(0, 1).flatten(0, 1)
-            terms["pixel"] = self.pixel_loss(patches_RNC, torch.cat(images), corrupted_RHW)
+            # a mean over images, which need not meet for it
+            rows["pixel_loss"] = [self.pixel_loss(torch.cat(patches), torch.cat(images), corrupted_RHW)[None]]
         if s.distil_weight and s.distil == "cls_to_patch":
-            terms["distil"], health = self.cls_to_patch(patches_RNC, taught_RC)
+            rows["mean_patches"] = [self.encoder.fc_norm(patches_bNC.mean(1)) for patches_bNC in patches]
         elif s.distil_weight:
-            masks_bVN = masked_patches(drawn["corrupted"], self.encoder.patch_size)
-            masked = Masked.of(masks_bVN, self.encoder.num_prefix_tokens, device)
-            student = torch.cat([student_RC, masked.rows_of(seen)])
-            terms["distil"], health = self.patch_same(student, torch.cat([taught_RC, masked.rows_of(taught)]), masked)
+            rows["masked"] = self.masked(drawn, device).rows_of(seen)
+        return rows
+
+    def represent_targets(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        s = self.settings
+        if not (s.contrast_weight or s.distil_weight):
+            return {}
+        taught = self.teach(images)
+        rows = {"taught": self.pool_taught(taught)}
+        if s.distil_weight and s.distil == "patch_same":
+            rows["taught_masked"] = self.masked(drawn, images[0].device).rows_of(taught)
+        return rows
+
+    def masked(self, drawn: dict[str, Tensor], device: torch.device) -> Masked:
+        return Masked.of(drawn["masks"], self.encoder.num_prefix_tokens, device)
+
+    def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        s, terms, health = self.settings, {}, {}
+        if s.contrast_weight:
+            terms["contrast"] = self.contrast_both(torch.cat(rows["pooled"]), torch.cat(rows["taught"]))
+        if s.pixel_weight:
+            terms["pixel"] = rows["pixel_loss"][0].mean()
+        if s.distil_weight and s.distil == "cls_to_patch":
+            terms["distil"], health = self.cls_to_patch(torch.cat(rows["mean_patches"]), torch.cat(rows["taught"]))
+        elif s.distil_weight:
+            student, taught = (
+                torch.cat([*rows[a], *rows[b]]) for a, b in (("pooled", "masked"), ("taught", "taught_masked"))
+            )
+            terms["distil"], health = self.patch_same(student, taught, self.masked(drawn, ids.device))
         loss = sum(getattr(s, f"{name}_weight") * term for name, term in terms.items())
         return {"loss": loss} | {f"{name}_loss": term.detach() for name, term in terms.items()} | health
 
@@ -180,9 +205,9 @@ class Mmc(Distillation):
         report = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
         return class_loss + patch_loss + (spread + patch_spread), report | health
 
-    def cls_to_patch(self, patches_RNC: Tensor, taught_RC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def cls_to_patch(self, mean_RC: Tensor, taught_RC: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """What the teacher says of a crop, learned by the mean of the student's patches of the same crop."""
-        student_RK = self.head(self.encoder.fc_norm(patches_RNC.mean(1)))
+        student_RK = self.head(mean_RC)
         with torch.no_grad():
             scores_RK = self.scores(taught_RC)
         loss, spread, targets = self.predict(self.collapse, scores_RK, student_RK)

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.core import dist
 from engine.core.optim import Group, cosine, scaled_lr
 from engine.data.views import Augmentation, two_views
-from engine.methods.base import StageSettings
+from engine.methods.base import Comparing, Rows, StageSettings
 from engine.methods.parts.contrast import pick_own
 from engine.methods.teaching import Taught, TeacherSettings
 from engine.model.heads import head_flops, normed_mlp
@@ -59,7 +59,7 @@ class Settings(TeacherSettings, StageSettings):
         return False
 
 
-class Mocov3(Taught):
+class Mocov3(Taught, Comparing):
     """The prediction from one crop must pick, out of the batch's, what the momentum encoder makes of the image's other crop.
 
     The encoder that is trained by gradients is what is judged and exported, as in the paper, and not its average.
@@ -82,18 +82,21 @@ class Mocov3(Taught):
         pair = two_views(size, scale, self.settings.augmentation)
         return tuple(replace(view, flip=self.settings.flip) for view in pair)
 
-    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        views = [View(view) for view in images]
-        # Crop by crop behind the encoder, since every crop has batch statistics of its own.
+    def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        seen = self.encode([View(view) for view in images], drawn)
+        return {"pooled": [self.encoder.pool(tokens_bLC) for tokens_bLC in seen]}
+
+    def represent_targets(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        seen = self.teacher.encoder.encode([View(view) for view in images]).unpack()
+        return {"taught": [self.teacher.encoder.pool(tokens_bLC) for tokens_bLC in seen]}
+
+    def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Crop by crop, since every crop has batch statistics of its own.
         queries = [
-            F.normalize(self.predictor(self.projector(self.encoder.pool(tokens_bLC))).float(), dim=1)
-            for tokens_bLC in self.encode(views, drawn)
+            F.normalize(self.predictor(self.projector(pooled_bC)).float(), dim=1) for pooled_bC in rows["pooled"]
         ]
         with torch.no_grad():
-            keys = [
-                F.normalize(self.teacher.projector(self.teacher.encoder.pool(tokens_bLC)).float(), dim=1)
-                for tokens_bLC in self.teacher.encoder.encode(views).unpack()
-            ]
+            keys = [F.normalize(self.teacher.projector(taught_bC).float(), dim=1) for taught_bC in rows["taught"]]
             everyone = [dist.all_gather(keys_bE) for keys_bE in keys]
             similarity = (queries[0] * keys[1] + queries[1] * keys[0]).sum(1).mean() / 2
         loss = self.contrast(queries[0], everyone[1]) + self.contrast(queries[1], everyone[0])

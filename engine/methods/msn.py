@@ -16,6 +16,7 @@ from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, linear, with_decay
 from engine.data.views import Augmentation
+from engine.methods.base import Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import Collapse
 from engine.model.heads import BatchNorm, head_flops
@@ -149,19 +150,23 @@ class Msn(Distillation):
             drawn["visible"] = order_N[: self.keep].expand(images, -1)
         return drawn
 
-    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        settings = self.settings
-        large = settings.global_crops - 1
+    def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        large = self.settings.global_crops - 1
         anchors = [View(view, drawn.get("visible")) for view in images[1 : 1 + large]]
         anchors += [View(view) for view in images[1 + large :]]
-        pooled = [self.encoder.pool(tokens_bLC) for tokens_bLC in self.encode(anchors, drawn)]
+        return {"pooled": [self.encoder.pool(tokens_bLC) for tokens_bLC in self.encode(anchors, drawn)]}
+
+    def represent_targets(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        return {"taught": self.pool_taught(self.teach(images[:1]))}
+
+    def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        pooled, large = rows["pooled"], self.settings.global_crops - 1
         # Large and small anchors have batch statistics of their own.
         groups = [torch.cat(group) for group in (pooled[:large], pooled[large:]) if group]
         student_RK = self.prototypes(torch.cat([self.head(group_rC) for group_rC in groups]))
         with torch.no_grad():
-            (target_bLC,) = self.teach(images[:1])
-            scores_GK = self.scores(self.evaluated.pool(target_bLC))
-        loss, spread, health = self.predict_views(scores_GK, student_RK, (1, len(anchors)), skip_same=False)
+            scores_GK = self.scores(*rows["taught"])
+        loss, spread, health = self.predict_views(scores_GK, student_RK, (1, len(pooled)), skip_same=False)
         return {"loss": loss + spread} | health
 
     def scores(self, features: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.batch import Batch
 from engine.data.views import Augmentation, two_views
-from engine.methods.base import Method, StageSettings
+from engine.methods.base import Comparing, Method, Rows, StageSettings
 from engine.methods.parts.contrast import pick_own
 from engine.model.heads import head_flops, predictor, projector
 from engine.model.memory import Queue
@@ -89,7 +89,7 @@ class Settings(DroppingSettings):
         return super().rules() | {"reuse": (fits, "a whole number from 0, and 0 where patch-keep is below 1")}
 
 
-class Nnclr(Method):
+class Nnclr(Comparing):
     """Each view's prediction must pick its own image's neighbour out of the batch's; the encoder is frozen.
 
     Attributes:
@@ -162,12 +162,15 @@ class Nnclr(Method):
         packed = self.encoder.encode(self.seen(images, noise_b2N))
         return tuple(self.encoder.pool(tokens_bLC) for tokens_bLC in packed.unpack())
 
-    def query(self, projected: list[Tensor], pooled: tuple[Tensor, ...]) -> list[Tensor]:
+    def query(self, projected: list[Tensor], pooled: list[Tensor]) -> list[Tensor]:
         """What is looked up and, for view 0, queued: per view [b, E]."""
         return projected
 
-    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        pooled = self.pooled(images, ids, drawn)
+    def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        return {"pooled": list(self.pooled(images, ids, drawn))}
+
+    def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        pooled = rows["pooled"]
         # View by view, since every view has batch statistics of its own.
         projected = [self.projector(view_bC) for view_bC in pooled]
         predicted = [F.normalize(self.predictor(view_bE).float(), dim=-1) for view_bE in projected]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.core import dist
+from engine.methods.base import Rows
 from engine.methods.clustering import Clustering, ClusteringSettings
 from engine.methods.parts.collapse import Collapse, Targets
 from engine.model.heads import UnitPrototypes, head_flops, swav_projector
@@ -82,13 +83,16 @@ class Swav(Clustering):
     def scores(self, features: Tensor) -> Tensor:
         return self.prototypes(self.embed(features))
 
-    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        settings = self.settings
-        pooled = [self.encoder.pool(tokens_bLC) for tokens_bLC in self.encode([View(view) for view in images], drawn)]
+    def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
+        seen = self.encode([View(view) for view in images], drawn)
+        return {"pooled": [self.encoder.pool(tokens_bLC) for tokens_bLC in seen]}
+
+    def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        crops, pooled = self.settings.global_crops, rows["pooled"]
         # one pass of the head: the statistics of its batch norm are those of all crops together
         embedded_RE = self.embed(torch.cat(pooled))
         scores_RK = self.prototypes(embedded_RE)
-        views, large = (settings.global_crops, len(images)), settings.global_crops * len(ids)
+        views, large = (crops, len(pooled)), crops * len(ids)
         loss, spread, health = self.predict_views(scores_RK[:large], scores_RK, views)
         for queue, embedded_bE in zip(self.queues, embedded_RE.split(len(ids))):
             queue.offer(embedded_bE, ids)

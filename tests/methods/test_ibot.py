@@ -183,7 +183,7 @@ def test_rows_and_weights_of_masked_patches():
     masks[0, 0, [1, 3]] = masks[1, 0, 2] = masks[1, 1, [0, 1, 2]] = True  # image, crop, patch
     masked = Masked.of(masks, 1, torch.device("cpu"))
     tokens = [torch.arange(10.0).view(2, 5, 1) + 100 * view for view in range(2)]
-    assert masked.rows_of(tokens)[:, 0].tolist() == [2, 4, 8, 106, 107, 108]
+    assert torch.cat(masked.rows_of(tokens))[:, 0].tolist() == [2, 4, 8, 106, 107, 108]
     assert masked.patches.tolist() == [1, 3, 6, 12, 13, 14]
     torch.testing.assert_close(masked.weights, torch.tensor([1 / 2, 1 / 2, 1, 1 / 3, 1 / 3, 1 / 3]) / 4)
     assert [view.tolist() for view in masked.hidden] == masks.transpose(0, 1).tolist()

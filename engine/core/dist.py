@@ -137,6 +137,15 @@ def all_gather(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def average(tensors: Iterable[Tensor]) -> None:
+    """Replace each tensor, of which every rank has one, by their mean, in place."""
+    for x in tensors if world_size() > 1 else ():
+        total = x.contiguous()
+        td.all_reduce(total)
+        x.copy_(total / world_size())
+
+
+@torch.no_grad()
 def all_true(flag: Tensor) -> Tensor:
     """A boolean scalar that is true where it is true on every rank. Stays on the device: no host sync."""
     if world_size() == 1:

@@ -5,6 +5,7 @@ import json
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.methods.base import Labels, Method, StageSettings
 from engine.model import vit
-from engine.training import config
+from engine.training import config, gradient_cache
 from engine.training.config import Plan
+from engine.training.gradient_cache import micro_batches
 from engine.training.step import AUTOCAST
 from kernels.calibration.calls import Call, listing
 
@@ -41,27 +43,32 @@ def calls_of(plan: Plan, device: torch.device, world: int, precision: str, class
             if earlier is not None:
                 method.inherit(earlier)
             earlier = method
-            rows = settings.batch_size // world // plan.train.accumulate
-            for call in _calls_of_step(method, rows, device, precision):
+            for call in _calls_of_step(method, settings.batch_size // world, plan.train.accumulate, device, precision):
                 key = call.name, call.shape_class
                 if key not in calls or call.elements > calls[key].elements:
                     calls[key] = call
     return list(calls.values())
 
 
-def _calls_of_step(method: Method, rows: int, device: torch.device, precision: str) -> list[Call]:
+def _calls_of_step(method: Method, rows: int, accumulate: int, device: torch.device, precision: str) -> list[Call]:
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, listing() as calls, dist.as_one_rank():
         with unset_fake_temporarily():
             without_content = _emptied(method, mode, device).train()
             drawn = method.draw(_Sizes(mode, rows, device))
         images = tuple(torch.empty(rows, 3, *view.size, device=device) for view in method.views())
+        ids = torch.empty(rows, dtype=torch.int64, device=device)
+        parts = micro_batches(images, ids, drawn, accumulate)
         dtype = AUTOCAST[precision]
-        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-        with autocast, warnings.catch_warnings():
+        autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+        with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "Accessing the data pointer of FakeTensor"
             )  # the ViT tells by it what changed
-            report = without_content(images, torch.empty(rows, dtype=torch.int64, device=device), drawn)
+            if gradient_cache.needed(method.settings, accumulate):
+                gradient_cache.backward(without_content, parts, ids, drawn, autocast)
+                return calls
+            with autocast():
+                report = without_content(*parts[0])
         report["loss"].backward()
     return calls
 

@@ -73,7 +73,8 @@ class Train:
     collapse: str = ""
     """What keeps a clustering from collapsing: centring, me-max, sinkhorn, me-max+sinkhorn or none; default: the recipe's."""
     accumulate: int = 1
-    """Micro-batches per step and rank; a stage that compares images within the batch takes only 1."""
+    """Micro-batches per step and rank. A stage that compares images within the batch goes through all but the last one of them
+    twice, and computes the whole batch's gradients all the same."""
     precision: str = "auto"
     """fp32 or bf16; auto is bf16 on GPUs and fp32 on CPUs."""
     compile: str = "auto"

@@ -165,8 +165,6 @@ def _check_batch(stage: str, settings: StageSettings, plan: Plan, ranks: dist.Ra
             f"stage {stage} has a batch of {batch}, which {ranks.world} processes with {accumulate} micro-batches each "
             "cannot share evenly; choose a multiple."
         )
-    if accumulate > 1 and not settings.splits:
-        raise BadInput(f"stage {stage} compares images within the batch, so it takes only --accumulate 1.")
 
 
 def _compiles(train: Train, ranks: dist.Ranks) -> bool:

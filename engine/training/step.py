@@ -1,7 +1,7 @@
 """One update: forward, backward, guard, optimiser, averages. Nothing here waits for the device."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from engine.core.optim import (
     share_of_peak,
 )
 from engine.methods.base import Method
+from engine.training import gradient_cache
+from engine.training.gradient_cache import micro_batches
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -62,7 +64,8 @@ class Update:
         method: on its device.
         total_steps: of the stage, all its epochs; schedules end there, or past it where the settings' horizon is above 1.
         precision: "fp32", or "bf16" for autocast (weights and optimiser stay fp32).
-        accumulate: micro-batches per update.
+        accumulate: micro-batches per update. Where the settings say that the batch does not split, they are represented by
+            themselves and compared together (`engine.training.gradient_cache`).
 
     Attributes:
         skipped, skipped_in_a_row: int64 scalars on the device: updates left out because loss or gradients were not finite.
@@ -79,7 +82,9 @@ class Update:
         self.optimizer = Larc(groups, self.settings.betas[0]) if larc else adamw(groups, self.settings.betas)
         self.peak_lr = max(group["peak_lr"] for group in self.optimizer.param_groups)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        self.parallel = dist.parallel(method)
+        self.caches = gradient_cache.needed(self.settings, accumulate)
+        # DDP would wait for all gradients after one backward, and cached ones take several
+        self.parallel = method if self.caches else dist.parallel(method)
         self.average = WeightAverage(method)
         device = self.trained[0].device
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
@@ -97,8 +102,7 @@ class Update:
         moment = Moment(step, self.total_steps, self.steps_per_epoch)
         self.method.begin(moment)
         rates = self._set_rates(step)
-        reports = [self._backward(*micro) for micro in self._micro_batches(images, ids, drawn)]
-        report = {name: torch.stack([r[name].detach() for r in reports]).mean() for name in reports[0]}
+        report = self._backward(images, ids, drawn)
         drop_frozen(self.optimizer, moment.epoch)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         applied = dist.all_true(torch.isfinite(norm) & torch.isfinite(report["loss"]))
@@ -126,19 +130,21 @@ class Update:
             rates["weight_decay"] = decay
         return rates
 
-    def _micro_batches(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Iterator[tuple]:
-        size = len(ids) // self.accumulate
-        for index in range(self.accumulate):
-            rows = slice(index * size, (index + 1) * size)
-            last = index == self.accumulate - 1
-            yield tuple(view[rows] for view in images), ids[rows], {k: v[rows] for k, v in drawn.items()}, last
+    def _backward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The batch's gradients, averaged over ranks, and what the method reports of it."""
+        parts = micro_batches(images, ids, drawn, self.accumulate)
+        if self.caches:
+            report = gradient_cache.backward(self.method, parts, ids, drawn, self._autocast)
+            dist.average([p.grad for p in self.trained if p.grad is not None])
+            return {name: value.detach() for name, value in report.items()}
+        reports = []
+        for part in parts:
+            with dist.without_sync(self.parallel) if part is not parts[-1] else nullcontext():
+                with self._autocast():
+                    report = self.parallel(*part)
+                (report["loss"] / self.accumulate).backward()
+            reports.append({name: value.detach() for name, value in report.items()})
+        return {name: torch.stack([report[name] for report in reports]).mean() for name in reports[0]}
 
-    def _backward(
-        self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor], last: bool
-    ) -> dict[str, Tensor]:
-        device = ids.device.type
-        with dist.without_sync(self.parallel) if not last else torch.enable_grad():
-            with torch.autocast(device, dtype=self.autocast, enabled=self.autocast is not None):
-                report = self.parallel(images, ids, drawn)
-            (report["loss"] / self.accumulate).backward()
-        return report
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.skipped.device.type, dtype=self.autocast, enabled=self.autocast is not None)

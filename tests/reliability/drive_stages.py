@@ -1,7 +1,7 @@
 """Runs a few steps of every method in a process of its own, for the tests beside it.
 
     python drive_stages.py OUT --last B [--methods NAME ...] [--first A --load FOLDER] [--controls] [--poison] [--compile]
-        [--drop-path RATE] [--set FIELD=NUMBER ...]
+        [--drop-path RATE] [--accumulate COUNT] [--set FIELD=NUMBER ...]
 
 Of a method with several stages the last one runs, on what the untrained earlier ones hand over. Saves, per method, the state at
 step B and a record of what each step saw and lost. With --load the state of step A is read first. With --controls the same steps
@@ -53,7 +53,8 @@ def reduced(stage: str, settings: StageSettings, given: dict[str, float]) -> Sta
 
 def parts_of(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> Parts:
     given = {name: json.loads(value) for name, value in (pair.split("=") for pair in chosen.set)}
-    plan = config.parse(["--method", method, "--threads", "1", *(["--compile"] if chosen.compile else [])])
+    flags = ["--threads", "1", "--accumulate", str(chosen.accumulate), *(["--compile"] if chosen.compile else [])]
+    plan = config.parse(["--method", method, *flags])
     stages = tuple((name, reduced(name, settings, given)) for name, settings in plan.stages)
     encoder = plan.encoder | {"depth": 2, "drop_path": chosen.drop_path}
     parts = prepare(replace(plan, stages=stages, encoder=encoder), ranks)
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--last", type=int, required=True)
     parser.add_argument("--load", type=Path)
     parser.add_argument("--drop-path", type=float, default=0.0)
+    parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--set", nargs="+", default=[])
     for flag in ("compile", "controls", "poison"):
         parser.add_argument(f"--{flag}", action="store_true")

@@ -12,6 +12,9 @@ from tests.reliability.driver import METHODS, drive, finish, state_of, steps_of
 
 # Compiling takes half a minute a method, so one of each kind: a decoder and its loss; a teacher, heads and ragged rows.
 COMPILED = ("mae", "dino")
+# Each method that compares images is compared with one pass in tests/training/test_gradient_cache.py. Here one of each kind: a
+# queue and an average; a teacher, with batch norm over the batch; rows balanced over the batch, and rows of any number.
+CACHED = ("maect", "mocov3", "dinov2")
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,26 @@ def test_resume_is_bit_exact_on_stored_features(tmp_path: Path):
 
 
 @pytest.mark.long
-def test_two_ranks_equal_one_process(tmp_path: Path):
+def test_resume_is_bit_exact_with_cached_gradients(tmp_path: Path):
+    options = ("--accumulate", 2, "--drop-path", 0.5, "--set", 'collapse="sinkhorn"', "--methods", *CACHED)
+    whole = drive(tmp_path / "whole", "--last", 8, "--poison", *options)
+    finish(drive(tmp_path / "half", "--last", 4, *options))
+    finish(
+        whole, drive(tmp_path / "rest", "--load", tmp_path / "half", "--first", 4, "--last", 8, "--poison", *options)
+    )
+    for method in CACHED:
+        half, rest = (steps_of(tmp_path / name, method) for name in ("half", "rest"))
+        assert half + rest == steps_of(tmp_path / "whole", method)
+        whole_state, rest_state = state_of(tmp_path / "whole", method), state_of(tmp_path / "rest", method)
+        assert whole_state["guard/skipped"] == 1
+        for name, value in whole_state.items():
+            assert torch.equal(value, rest_state[name]), name
+
+
+@pytest.mark.long
+# with micro-batches each rank's gradients are cached, and the one process sees its batch in one pass
+@pytest.mark.parametrize(("compared", "accumulate"), [(METHODS, 1), (CACHED, 2)], ids=["plain", "cached"])
+def test_two_ranks_equal_one_process(tmp_path: Path, compared: tuple[str, ...], accumulate: int):
     group = {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(20000 + os.getpid() % 20000),
@@ -92,14 +114,21 @@ def test_two_ranks_equal_one_process(tmp_path: Path):
         "LOCAL_WORLD_SIZE": "2",
     }
     # KoLeo seeks neighbours within a rank, as published; stored features have to be put together out of the ranks' shares
-    apart = ("--set", "koleo_weight=0", "reuse=2")
-    alone = drive(tmp_path / "alone", "--last", 6, *apart)
+    apart = ("--set", "koleo_weight=0", "reuse=2", *(['collapse="sinkhorn"'] if accumulate > 1 else []))
+    options = ("--last", 6, "--methods", *compared, *apart)
+    alone = drive(tmp_path / "alone", *options)
     ranks = [
-        drive(tmp_path / "two", "--last", 6, *apart, environment=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        drive(
+            tmp_path / "two",
+            *options,
+            "--accumulate",
+            accumulate,
+            environment=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
         for rank in range(2)
     ]
     finish(alone, *ranks)
-    for method in METHODS:
+    for method in compared:
         one, two = steps_of(tmp_path / "alone", method), steps_of(tmp_path / "two", method)
         assert [step["ids"] for step in one] == [step["ids"] for step in two]
         losses = [[float.fromhex(step["loss"]) for step in steps] for steps in (one, two)]

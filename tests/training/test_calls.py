@@ -44,3 +44,15 @@ def test_multi_crop_lists_lengths_as_they_are():
     ][:1]
     ends = torch.tensor(call.arguments["cu_seqlens"]["values"])
     assert len(set(ends.diff().tolist())) == 2
+
+
+def test_micro_batches_are_listed_by_their_sizes_and_the_whole_batch_where_it_is_compared():
+    flags = ["--method", "mocov3", "--batch-size", "16"]
+    whole, parts = (
+        {call.name: call.shapes for call in calls_of(config.parse([*flags, "--accumulate", count]), CPU, 1, "fp32")}
+        for count in ("1", "4")
+    )
+    compared = {name for name in whole if "info_nce" in name}
+    assert compared and {name: parts[name] for name in compared} == {name: whole[name] for name in compared}
+    assert whole["packed_attention_backward"].startswith("grad_out 544x")
+    assert parts["packed_attention_backward"].startswith("grad_out 136x")

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import kernels
 from engine.core.errors import BadInput
+from engine.model.recomputing import recomputed
 from engine.model.tokens import Packed, thinning_rows
 from kernels.packed_attention import HEAD_DIMS
 
@@ -95,7 +96,12 @@ class Block(nn.Module):
     """One pre-norm transformer block on packed tokens; encoder and decoder share it.
 
     All blocks of one shape hold equal Python attributes, so that one compiled code serves them all.
+
+    Attributes:
+        recompute: what backward computes again, one of `engine.model.recomputing.CHOICES`.
     """
+
+    recompute: str = "none"
 
     def __init__(
         self,
@@ -115,6 +121,7 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, mlp_dim or 4 * dim)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
 
+    @recomputed
     def forward(
         self,
         x_TC: Tensor,

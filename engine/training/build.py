@@ -7,6 +7,7 @@ import torch
 
 from engine import methods
 from engine.methods.base import Labels, Method
+from engine.model import recomputing
 from engine.training.parts import Parts
 from engine.training.state import TrainState
 from engine.training.step import AUTOCAST, Update
@@ -24,6 +25,7 @@ def build(parts: Parts, index: int, earlier: Method | None, *, anew: bool = True
     method.to(parts.ranks.device).train()
     if anew:
         method.prepare(images, parts.ranks.device)
+    recomputing.choose(method, parts.plan.train.recompute)
     if parts.compiles:
         compile_regions(method)
     update = Update(method, parts.stages[index].total_steps, parts.precision, parts.plan.train.accumulate)

@@ -15,13 +15,14 @@ from engine.core.flags import read
 from engine.core.short_help import short_help
 from engine.methods.base import StageSettings
 from engine.methods.parts.collapse import CHOICES
+from engine.model import recomputing
 from engine.recipes import small_data
 from engine.training import trackers
 
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
 RESUME_MAY_CHANGE = (
     "resume", "out", "compile", "device", "threads", "log_every", "probe_every", "save_every", "keep", "evaluate", "dry_run",
-    "bad_limit", "abort_after", "kernels", "calibrate", "accumulate", "track", "profile",
+    "bad_limit", "abort_after", "kernels", "calibrate", "accumulate", "recompute", "track", "profile",
 )  # fmt: skip
 
 IN_FULL = ("--help-method", "--help-all")
@@ -33,7 +34,10 @@ HELP = {
     "what": (
         "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
     ),
-    "how": ("compile", "precision", "accumulate", "kernels", "calibrate", "deterministic", "device", "threads", "seed"),
+    "how": (
+        "compile", "precision", "accumulate", "recompute", "kernels", "calibrate", "deterministic", "device", "threads",
+        "seed",
+    ),
     "run": (
         "out", "resume", "dry_run", "log_every", "probe_every", "save_every", "keep", "evaluate", "track", "profile", "bad_limit",
         "abort_after",
@@ -75,6 +79,9 @@ class Train:
     accumulate: int = 1
     """Micro-batches per step and rank. A stage that compares images within the batch goes through all but the last one of them
     twice, and computes the whole batch's gradients all the same."""
+    recompute: str = "none"
+    """What backward computes again instead of keeping it (activation checkpointing): none, selective (norms and GELU; about
+    0.6 of a block's memory), or blocks (all but each block's input, for a third more of their work)."""
     precision: str = "auto"
     """fp32 or bf16; auto is bf16 on GPUs and fp32 on CPUs."""
     compile: str = "auto"
@@ -126,6 +133,7 @@ class Train:
             "pool": ("", "token", "avg"),
             "collapse": ("", *CHOICES),
             "precision": ("auto", "fp32", "bf16"),
+            "recompute": recomputing.CHOICES,
             "compile": ("auto", "on", "off"),
             "calibrate": ("auto", "again", "never"),
             "device": ("auto", "cpu", "cuda"),

@@ -88,9 +88,12 @@ def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
         else f"CPU, {torch.get_num_threads()} threads"
     )
     log.message(f"{plan.train.method} ({plan.source}) with {plan.model} on {len(parts.train_images):,} images")
-    log.message(
-        f"{ranks.world} x {device}, {parts.precision}, {'compiled' if parts.compiles else 'not compiled'}; run folder {out}"
-    )
+    how = f"{parts.precision}, {'compiled' if parts.compiles else 'not compiled'}"
+    if plan.train.accumulate > 1:
+        how += f", {plan.train.accumulate} micro-batches a step"
+    if plan.train.recompute != "none":
+        how += f", activations computed again: {plan.train.recompute}"
+    log.message(f"{ranks.world} x {device}, {how}; run folder {out}")
     if parts.loaded:
         log.message(parts.loaded)
     bad = parts.train_images.bad

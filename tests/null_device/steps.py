@@ -9,14 +9,14 @@ without, and a method that must see the data before its first step hasn't, which
 import gc
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 
 import torch
 
 from engine.core.draws import Draws
 from engine.methods.base import Method
-from engine.model import vit
+from engine.model import recomputing, vit
 from engine.training import config
 from engine.training.build import compile_regions
 from engine.training.calls import without_data
@@ -30,33 +30,35 @@ CLASSES = 1000  # of ImageNet
 ACCEPTED_SPILLS = {"simmim": 104}
 
 
-def reports(name: str, compiles: bool) -> dict[str, Report]:
-    """By stage and how it runs."""
-    flags = ["--method", name, "--model", MODEL, "--preset", "plain", "--batch-size", str(BATCH), "--device", "cuda"]
-    plan = config.parse(flags)
+def flags_of(name: str) -> list[str]:
+    """What is counted for every method."""
+    return ["--method", name, "--model", MODEL, "--preset", "plain", "--batch-size", str(BATCH)]
+
+
+def reports(flags: Sequence[str], compiles: bool) -> Iterator[tuple[str, Report]]:
+    """Each stage of a run with these flags of `engine.train`, and how it runs."""
+    plan = config.parse([*flags, "--device", "cuda"])
     torch.set_float32_matmul_precision("high")  # as training does
     torch.manual_seed(0)
     encoder = vit.create(plan.model, **plan.encoder)
-    found: dict[str, Report] = {}
     earlier = None
     for index, (kind, settings) in enumerate(plan.stages):
         method = without_data(kind, settings, encoder, CLASSES)
         if earlier is not None:
             method.inherit(earlier)
         earlier = method
-        found[f"{index} {kind}, {'compiled' if compiles else 'eager'}"] = examine(
-            stepping(method, compiles, index), ACCEPTED_SPILLS.get(name, 0)
-        )
-    return found
+        recomputing.choose(method, plan.train.recompute)
+        step = stepping(method, compiles, index, plan.train.accumulate)
+        yield f"{index} {kind}, {'compiled' if compiles else 'eager'}", examine(step, ACCEPTED_SPILLS.get(kind, 0))
 
 
-def stepping(method: Method, compiles: bool, stage: int = 0) -> Callable[[int], None]:
+def stepping(method: Method, compiles: bool, stage: int = 0, accumulate: int = 1) -> Callable[[int], None]:
     """The engine's update of a method as the loop calls it, with that step's draws."""
     device, batch = torch.device("cuda", 0), method.settings.batch_size
     method.to(device).train()
     if compiles:
         compile_regions(method)
-    update = Update(method, 1000, "bf16")
+    update = Update(method, 1000, "bf16", accumulate)
     images = tuple(torch.empty(batch, 3, *view.size, device=device) for view in method.views())
     ids = torch.arange(batch, device=device)
 
@@ -69,7 +71,8 @@ def stepping(method: Method, compiles: bool, stage: int = 0) -> Callable[[int], 
 
 if __name__ == "__main__":
     (name,) = sys.argv[1:]
-    eager = reports(name, False)
+    found = dict(reports(flags_of(name), False))
     gc.collect()
     torch.cuda.empty_cache()
-    print(json.dumps({stage: asdict(report) for stage, report in (eager | reports(name, True)).items()}))
+    found |= reports(flags_of(name), True)
+    print(json.dumps({stage: asdict(report) for stage, report in found.items()}))

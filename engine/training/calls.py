@@ -18,7 +18,7 @@ from engine.methods.base import Labels, Method, StageSettings
 from engine.model import vit
 from engine.training import config
 from engine.training.config import Plan
-from engine.training.step import AUTOCAST
+from engine.training.step import Update
 from kernels.calibration.calls import Call, listing
 
 
@@ -55,14 +55,12 @@ def _calls_of_step(method: Method, rows: int, device: torch.device, precision: s
             without_content = _emptied(method, mode, device).train()
             drawn = method.draw(_Sizes(mode, rows, device))
         images = tuple(torch.empty(rows, 3, *view.size, device=device) for view in method.views())
-        dtype = AUTOCAST[precision]
-        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-        with autocast, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "Accessing the data pointer of FakeTensor"
             )  # the ViT tells by it what changed
-            report = without_content(images, torch.empty(rows, dtype=torch.int64, device=device), drawn)
-        report["loss"].backward()
+            update = Update(without_content, total_steps=1, precision=precision)
+            update(0, images, torch.empty(rows, dtype=torch.int64, device=device), drawn)
     return calls
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kernels.calibration import clock, inputs
 from kernels.calibration.calls import Call
@@ -39,7 +40,7 @@ def prove(
     if why:
         raise ValueError(why)
     run = _runner(call, implementation)
-    tensors = [x for x in given.values() if isinstance(x, Tensor)]
+    tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
     before = checksums(tensors)
     poison_cache(sum(x.nbytes for x in tensors), at)
     with Watched() as watched:
@@ -73,7 +74,7 @@ def time(
     """By implementation, see `clock.compare`; values and gradients together where the call has gradients."""
     at, call = _start(device, threads, deterministic), Call(name, arguments)
     given = inputs.make(call, at)
-    runs = {implementation: _runner(call, implementation) for implementation in implementations}
+    runs = {implementation: _runner(call, implementation, spares=False) for implementation in implementations}
     return clock.compare({one: lambda run=run: run(given) for one, run in runs.items()}, at, seconds)
 
 
@@ -89,8 +90,11 @@ def _start(device: str, threads: int, deterministic: bool) -> torch.device:
     return at
 
 
-def _runner(call: Call, implementation: str) -> Callable[[Mapping[str, Any]], list[Tensor]]:
-    """What runs an implementation on arguments and returns its outputs and, where the call has some, its gradients."""
+def _runner(call: Call, implementation: str, spares: bool = True) -> Callable[[Mapping[str, Any]], list[Tensor]]:
+    """What runs an implementation on arguments and returns its outputs and, where the call has some, its gradients.
+
+    What an op writes to its arguments are its outputs, then: written to copies where it `spares` what it is given.
+    """
     module, own = bring(call.op, implementation), inputs.stem(call.name)
     if hasattr(module, own):  # the compiler sees through it
         function = getattr(module, own)
@@ -102,7 +106,13 @@ def _runner(call: Call, implementation: str) -> Callable[[Mapping[str, Any]], li
         function = lambda *arguments: op(*arguments, implementation)  # noqa: E731
     wanted = getattr(inputs.of_op(call.op), "DIFFERENTIABLE", {}).get(call.name, ())
 
+    changed = inputs.changed(call.name)
+
     def run(given: Mapping[str, Any]) -> list[Tensor]:
+        if changed:
+            written = {key: tree_map_only(Tensor, _copied, given[key]) if spares else given[key] for key in changed}
+            function(*(given | written).values())
+            return tree_leaves(written)
         if not wanted:
             with torch.no_grad():
                 return _list(function(*given.values()))
@@ -112,6 +122,11 @@ def _runner(call: Call, implementation: str) -> Callable[[Mapping[str, Any]], li
         return [out.detach(), *grads]
 
     return run
+
+
+def _copied(x: Tensor) -> Tensor:
+    """In memory that is watched."""
+    return torch.empty_like(x).copy_(x)
 
 
 def _direction(out: Tensor) -> Tensor:

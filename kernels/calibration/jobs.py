@@ -10,14 +10,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from kernels.calibration import clock, inputs
 from kernels.calibration.calls import Call
 from kernels.calibration.memory import Watched, as_integers, checksums, poison_cache
+from kernels.calibration.tolerance import WrongAnswer, compared
 from kernels.choice import bring, usable
 from kernels.determinism import same_bits_from_torch
-
-FREE_ULPS = 4  # units in the last place of the largest entry that are never an error, as in the tests of the kernels
-
-
-class WrongAnswer(ArithmeticError):
-    """An implementation gives another result than the formula, or does what it must not."""
 
 
 def prove(
@@ -28,7 +23,7 @@ def prove(
     be kept.
 
     Returns:
-        "errors": by output the error and what is allowed; "stable": whether a second run gave the same bits.
+        "errors": by output what `tolerance.compared` returns; "stable": whether a second run gave the same bits.
 
     Raises:
         WrongAnswer: with what is wrong.
@@ -148,32 +143,10 @@ def _errors(call: Call, found: list[Tensor], given: Mapping[str, Any]) -> list[d
         truth = comparable(reference(wide), wide)
         says_nothing &= not any(bool(x.any()) for x in truth)
         plain, ours = (comparable(outputs, wide) for outputs in (reference(part), pick(found)))
-        errors += [_compared(place, *three) for place, three in enumerate(zip(ours, plain, truth, strict=True))]
+        errors += [compared(f"output {n}", *three) for n, three in enumerate(zip(ours, plain, truth, strict=True))]
     if errors and says_nothing:
         raise WrongAnswer("the formula itself gives nothing but zeros here, of which nothing can be proved")
     return errors
-
-
-def _compared(place: int, ours: Tensor, plain: Tensor, truth: Tensor) -> dict[str, float]:
-    if ours.shape != truth.shape or ours.dtype != plain.dtype:
-        raise WrongAnswer(
-            f"output {place} is {ours.dtype} {list(ours.shape)}, of the reference {plain.dtype} {list(plain.shape)}"
-        )
-    if not truth.numel():
-        return {"error": 0.0, "allowed": 0.0}
-    eps = torch.finfo(ours.dtype).eps
-    ours, plain, truth = ours.double(), plain.double(), truth.double()
-    finite = truth.isfinite()  # a sequence without keys has a log-sum-exp of -inf
-    if not torch.equal(ours[~finite], truth[~finite]):
-        raise WrongAnswer(f"output {place} is not infinite where it must be")
-    ours, plain, truth = (torch.where(finite, x, 0.0) for x in (ours, plain, truth))
-    error, plain_error = (float((x - truth).abs().max()) for x in (ours, plain))
-    allowed = 2 * plain_error + FREE_ULPS * eps * float(truth.abs().max())
-    if not error <= allowed:  # neither where one of them is no number
-        raise WrongAnswer(
-            f"output {place} is off by {error:.2e}, allowed are {allowed:.2e} (plain torch {plain_error:.2e})"
-        )
-    return {"error": error, "allowed": allowed}
 
 
 def _list(outputs: Any) -> list[Tensor]:

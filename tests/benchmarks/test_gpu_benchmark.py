@@ -328,7 +328,7 @@ sys.exit(gpu.main(["--cpu", "--minutes", "0.000001", "--out", sys.argv[1]]))
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--cpu", "--ops", "softmax"], "--ops has no kernel 'softmax'; choose from info_nce"),
+        (["--cpu", "--ops", "softmax"], "--ops has no kernel 'softmax'; choose from adamw, info_nce"),
         (["--cpu", "--minutes", "-1"], "--minutes is -1; it must be above 0"),
         (["--cpu", "--minutes", "soon"], "argument --minutes: invalid float value: 'soon'; --help lists all flags."),
         (["--cpu", "--steeps"], "unrecognized arguments: --steeps; --help lists all flags."),

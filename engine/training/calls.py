@@ -5,7 +5,6 @@ import json
 import sys
 import warnings
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,7 @@ from engine.methods.base import Labels, Method, StageSettings
 from engine.model import vit
 from engine.training import config, gradient_cache
 from engine.training.config import Plan
-from engine.training.gradient_cache import micro_batches
-from engine.training.step import AUTOCAST
+from engine.training.step import Update
 from kernels.calibration.calls import Call, listing
 
 
@@ -43,7 +41,10 @@ def calls_of(plan: Plan, device: torch.device, world: int, precision: str, class
             if earlier is not None:
                 method.inherit(earlier)
             earlier = method
-            for call in _calls_of_step(method, settings.batch_size // world, plan.train.accumulate, device, precision):
+            rows, accumulate = settings.batch_size // world, plan.train.accumulate
+            if not gradient_cache.needed(settings, accumulate):  # then micro-batches are alike, and one is enough
+                rows, accumulate = rows // accumulate, 1
+            for call in _calls_of_step(method, rows, accumulate, device, precision):
                 key = call.name, call.shape_class
                 if key not in calls or call.elements > calls[key].elements:
                     calls[key] = call
@@ -56,20 +57,12 @@ def _calls_of_step(method: Method, rows: int, accumulate: int, device: torch.dev
             without_content = _emptied(method, mode, device).train()
             drawn = method.draw(_Sizes(mode, rows, device))
         images = tuple(torch.empty(rows, 3, *view.size, device=device) for view in method.views())
-        ids = torch.empty(rows, dtype=torch.int64, device=device)
-        parts = micro_batches(images, ids, drawn, accumulate)
-        dtype = AUTOCAST[precision]
-        autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
         with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "Accessing the data pointer of FakeTensor"
             )  # the ViT tells by it what changed
-            if gradient_cache.needed(method.settings, accumulate):
-                gradient_cache.backward(without_content, parts, ids, drawn, autocast)
-                return calls
-            with autocast():
-                report = without_content(*parts[0])
-        report["loss"].backward()
+            update = Update(without_content, total_steps=1, precision=precision, accumulate=accumulate)
+            update(0, images, torch.empty(rows, dtype=torch.int64, device=device), drawn)
     return calls
 
 

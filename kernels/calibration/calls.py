@@ -42,14 +42,18 @@ class Call:
     @property
     def elements(self) -> int:
         """Of all its tensors."""
-        return sum(prod(value["shape"]) for value in self.arguments.values() if _is_tensor(value))
+        return sum(prod(x["shape"]) for value in self.arguments.values() for x in _tensors(value))
 
     @property
     def shapes(self) -> str:
-        """For people: `qkv 2048x3x4x32, cu_seqlens 11`."""
-        return ", ".join(
-            f"{key} {'x'.join(map(str, value['shape']))}" for key, value in self.arguments.items() if _is_tensor(value)
-        )
+        """For people: `qkv 2048x3x4x32, cu_seqlens 11`; of a list of tensors their number and elements, `moments 24 of 85056`."""
+        found = []
+        for key, value in self.arguments.items():
+            if _is_tensor(value):
+                found.append(f"{key} {'x'.join(map(str, value['shape']))}")
+            elif _tensors(value):
+                found.append(f"{key} {len(value)} of {sum(prod(x['shape']) for x in value)}")
+        return ", ".join(found)
 
 
 @contextmanager
@@ -89,6 +93,8 @@ class _Watch(TorchDispatchMode):
 
 def restored(value: Any, device: torch.device | str) -> Any:
     """A described argument: tensors with their values where those are known, else as they lie in memory."""
+    if isinstance(value, list) and _tensors(value):
+        return [restored(each, device) for each in value]
     if not _is_tensor(value):
         return value
     dtype = getattr(torch, value["dtype"])
@@ -100,6 +106,8 @@ def restored(value: Any, device: torch.device | str) -> Any:
 def _described(value: Any) -> Any:
     if isinstance(value, torch.SymInt):
         return int(value)
+    if isinstance(value, list | tuple):
+        return [_described(each) for each in value]
     if not isinstance(value, Tensor):
         return value
     values = None
@@ -113,3 +121,8 @@ def _described(value: Any) -> Any:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, dict) and "dtype" in value
+
+
+def _tensors(value: Any) -> list[Any]:
+    """The described tensors in an argument."""
+    return [value] if _is_tensor(value) else [x for x in value if _is_tensor(x)] if isinstance(value, list) else []

@@ -204,7 +204,12 @@ class VisionTransformer(nn.Module):
     ) -> Packed:
         """Blocks start to stop (all by default); with a `generator`, which is on the CPU, and drop_path > 0 under stochastic
         depth: what a call draws is for all its blocks at once."""
-        x_TC, layout, blocks, rates = packed.tokens_TC, packed.layout, self.blocks[start:stop], self.drop_path_rates[start:stop]
+        x_TC, layout, blocks, rates = (
+            packed.tokens_TC,
+            packed.layout,
+            self.blocks[start:stop],
+            self.drop_path_rates[start:stop],
+        )
         bias_HLL = None if self.rel_pos_bias is None else self.rel_pos_bias()
         drawn = [None] * len(blocks)
         if generator is not None and any(rates):

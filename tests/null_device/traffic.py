@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from engine.model import vit
+from engine.model import depth, vit
 from engine.training import config
 from engine.training.calls import without_data
 from tests.null_device import device
@@ -36,7 +36,12 @@ from tests.null_device.steps import CLASSES, stepping
 
 KINDS = ("launch", "product", "memset", "copy_on_device")  # what of a log's lines a GPU has to start
 PICKING = ("gather", "index", "index_select", "embedding")
-BANDWIDTH, RATE, TF32_RATE, GAP = 4.3e12, 790e12, 395e12, 3e-6  # of an H200: bytes/s, operations/s in 16 bits, in TF32; s
+BANDWIDTH, RATE, TF32_RATE, GAP = (
+    4.3e12,
+    790e12,
+    395e12,
+    3e-6,
+)  # of an H200: bytes/s, operations/s in 16 bits, in TF32; s
 
 
 @dataclass
@@ -87,7 +92,13 @@ class Account(TorchDispatchMode):
         if launches:
             wide = all(t.dtype == torch.float32 for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
             rate = TF32_RATE if wide else RATE
-            self.add(func._schema.name.split("::")[1], launches, moved(func, args, kwargs, out), flops(func, args, kwargs, out), rate)
+            self.add(
+                func._schema.name.split("::")[1],
+                launches,
+                moved(func, args, kwargs, out),
+                flops(func, args, kwargs, out),
+                rate,
+            )
         return out
 
     def add(self, name: str, *what: Any) -> None:
@@ -153,6 +164,8 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
     plan = config.parse([*flags, "--batch-size", str(options.batch)])
     torch.set_float32_matmul_precision("high")  # as training does
     torch.manual_seed(0)
+    if options.drops_from is not None:
+        depth.DROPS_FROM = options.drops_from
     changes = {} if options.drop_path is None else {"drop_path": options.drop_path}
     encoder = vit.create(plan.model, **(plan.encoder | changes))
     stage = len(plan.stages) - 1 if options.stage is None else options.stage
@@ -191,6 +204,9 @@ def main() -> int:
     parser.add_argument("--eager", action="store_true", help="not compiled")
     parser.add_argument("--stage", type=int, help="of the recipe; the last one where nothing is said")
     parser.add_argument("--drop-path", type=float, help="stochastic depth of the last block, instead of the recipe's")
+    parser.add_argument(
+        "--drops-from", type=float, help="the rate from which rows are dropped, instead of the engine's"
+    )
     parser.add_argument("--chip", type=int, choices=device.CHIPS, default=90)
     parser.add_argument("--rows", type=int, default=30)
     options = parser.parse_args()
@@ -199,7 +215,10 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         library = device.build(Path(folder))
-        show(device.answer("traffic", sys.argv[1:], device.environment(library, options.chip, Path(folder))), options.rows)
+        show(
+            device.answer("traffic", sys.argv[1:], device.environment(library, options.chip, Path(folder))),
+            options.rows,
+        )
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Stochastic depth (Huang et al. 2016) of packed sequences: which sit a branch of a block out, and the two forms of computing it.
+"""Stochastic depth (Huang et al. 2016) of packed sequences: which sit a branch of a block out, and two forms of computing it.
 
-Weighed, all rows are computed, and each sequence's branch counts 0 or 1 / (1 - rate): one multiplication, which the compiler fuses
-into the addition to the residual. Dropped, rows of sequences that sit out are not computed: a fixed number of each length, so
+Weighed, all rows are computed, and each sequence's branch counts 0 or 1 / (1 - rate): one multiplication, which the compiler
+fuses into the addition to the residual. Dropped, rows of sequences that sit out are not computed: a fixed number of each length, so
 that shapes stay as they are; rows are gathered where the norm reads them and spread where the residual is added, forward and
 backward by reading from where they lie, with no atomic, no zeros and no copy of the residual.
 
@@ -54,7 +54,7 @@ class Dropped(NamedTuple):
 def draw(
     layout: Layout, rates: Sequence[float], generator: torch.Generator, device: torch.device
 ) -> list[Weighed | Dropped]:
-    """Who sits out, for blocks of these rates, at random by one draw of a generator on the CPU; on `device` without waiting for it.
+    """Who sits out, for blocks of these rates, at random by one draw of a generator on the CPU; on `device`, not waited for.
 
     A sequence's branch that is weighed sits out with probability `rate`, independently; of those that are dropped, the fixed
     number with the highest noise.
@@ -114,8 +114,8 @@ def _kept(layout: Layout, rate: float) -> Layout | None:
 
 
 def kept_of(layout: Layout, rate: float) -> Layout | None:
-    """What is left of a layout at a rate: sequences of one length are one group, in order of the length's first. None where all are
-    weighed: the rate is low, or a length has so few sequences that a whole number is off the rate by more than a quarter of it.
+    """What is left of a layout at a rate: sequences of one length are one group, in order of the length's first. None where all
+    are weighed: the rate is low, or a length has so few sequences that a whole number is off the rate by over a quarter of it.
     """
     return _kept(layout, rate) if drops(rate) else None
 

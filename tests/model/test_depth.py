@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from engine.model import depth
 from engine.model.blocks import Block
-from engine.model.tokens import Group, Layout, Packed, View
+from engine.model.tokens import Group, Layout, View
 from tests.model.shaken import MICRO, RELATIVE, draw, shaken
 
 CPU = torch.device("cpu")
@@ -94,7 +94,7 @@ def test_rows_and_places_of_a_draw_say_the_same_and_a_fixed_number_of_each_lengt
             rows_R, kept_T = rows_R.long(), worth_T > 0
             assert rows_R.sort().values.tolist() == kept_T.nonzero()[:, 0].tolist()
             assert torch.equal(places_T[rows_R], torch.arange(len(rows_R), dtype=torch.int32))
-            assert 0 <= places_T.min() and places_T.max() < len(rows_R)
+            assert places_T.min() >= 0 and places_T.max() < len(rows_R)
             heads = rows_R[who.layout.cu_seqlens(CPU)[:-1].long()]
             assert set(heads.tolist()) < set(starts(SPLIT)) and len(heads.unique()) == 14
             assert sequence_T[heads[:8]].sort().values.tolist() == sequence_T[heads[:8]].tolist()

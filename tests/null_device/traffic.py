@@ -185,10 +185,9 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
 def show(found: dict[str, Any], rows: int) -> None:
     kernels = [of for _, _, of in found["kernels"]]
     total = {key: sum(of[key] for of in kernels) for key in kernels[0]}
-    print(
-        f"{found['launches']} launches, {total['launches']} of them attributed; {total['bytes'] / 1e9:.1f} GB, "
-        f"{total['flops'] / 1e12:.1f} TF in products, peak {found['peak'] / 2**30:.1f} GiB; {1e3 * total['seconds']:.1f} ms (modelled)"
-    )
+    counts = f"{found['launches']} launches, {total['launches']} of them attributed, {total['bytes'] / 1e9:.1f} GB"
+    print(f"{counts}, {total['flops'] / 1e12:.1f} TF in products, peak {found['peak'] / 2**30:.1f} GiB")
+    print(f"{1e3 * total['seconds']:.1f} ms (modelled)")
     for part, name, of in found["kernels"][:rows]:
         print(
             f"{of['bytes'] / 1e9:8.2f} GB {of['flops'] / 1e12:7.2f} TF {1e3 * of['seconds']:8.2f} ms {of['calls']:6} calls "

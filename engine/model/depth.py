@@ -1,8 +1,8 @@
 """Stochastic depth (Huang et al. 2016) of packed sequences: which sit a branch of a block out, and two forms of computing it.
 
 Weighed, all rows are computed, and each sequence's branch counts 0 or 1 / (1 - rate): one multiplication, which the compiler
-fuses into the addition to the residual. Dropped, rows of sequences that sit out are not computed: a fixed number of each length, so
-that shapes stay as they are; rows are gathered where the norm reads them and spread where the residual is added, forward and
+fuses into the addition to the residual. Dropped, rows of sequences that sit out are not computed: a fixed number of each length,
+so that shapes stay as they are. Rows are gathered where the norm reads them and spread where the residual is added, forward and
 backward by reading from where they lie, with no atomic, no zeros and no copy of the residual.
 
 Dropping spares its rate of a branch and pays for two more passes over the residual forward and two backward, which do not fuse

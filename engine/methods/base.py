@@ -275,7 +275,7 @@ class Method(nn.Module, ABC):
         compiled once for any number.
         """
         for block, rate in zip(self.encoder.blocks, self.encoder.drop_path_rates, strict=True):
-            if drops(rate):
+            if drops(rate, block.norm1.weight.device):
                 yield block, "forward_dropped"
 
     def features(self, images: Tensor) -> Tensor:

@@ -24,17 +24,17 @@ from torch.autograd.function import once_differentiable
 
 from engine.model.tokens import Group, Layout
 
-DROPS_FROM = 0.1
-"""The rate from which rows are dropped."""
+DROPS_FROM = {"cuda": 0.1, "cpu": 0.03}
+"""The rate from which rows are dropped, by kind of device."""
 
 
 class Weighed(NamedTuple):
     """One block's draw, of which every row is computed.
 
-    worth_2T1, fp32: what each token's branch counts, 0 or 1 / (1 - rate).
+    worth_2T1, fp32: what each token's branch counts, 0 or 1 / (1 - rate); None where all count 1.
     """
 
-    worth_2T1: Tensor
+    worth_2T1: Tensor | None
 
 
 class Dropped(NamedTuple):
@@ -59,7 +59,7 @@ def draw(
     A sequence's branch that is weighed sits out with probability `rate`, independently; of those that are dropped, the fixed
     number with the highest noise.
     """
-    kept = [kept_of(layout, rate) for rate in rates]
+    kept = [kept_of(layout, rate, device) for rate in rates]
     lengths = _by_length(layout)
     with unset_fake_temporarily():
         noise_D2S = torch.rand(len(rates), 2, layout.sequences, generator=generator).numpy()
@@ -99,9 +99,16 @@ def draw(
     return found
 
 
-def drops(rate: float) -> bool:
+def drops(rate: float, device: torch.device) -> bool:
     """Whether rows are dropped at this rate, where there are sequences enough."""
-    return rate > 0 and rate >= DROPS_FROM
+    return rate > 0 and rate >= DROPS_FROM.get(device.type, DROPS_FROM["cuda"])
+
+
+def kept_of(layout: Layout, rate: float, device: torch.device) -> Layout | None:
+    """What is left of a layout at a rate: sequences of one length are one group, in order of the length's first. None where all
+    are weighed: the rate is low, or a length has so few sequences that a whole number is off the rate by over a quarter of it.
+    """
+    return _kept(layout, rate) if drops(rate, device) else None
 
 
 @lru_cache(maxsize=256)
@@ -111,13 +118,6 @@ def _kept(layout: Layout, rate: float) -> Layout | None:
     if any(abs(1 - stays[length] / count - rate) > rate / 4 for length, count in counts.items()):
         return None
     return Layout(tuple(Group(stays[length], length) for length in counts))
-
-
-def kept_of(layout: Layout, rate: float) -> Layout | None:
-    """What is left of a layout at a rate: sequences of one length are one group, in order of the length's first. None where all
-    are weighed: the rate is low, or a length has so few sequences that a whole number is off the rate by over a quarter of it.
-    """
-    return _kept(layout, rate) if drops(rate) else None
 
 
 def take(x_TC: Tensor, rows_R: Tensor, places_T: Tensor, worth_T1: Tensor) -> Tensor:

@@ -204,24 +204,17 @@ class VisionTransformer(nn.Module):
     ) -> Packed:
         """Blocks start to stop (all by default); with a `generator`, which is on the CPU, and drop_path > 0 under stochastic
         depth: what a call draws is for all its blocks at once."""
-        x_TC, layout, blocks, rates = (
-            packed.tokens_TC,
-            packed.layout,
-            self.blocks[start:stop],
-            self.drop_path_rates[start:stop],
-        )
+        x_TC, layout, device = packed.tokens_TC, packed.layout, packed.tokens_TC.device
+        blocks, rates = self.blocks[start:stop], self.drop_path_rates[start:stop]
         bias_HLL = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        drawn = [None] * len(blocks)
-        if generator is not None and any(rates):
-            drawn = depth.draw(layout, rates, generator, x_TC.device)
+        thins = generator is not None and any(rates)
+        drawn = depth.draw(layout, rates, generator, device) if thins else [depth.Weighed(None)] * len(blocks)
         for block, who in zip(blocks, drawn, strict=True):
             if isinstance(who, depth.Dropped):
-                kept = who.layout
-                taking_part = (who.worth_2T1, who.rows_2R, who.places_2T, kept.cu_seqlens(x_TC.device), kept.max_seqlen)
-                x_TC = block.forward_dropped(x_TC, *taking_part, bias_HLL)
+                of_kept = who.layout.cu_seqlens(device), who.layout.max_seqlen
+                x_TC = block.forward_dropped(x_TC, who.worth_2T1, who.rows_2R, who.places_2T, *of_kept, bias_HLL)
             else:
-                worth_2T1 = None if who is None else who.worth_2T1
-                x_TC = block(x_TC, packed.cu_seqlens, layout.max_seqlen, None, bias_HLL, worth_2T1)
+                x_TC = block(x_TC, packed.cu_seqlens, layout.max_seqlen, None, bias_HLL, who.worth_2T1)
         return Packed(x_TC, layout)
 
     def encode(self, views: Sequence[View], generator: torch.Generator | None = None) -> Packed:
@@ -251,13 +244,13 @@ class VisionTransformer(nn.Module):
     def flops(self, patches: int, start: int = 0, stop: int | None = None, *, thinned: bool = False) -> float:
         """Operations of one forward pass for one image of `patches` visible patches; embedding counts if `start` is 0.
 
-        `thinned`: under stochastic depth, which leaves out its rate of the blocks where rows are dropped.
+        `thinned`: under stochastic depth, on average; what is computed to be multiplied by zero does not count.
         """
         length = self.num_prefix_tokens + patches
         embedding = 0.0 if start else 2.0 * patches * self.patch_embed.proj.weight.numel()
-        spared = [rate if thinned and depth.drops(rate) else 0.0 for rate in self.drop_path_rates]
-        pairs = list(zip(self.blocks, spared, strict=True))[start:stop]
-        return embedding + sum((1 - share) * block.flops(length) for block, share in pairs)
+        rates = self.drop_path_rates if thinned else (0.0,) * self.depth
+        pairs = list(zip(self.blocks, rates, strict=True))[start:stop]
+        return embedding + sum((1 - rate) * block.flops(length) for block, rate in pairs)
 
     def _grid_of(self, images: Tensor) -> tuple[int, int]:
         height, width = images.shape[-2:]

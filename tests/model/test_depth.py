@@ -24,7 +24,7 @@ def drawn(layout: Layout, rate: float, seed: int = 0) -> depth.Weighed | depth.D
 
 @pytest.fixture
 def always_dropping(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(depth, "DROPS_FROM", 0.0)
+    monkeypatch.setitem(depth.DROPS_FROM, "cpu", 0.0)
 
 
 def starts(layout: Layout) -> list[int]:
@@ -107,7 +107,7 @@ def test_rows_and_places_of_a_draw_say_the_same_and_a_fixed_number_of_each_lengt
 def test_every_branch_counts_one_on_average_and_sits_out_at_its_rate(
     drops_from: float, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(depth, "DROPS_FROM", drops_from)
+    monkeypatch.setitem(depth.DROPS_FROM, "cpu", drops_from)
     draws, generator, rates = 1000, draw(), (0.0, 0.3, 0.55)
     worth = []
     for _ in range(draws):
@@ -124,13 +124,13 @@ def test_every_branch_counts_one_on_average_and_sits_out_at_its_rate(
 
 @pytest.mark.usefixtures("always_dropping")
 def test_all_are_weighed_where_a_whole_number_is_far_off_the_rate_or_the_rate_is_low(monkeypatch: pytest.MonkeyPatch):
-    assert depth.kept_of(SPLIT, 0.3) == Layout((Group(8, 5), Group(6, 3)))
-    assert depth.kept_of(ODD, 0.3) is None and isinstance(drawn(ODD, 0.3), depth.Weighed)
-    assert depth.kept_of(Layout((Group(4, 5),)), 0.1) is None
-    assert depth.kept_of(Layout((Group(1, 5),)), 0.95) is None, "at least one stays"
-    assert depth.kept_of(SPLIT, 0.0) is None
-    monkeypatch.setattr(depth, "DROPS_FROM", 0.31)
-    assert depth.kept_of(SPLIT, 0.3) is None and not depth.drops(0.3) and depth.drops(0.31)
+    assert depth.kept_of(SPLIT, 0.3, CPU) == Layout((Group(8, 5), Group(6, 3)))
+    assert depth.kept_of(ODD, 0.3, CPU) is None and isinstance(drawn(ODD, 0.3), depth.Weighed)
+    assert depth.kept_of(Layout((Group(4, 5),)), 0.1, CPU) is None
+    assert depth.kept_of(Layout((Group(1, 5),)), 0.95, CPU) is None, "at least one stays"
+    assert depth.kept_of(SPLIT, 0.0, CPU) is None
+    monkeypatch.setitem(depth.DROPS_FROM, "cpu", 0.31)
+    assert depth.kept_of(SPLIT, 0.3, CPU) is None and not depth.drops(0.3, CPU) and depth.drops(0.31, CPU)
 
 
 def test_a_draw_is_a_function_of_its_generator_alone():
@@ -160,7 +160,7 @@ def compile_forms(model, backend) -> None:
 @pytest.mark.long
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_each_form_is_compiled_once_for_all_rates_and_draws(backend: str, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(depth, "DROPS_FROM", 0.2)
+    monkeypatch.setitem(depth.DROPS_FROM, "cpu", 0.2)
     torch._dynamo.reset()
     model, twin = (shaken(MICRO, drop_path=0.5, init_values=0.5) for _ in range(2))
     counter, views = CompileCounterWithBackend(backend), views_of(10)

@@ -137,15 +137,16 @@ def flops(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
 
 @contextmanager
 def of_inductor(account: Account) -> Iterator[None]:
-    """Inductor's own kernels are written down too, by the bytes it says they move; where they take any size, in proportion."""
+    """Inductor's own kernels are written down too, by the bytes it says they move. Those that take any size say so of the first
+    block they are compiled for, of which stochastic depth drops least: others in proportion to the largest."""
     from torch._inductor.runtime import triton_heuristics
 
-    run, first = triton_heuristics.CachingAutotuner.run, {}
+    run, largest = triton_heuristics.CachingAutotuner.run, defaultdict(int)
 
     def seen(kernel: Any, *args: Any, **kwargs: Any) -> Any:
         given = sum(touched(arg) for arg in args if isinstance(arg, Tensor))
-        share = given / first.setdefault(id(kernel), given)
-        says = kernel.inductor_meta
+        largest[id(kernel)] = max(given, largest[id(kernel)])
+        share, says = given / largest[id(kernel)], kernel.inductor_meta
         if torch.utils._python_dispatch._get_current_dispatch_mode() is account:
             account.add(says["kernel_name"], 1, int(1e9 * says["kernel_num_gb"] * share), 0, RATE)
         return run(kernel, *args, **kwargs)
@@ -165,7 +166,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
     torch.set_float32_matmul_precision("high")  # as training does
     torch.manual_seed(0)
     if options.drops_from is not None:
-        depth.DROPS_FROM = options.drops_from
+        depth.DROPS_FROM["cuda"] = options.drops_from
     changes = {} if options.drop_path is None else {"drop_path": options.drop_path}
     encoder = vit.create(plan.model, **(plan.encoder | changes))
     stage = len(plan.stages) - 1 if options.stage is None else options.stage

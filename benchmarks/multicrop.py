@@ -2,7 +2,7 @@
 
     python -m benchmarks.multicrop --model vit_small_patch16_224
 
-    packed     ours: all crops in one pass of the backbone; stochastic depth leaves out the rows of dropped sequences
+    packed     ours: all crops in one pass of the backbone; stochastic depth in the form of its rate (`engine.model.depth`)
     per-size   the usual form: one pass per crop size; stochastic depth computes and multiplies by zero, as it does below
     padded     the other usual form: one pass of all crops, small ones padded to the longest, with a mask of keys
     lightly    lightly's modules, where they are installed (uv run --group peers ...)
@@ -41,7 +41,7 @@ class Options(rounds.Options):
     """Time DINO's step over many crops in several forms."""
 
     batch_size: int = 8
-    """Images of a step, each in 10 crops. Ours drops whole images of a crop: below 5, a rate of 0.1 rounds to none."""
+    """Images of a step, each in 10 crops. Ours drops rows of whole crops only where a whole number of them is near the rate."""
     rounds: int = 3
     steps: int = 1
     prototypes: int = 65536

@@ -20,6 +20,7 @@ from engine.data.batch import Batch
 from engine.data.sources import ImageSet
 from engine.data.views import Augmentation
 from engine.methods.parts.collapse import Collapse
+from engine.model.depth import drops
 from engine.model.heads import BatchNorm, Classifier, UnitPrototypes
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
@@ -228,7 +229,7 @@ class Method(nn.Module, ABC):
         drawn."""
         generator = None
         if "depth" in drawn:
-            generator = torch.Generator(views[0].images.device).manual_seed(int(drawn["depth"][0]))
+            generator = torch.Generator().manual_seed(int(drawn["depth"][0]))
         return self.encoder.encode(views, generator).unpack()
 
     def begin(self, moment: Moment) -> None:
@@ -280,13 +281,12 @@ class Method(nn.Module, ABC):
             yield block, "forward"
 
     def ragged_regions(self) -> Iterator[tuple[object, str]]:
-        """Likewise, but meeting another number of rows at nearly every call, as blocks do under stochastic depth: compiled once
-        for any number.
+        """Likewise, but meeting another number of rows at nearly every call, as blocks do of which stochastic depth drops rows:
+        compiled once for any number.
         """
         for block, rate in zip(self.encoder.blocks, self.encoder.drop_path_rates, strict=True):
-            if rate:
-                yield block, "attend"
-                yield block, "feed"
+            if drops(rate, block.norm1.weight.device):
+                yield block, "forward_dropped"
 
     def features(self, images: Tensor) -> Tensor:
         """What evaluation sees: fp32 [B, C], the encoder's pooled output for whole images [B, 3, H, W]."""

@@ -10,8 +10,8 @@ from torch.nn import functional as F
 
 import kernels
 from engine.core.errors import BadInput
+from engine.model.depth import put, take
 from engine.model.recomputing import recomputed
-from engine.model.tokens import Packed, thinning_rows
 from kernels.packed_attention import HEAD_DIMS
 
 
@@ -129,10 +129,16 @@ class Block(nn.Module):
         max_seqlen: int,
         kv_lengths: Tensor | None = None,
         bias_HLL: Tensor | None = None,
+        worth_2T1: Tensor | None = None,
     ) -> Tensor:
-        """Attention and MLP, each added to its input: [T, C] to [T, C]. `kv_lengths` and `bias_HLL` as in Attention."""
-        x_TC = x_TC + self.attend(x_TC, cu_seqlens, max_seqlen, kv_lengths, bias_HLL)
-        return x_TC + self.feed(x_TC)
+        """Attention and MLP, each added to its input: [T, C] to [T, C]. `kv_lengths` and `bias_HLL` as in Attention; `worth_2T1`,
+        fp32, is what each token's branches count under stochastic depth."""
+        change_TC = self.attend(x_TC, cu_seqlens, max_seqlen, kv_lengths, bias_HLL)
+        if worth_2T1 is None:
+            x_TC = x_TC + change_TC
+            return x_TC + self.feed(x_TC)
+        x_TC = x_TC + (change_TC * worth_2T1[0]).to(x_TC.dtype)
+        return x_TC + (self.feed(x_TC) * worth_2T1[1]).to(x_TC.dtype)
 
     def attend(
         self,
@@ -154,26 +160,23 @@ class Block(nn.Module):
         weights = sum(part.weight.numel() for part in self.modules() if isinstance(part, nn.Linear))
         return 2.0 * length * weights + 4.0 * length**2 * self.attn.proj.in_features
 
-    def forward_thinned(
-        self, packed: Packed, rate: float, generator: torch.Generator, bias_HLL: Tensor | None = None
-    ) -> Packed:
-        """`forward` under stochastic depth (Huang et al. 2016): each branch runs only for a random subset of sequences.
-
-        Each group keeps a fixed number, (1 - rate) of it rounded and at least one; the rows of the others are not
-        computed at all. A kept branch weighs sequences / kept of its group. Random only through `generator`.
-        """
-        x_TC, layout, kept = packed.tokens_TC, packed.layout, packed.layout.thinned(rate)
-        if kept == layout:
-            return Packed(self(x_TC, packed.cu_seqlens, layout.max_seqlen, None, bias_HLL), layout)
-        noise_2S = torch.rand(2, layout.sequences, generator=generator, device=generator.device).to(x_TC.device)
-
-        def add(x_TC: Tensor, noise_S: Tensor, branch: object, *args: object) -> Tensor:
-            rows, worth = thinning_rows(layout, kept, noise_S)
-            change = branch(x_TC.index_select(0, rows), *args) * worth
-            return x_TC.index_add(0, rows, change.to(x_TC.dtype))
-
-        x_TC = add(x_TC, noise_2S[0], self.attend, kept.cu_seqlens(x_TC.device), kept.max_seqlen, None, bias_HLL)
-        return Packed(add(x_TC, noise_2S[1], self.feed), layout)
+    @recomputed
+    def forward_dropped(
+        self,
+        x_TC: Tensor,
+        worth_2T1: Tensor,
+        rows_2R: Tensor,
+        places_2T: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        bias_HLL: Tensor | None = None,
+    ) -> Tensor:
+        """`forward` where each branch is computed only for its rows of x_TC, as drawn (`engine.model.depth.Dropped`); cu_seqlens
+        and max_seqlen are those of these rows."""
+        attending, feeding = zip(rows_2R, places_2T, worth_2T1, strict=True)
+        change_RC = self.attend(take(x_TC, *attending), cu_seqlens, max_seqlen, None, bias_HLL)
+        x_TC = put(x_TC, change_RC, *attending)
+        return put(x_TC, self.feed(take(x_TC, *feeding)), *feeding)
 
 
 class PatchEmbed(nn.Module):

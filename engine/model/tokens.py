@@ -51,10 +51,6 @@ class Layout:
         """Where each sequence starts, and the end: int32 [S+1]. One tensor per layout and device, to read only."""
         return _cu_seqlens(self, torch.device(device))
 
-    def thinned(self, rate: float) -> "Layout":
-        """The layout left when each group loses its share `rate` of sequences, rounded, but keeps at least one."""
-        return Layout(tuple(Group(max(1, round(g.sequences * (1 - rate))), g.length) for g in self.groups))
-
 
 @lru_cache(maxsize=256)
 def _cu_seqlens(layout: Layout, device: torch.device) -> Tensor:
@@ -121,20 +117,3 @@ def random_masking(noise_BN: Tensor, keep: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"cannot keep {keep} of {noise_BN.shape[1]} patches")
     order_BN = noise_BN.argsort(dim=1, stable=True)
     return order_BN[:, :keep], order_BN[:, keep:]
-
-
-def thinning_rows(layout: Layout, thinned: Layout, noise_S: Tensor) -> tuple[Tensor, Tensor]:
-    """Which rows of a packed tensor stay when `layout` is thinned to `thinned` at random.
-
-    The sequences of lowest noise stay, in ascending order of position. Returns their rows, int64 [T'], and what the
-    kept rows are worth, fp32 [T', 1]: sequences / kept of their group, so that the expectation over noise is the whole.
-    """
-    rows, worth, sequence, token = [], [], 0, 0
-    for full, kept in zip(layout.groups, thinned.groups, strict=True):
-        noise = noise_S[sequence : sequence + full.sequences]
-        chosen = noise.argsort(stable=True)[: kept.sequences].sort().values
-        within = torch.arange(full.length, device=noise.device)
-        rows.append((token + chosen[:, None] * full.length + within).flatten())
-        worth.append(torch.full((kept.tokens, 1), full.sequences / kept.sequences, device=noise.device))
-        sequence, token = sequence + full.sequences, token + full.tokens
-    return torch.cat(rows), torch.cat(worth)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import kernels
 from engine.core.errors import BadInput
+from engine.model import depth
 from engine.model.architecture import Architecture, candidates, check_overrides, exists, read
 from engine.model.blocks import Block, LayerScale, PatchEmbed, initialise
 from engine.model.positions import RelativePositions, sincos_positions
@@ -201,16 +202,20 @@ class VisionTransformer(nn.Module):
     def run_blocks(
         self, packed: Packed, start: int = 0, stop: int | None = None, generator: torch.Generator | None = None
     ) -> Packed:
-        """Blocks start to stop (all by default); with a `generator` and drop_path > 0 under stochastic depth."""
+        """Blocks start to stop (all by default); with a `generator`, which is on the CPU, and drop_path > 0 under stochastic
+        depth: what a call draws is for all its blocks at once."""
+        x_TC, layout, device = packed.tokens_TC, packed.layout, packed.tokens_TC.device
+        blocks, rates = self.blocks[start:stop], self.drop_path_rates[start:stop]
         bias_HLL = None if self.rel_pos_bias is None else self.rel_pos_bias()
-        for index in range(self.depth)[start:stop]:
-            block, rate = self.blocks[index], self.drop_path_rates[index]
-            if generator is not None and rate > 0:
-                packed = block.forward_thinned(packed, rate, generator, bias_HLL)
+        thins = generator is not None and any(rates)
+        drawn = depth.draw(layout, rates, generator, device) if thins else [depth.Weighed(None)] * len(blocks)
+        for block, who in zip(blocks, drawn, strict=True):
+            if isinstance(who, depth.Dropped):
+                of_kept = who.layout.cu_seqlens(device), who.layout.max_seqlen
+                x_TC = block.forward_dropped(x_TC, who.worth_2T1, who.rows_2R, who.places_2T, *of_kept, bias_HLL)
             else:
-                tokens_TC = block(packed.tokens_TC, packed.cu_seqlens, packed.layout.max_seqlen, None, bias_HLL)
-                packed = Packed(tokens_TC, packed.layout)
-        return packed
+                x_TC = block(x_TC, packed.cu_seqlens, layout.max_seqlen, None, bias_HLL, who.worth_2T1)
+        return Packed(x_TC, layout)
 
     def encode(self, views: Sequence[View], generator: torch.Generator | None = None) -> Packed:
         """All tokens of all views after the final norm, one group [B, num_prefix_tokens + V, C] per view."""
@@ -239,7 +244,7 @@ class VisionTransformer(nn.Module):
     def flops(self, patches: int, start: int = 0, stop: int | None = None, *, thinned: bool = False) -> float:
         """Operations of one forward pass for one image of `patches` visible patches; embedding counts if `start` is 0.
 
-        `thinned`: under stochastic depth, on average.
+        `thinned`: under stochastic depth, on average; what is computed to be multiplied by zero does not count.
         """
         length = self.num_prefix_tokens + patches
         embedding = 0.0 if start else 2.0 * patches * self.patch_embed.proj.weight.numel()

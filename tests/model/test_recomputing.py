@@ -12,6 +12,7 @@ from engine.core.draws import Draws
 from engine.methods.mae import Mae, Settings
 from engine.model import recomputing, vit
 from engine.model.blocks import Block
+from engine.model.tokens import View
 from engine.training.step import Update
 from tests.saved import content
 
@@ -91,6 +92,44 @@ def test_backward_computes_again_what_was_said(kind: str, backend: str | None):
         # the input; and the outputs of qkv, attention, projection and the first product of the MLP
         assert kept == 3 * {"blocks": 1, "selective": 1 + 3 + 1 + 1 + 4}[kind] < all_kept
         assert (graphs, counters["stats"]["unique_graphs"], counters["graph_break"]) == (1, 2, {})
+
+
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("blocks", None),
+        ("selective", None),
+        pytest.param("selective", "aot_eager_decomp_partition", marks=pytest.mark.long),
+    ],
+)
+def test_rows_that_stochastic_depth_drops_stay_dropped(kind: str, backend: str | None):
+    """What is computed again is the draw's: it is given to the block."""
+    torch._dynamo.reset()
+    found = []
+    for recompute in ("none", kind):
+        torch.manual_seed(0)
+        encoder = vit.create("vit_micro_patch8_32", depth=2, drop_path=0.5)
+        recomputing.choose(encoder, recompute)
+        forward = torch.compile(encoder.blocks[1].forward_dropped, fullgraph=True, backend=backend) if backend else None
+        if forward:
+            encoder.blocks[1].forward_dropped = forward
+        images = torch.randn(8, 3, 32, 32)
+        encoder.encode([View(images)], torch.Generator().manual_seed(1)).tokens_TC.square().mean().backward()
+        found.append([p.grad for p in encoder.parameters() if p.grad is not None])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs) if backend else torch.testing.assert_close(
+            ours, theirs, atol=0, rtol=0
+        )
+
+
+def test_every_way_through_a_block_is_recomputed():
+    """Else activations would be kept without a word."""
+    method = Mae(vit.create("vit_micro_patch8_32", depth=2, drop_path=0.5), Settings(decoder_depth=1))
+    ways = [
+        (type(owner), name) for owner, name in (*method.regions(), *method.ragged_regions()) if isinstance(owner, Block)
+    ]
+    assert {name for _, name in ways} == {"forward", "forward_dropped"}
+    assert all(hasattr(getattr(kind, name), "__wrapped__") for kind, name in ways)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,9 +1,7 @@
-from itertools import permutations
-
 import pytest
 import torch
 
-from engine.model.tokens import Group, Layout, Packed, random_masking, thinning_rows
+from engine.model.tokens import Group, Layout, Packed, random_masking
 
 MIXED = Layout((Group(2, 5), Group(3, 2)))
 
@@ -54,21 +52,3 @@ def test_random_masking_splits_by_noise():
     for keep in (0, 5):
         with pytest.raises(ValueError, match="cannot keep"):
             random_masking(noise, keep)
-
-
-def test_thinned_keeps_a_fixed_number_per_group_and_at_least_one():
-    layout = Layout((Group(10, 5), Group(1, 3)))
-    assert layout.thinned(0.25) == Layout((Group(8, 5), Group(1, 3)))
-    assert layout.thinned(0.0) == layout
-    assert layout.thinned(0.99).sequences == 2
-
-
-def test_every_row_is_worth_exactly_one_over_all_orders_of_noise():
-    layout, total = Layout((Group(4, 3), Group(1, 2))), torch.zeros(14)
-    kept = layout.thinned(0.5)
-    orders = list(permutations([0.1, 0.2, 0.3, 0.4]))
-    for order in orders:
-        rows, worth = thinning_rows(layout, kept, torch.tensor([*order, 0.9]))
-        assert len(rows) == len(rows.unique()) == kept.tokens
-        total.index_add_(0, rows, worth[:, 0])
-    assert torch.allclose(total / len(orders), torch.ones(14))

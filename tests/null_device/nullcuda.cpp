@@ -180,11 +180,15 @@ extern "C" {
 void nullcuda_note(const char* kind, const char* text, long a, long b, long c) { note(kind, text, a, b, c); }
 void nullcuda_new_handle(void** h) { new_handle(h); }
 
-// ---- for ledger.py
+// ---- for ledger.py and traffic.py
 void nullcuda_record(int on) {
   std::lock_guard<std::mutex> guard(lock);
   events.clear();
   recording = on;
+}
+long nullcuda_count() {
+  std::lock_guard<std::mutex> guard(lock);
+  return (long)events.size();
 }
 void nullcuda_write(const char* path) {
   std::lock_guard<std::mutex> guard(lock);

@@ -19,7 +19,7 @@ from engine.model import vit
 from engine.training import config, gradient_cache
 from engine.training.config import Plan
 from engine.training.step import Update
-from kernels.calibration.calls import Call, listing
+from kernels.calibration.calls import Call, keep_largest, listing
 
 
 def calls_of(plan: Plan, device: torch.device, world: int, precision: str, classes: int = 1000) -> list[Call]:
@@ -45,9 +45,7 @@ def calls_of(plan: Plan, device: torch.device, world: int, precision: str, class
             if not gradient_cache.needed(settings, accumulate):  # then micro-batches are alike, and one is enough
                 rows, accumulate = rows // accumulate, 1
             for call in _calls_of_step(method, rows, accumulate, device, precision):
-                key = call.name, call.shape_class
-                if key not in calls or call.elements > calls[key].elements:
-                    calls[key] = call
+                keep_largest(calls, call)
     return list(calls.values())
 
 

@@ -56,6 +56,13 @@ class Call:
         return ", ".join(found)
 
 
+def keep_largest(found: dict[tuple[str, str], Call], call: Call) -> None:
+    """Among those found, by op and class of shapes, put this call where it is the first or the largest."""
+    key = call.name, call.shape_class
+    if key not in found or call.elements > found[key].elements:
+        found[key] = call
+
+
 @contextmanager
 def listing() -> Iterator[list[Call]]:
     """Inside, the calls of ops are listed: of each class of shapes the largest. For fake tensors, with which nothing is computed;
@@ -79,10 +86,7 @@ class _Watch(TorchDispatchMode):
             names = [argument.name for argument in func._schema.arguments]
             with unset_fake_temporarily():
                 # the last one is the implementation
-                call = Call.of(name, dict(zip(names[:-1], args, strict=False)))
-                key = name, call.shape_class
-            if key not in self.found or call.elements > self.found[key].elements:
-                self.found[key] = call
+                keep_largest(self.found, Call.of(name, dict(zip(names[:-1], args, strict=False))))
         kwargs = kwargs or {}
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if given and not any(isinstance(x, FakeTensor) for x in given) and "device" not in kwargs:

@@ -2,6 +2,7 @@
 
 import os
 
+from kernels.adamw import adamw
 from kernels.choice import check, describe, freeze, frozen, request, understood, use
 from kernels.info_nce import info_nce
 from kernels.nearest_neighbours import nearest_neighbours
@@ -12,6 +13,7 @@ from kernels.sinkhorn import sinkhorn, sinkhorn_centre, sinkhorn_cross_entropy
 from kernels.soft_cross_entropy import soft_cross_entropy
 
 __all__ = [
+    "adamw",
     "check",
     "describe",
     "freeze",

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-IMPLEMENTATIONS = ("reference", "plain", "written", "flash", "efficient", "cudnn", "xformers", "triton", "cuda")
+IMPLEMENTATIONS = ("reference", "plain", "written", "flash", "efficient", "cudnn", "xformers", "apex", "triton", "cuda")
 AVAILABLE: dict[str, tuple[str, ...]] = {
     folder.name: tuple(name for name in IMPLEMENTATIONS if (folder / f"{name}.py").is_file())
     for folder in sorted(Path(__file__).parent.iterdir())

@@ -23,7 +23,7 @@ Outputs = tuple[Tensor, ...]
 # implementations that run on one kind of device only
 OF_CPUS, OF_GPUS = ("written", "flash"), ("triton", "cuda")
 # those, for GPUs, whose kernels others wrote: peers, which a machine may lack and which need not take every case
-OF_OTHERS = ("efficient", "cudnn", "xformers")
+OF_OTHERS = ("efficient", "cudnn", "xformers", "apex")
 FORWARD, BACKWARD = "forward", "backward"
 
 
@@ -87,6 +87,8 @@ class Case:
     """The places of the inputs that get a gradient."""
     outputs: Callable[[Any, tuple], Outputs] = _the_output
     """Of what a form returns and its inputs: the tensors that are compared with the truth."""
+    in_place: bool = False
+    """Whether the op writes to its inputs."""
     ends_in: tuple[str, ...] = ()
     """Other ops that the call runs: on the same implementation, or on Triton's where they have none of that name."""
     part: Callable[[tuple], tuple[tuple, Tensor | None]] = _whole

@@ -8,19 +8,17 @@ from typing import Any
 import torch
 
 from benchmarks.kernels.case import Machine
+from kernels.calibration.clock import COLD, queued
 
 BATCH = (
     16  # calls that are queued together; a call of 60 launches still fits into the driver's queue of about a thousand
 )
-FLUSH_BYTES = 256 * 2**20  # more than any L2 cache
 
 
 def times(call: Callable[[], Any], on_gpu: bool, seconds: float = 0.15) -> dict[str, Any]:
     """Milliseconds of single calls: their median as "ms", "ms_best", "ms_worst", how many, and "host_ms".
 
-    On a GPU every call stands between two events of its own, with the L2 cache overwritten before it, so that it reads memory.
-    The calls are queued behind a kernel that does nothing for as long as the host needs to queue them (its time is "host_ms" a
-    call): when the device comes to them they all lie ready, and no gap of the host falls between two events.
+    On a GPU they are queued as in calibration; what the host takes to queue a call is "host_ms".
     """
     call()
     if not on_gpu:
@@ -30,41 +28,19 @@ def times(call: Callable[[], Any], on_gpu: bool, seconds: float = 0.15) -> dict[
             call()
             found.append(1e3 * (time.perf_counter() - start))
         return _summary(found, None)
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+    flush = torch.zeros(COLD["cuda"], dtype=torch.int8, device="cuda")
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
     host = time.perf_counter() - start
     torch.cuda.synchronize()
     once = time.perf_counter() - start
-    cycles_per_second = _cycles_per_second()
     wanted = max(5, min(100, math.ceil(seconds / max(once, 1e-5))))
-    found = []
+    found: list[float] = []
     while len(found) < wanted:
-        marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(min(BATCH, wanted))]
-        torch.cuda._sleep(int(cycles_per_second * len(marks) * (1.5 * host + 5e-5)))
-        start = time.perf_counter()
-        for before, after in marks:
-            flush.zero_()
-            before.record()
-            call()
-            after.record()
-        host = (time.perf_counter() - start) / len(marks)
-        torch.cuda.synchronize()
-        found += [before.elapsed_time(after) for before, after in marks]
+        ms, host = queued(call, min(BATCH, wanted), flush, host)
+        found += ms
     return _summary(found, 1e3 * host)
-
-
-def _cycles_per_second() -> float:
-    """Of the clock that torch.cuda._sleep counts."""
-    cycles = 2_000_000
-    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(cycles)
-    before.record()
-    torch.cuda._sleep(cycles)
-    after.record()
-    torch.cuda.synchronize()
-    return 1e3 * cycles / before.elapsed_time(after)
 
 
 def _summary(found: list[float], host_ms: float | None) -> dict[str, Any]:

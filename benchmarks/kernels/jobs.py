@@ -11,18 +11,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 import kernels
 from benchmarks.kernels import clock
 from benchmarks.kernels.case import BACKWARD, CPU, GPU, Case, Machine, case, prepared, with_leaves
+from kernels.calibration.tolerance import compared
 
 ROOT = Path(__file__).parents[2]
-FREE_ULPS = 4  # units in the last place of the largest entry that are never an error, as in the tests of the kernels
 CLOCKS = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu")
-
-
-class WrongResult(ArithmeticError):
-    """A form computes something else than the formula."""
 
 
 def machine(device: str) -> Machine:
@@ -67,27 +64,29 @@ def check(module: str, name: str, form: str, device: str) -> dict[str, Any]:
     """Compare a form with the formula in float64, at the size that is timed: outputs and gradients, on the case's part.
 
     Returns:
-        By output and gradient, in order: the largest error, that of the formula in the inputs' own dtype, and what is allowed,
-        twice that and four units in the last place.
+        By output and gradient, in order, what `kernels.calibration.tolerance.compared` returns, with the formula in the inputs'
+        own dtype for plain torch.
 
     Raises:
-        WrongResult: an error is larger, or a value is not finite.
+        WrongAnswer: an error is larger, or a value is not finite.
     """
     fresh()
     one = case(module, name, machine(device))
     inputs = one.inputs()
-    part, rows = one.part(inputs)
+    part, rows = one.part(tree_map_only(Tensor, torch.clone, inputs) if one.in_place else inputs)
     found, direction = _results(one, one.forms[form], inputs, None)
     if rows is not None:
         found = [x[rows] for x in found]
         direction = None if direction is None else direction[rows]
     del inputs
+    wide = tree_map_only(Tensor, _double, part)
     plain, _ = _results(one, one.formula, part, direction)
-    truth, _ = _results(one, one.formula, tuple(map(_double, part)), direction)
+    truth, _ = _results(one, one.formula, wide, direction)
     names = [*(f"output {i}" for i in range(len(found) - len(one.leaves))), *(f"gradient {i}" for i in one.leaves)]
     if BACKWARD not in one.directions:
         names = [f"output {i}" for i in range(len(found))]
-    return {"errors": [_compared(*four) for four in zip(names, found, plain, truth, strict=True)]}
+    errors = [{"of": four[0]} | compared(*four) for four in zip(names, found, plain, truth, strict=True)]
+    return {"errors": errors}
 
 
 def time(module: str, name: str, form: str, direction: str, device: str) -> dict[str, Any]:
@@ -128,20 +127,8 @@ def _results(one: Case, form: Callable, inputs: tuple, direction: Tensor | None)
     return [*(x.detach() for x in one.outputs(out, inputs)), *gradients], direction
 
 
-def _double(x: Any) -> Any:
-    return x.double() if isinstance(x, Tensor) and x.is_floating_point() else x
-
-
-def _compared(name: str, ours: Tensor, plain: Tensor, truth: Tensor) -> dict[str, Any]:
-    if ours.shape != truth.shape:
-        raise WrongResult(f"{name} has the shape {tuple(ours.shape)}, that of the formula {tuple(truth.shape)}")
-    error, plain_error = (float((x.double() - truth).abs().max()) for x in (ours, plain))
-    allowed = 2 * plain_error + FREE_ULPS * torch.finfo(ours.dtype).eps * float(truth.abs().max())
-    if not error <= allowed:  # neither where one of them is no number
-        raise WrongResult(
-            f"{name} is off by {error:.3e} at most, where {allowed:.3e} is allowed (plain torch {plain_error:.3e})"
-        )
-    return {"of": name, "error": error, "plain_error": plain_error, "allowed": allowed}
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
 
 
 def _version(package: str) -> str | None:

@@ -27,6 +27,7 @@ from engine.evals.detection import Form, create, undecayed
 from engine.evals.metrics.coco_ap import RECALL, Found, Precision, Truth, coco_ap, encoded
 from engine.evals.subject import Subject
 from engine.model.vit import VisionTransformer
+from engine.training.optimizers import AdamW
 
 BETAS = (0.9, 0.999)
 KINDS = ("box", "mask")
@@ -233,7 +234,7 @@ def fitted(
     # torchvision's sampling and the drop path know no other generator than torch's own, which is put back
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else ()):
         torch.manual_seed(seed_of(seed, "detection"))
-        optimiser = optim.adamw(groups(model, model.backbone.vit.encoder, recipe), BETAS)
+        optimiser = AdamW(groups(model, model.backbone.vit.encoder, recipe), BETAS)
         steps = recipe.epochs * per_epoch
         training.train(
             batches(train, train_ids, recipe, seed, subject.threads),

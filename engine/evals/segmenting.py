@@ -23,6 +23,7 @@ from engine.evals.result import Result, as_chosen
 from engine.evals.segmentation.heads import pixel_loss, resize
 from engine.evals.segmentation.sliding import slide
 from engine.evals.subject import Subject
+from engine.training.optimizers import AdamW
 
 OURS = (
     "ours, for the embedded scenes: crops with few pixels of the background are preferred, and digits are not mirrored, which "
@@ -236,7 +237,7 @@ def run(
     losses = training.train(
         batches,
         loss_of,
-        optim.adamw(groups, BETAS),
+        AdamW(groups, BETAS),
         recipe.steps,
         recipe.share_of_peak,
         title=protocol,

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from engine.core.errors import BadInput
-from engine.core.optim import set_lr
+from engine.training.optimizers import set_lr
 
 
 class Diverged(BadInput):
@@ -48,7 +48,7 @@ def train(
     Args:
         batches: endless, or at least `steps` long.
         loss_of: the loss of a batch, a scalar with gradients.
-        optimiser: of `engine.core.optim.adamw`, whose groups know their peak lr.
+        optimiser: of `engine.training.optimizers`, whose groups know their peak lr.
         share_of_peak: of the learning rate at a step.
         title: of the progress bar, and of messages.
         precision: "bf16" for autocast.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
-from engine.core.optim import CLIP_OVER, OPTIMIZERS, SCHEDULES, Group, Moment
+from engine.core.optim import CLIP_OVER, OPTIMIZERS, SCHEDULES, Average, Group, Moment
 from engine.data.batch import Batch
 from engine.data.sources import ImageSet
 from engine.data.views import Augmentation
@@ -253,10 +253,14 @@ class Method(nn.Module, ABC):
     def flops_per_image(self) -> float:
         """Operations of a step per image, in matrix products: three passes where there are gradients, else one."""
 
+    def averages(self) -> Iterator[Average]:
+        """What follows the trained weights at this update (a teacher); it is moved with them."""
+        yield from ()
+
     @torch.no_grad()
     def after_step(self, applied: Tensor) -> None:
-        """Update what is not trained by gradients (averages, queues). `applied` is false, on the device, for a skipped update:
-        then nothing may change.
+        """Update what is neither trained by gradients nor such an average (queues, statistics), when weights and averages have
+        moved. `applied` is false, on the device, for a skipped update: then nothing may change.
         """
         for module in self.modules():
             if isinstance(module, BatchNorm | Collapse | UnitPrototypes):

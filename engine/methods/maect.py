@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.core.optim import Group, move_average, scaled_lr
+from engine.core.optim import Average, Group, scaled_lr
 from engine.methods.base import Method
 from engine.methods.nnclr import DroppingSettings, Nnclr
 from engine.methods.parts.tuning import TuningSettings, encoder_groups, freeze
@@ -97,11 +97,14 @@ class Maect(Nnclr):
         tuned = 4 * self.encoder.flops(self.keep, self.frozen)
         return super().flops_per_image() + tuned + 2 * head_flops(self.projector_average)
 
+    def averages(self) -> Iterator[Average]:
+        yield from super().averages()
+        pairs = list(zip(self.projector_average.parameters(), self.projector.parameters()))
+        yield Average(pairs, 1 - self.settings.projector_ema)
+
     @torch.no_grad()
     def after_step(self, applied: Tensor) -> None:
         super().after_step(applied)
-        weight = torch.where(applied, 1 - self.settings.projector_ema, 0.0)
-        move_average(list(self.projector_average.parameters()), list(self.projector.parameters()), weight)
         # The average runs in train mode, so its own statistics are never read: they follow the projector's.
         for average, online in zip(self.projector_average.buffers(), self.projector.buffers()):
             average.copy_(online)

@@ -3,10 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
-
-from engine.core.optim import cosine
+from engine.core.optim import Average, cosine
 from engine.methods.base import Method
 from engine.model.memory import Teacher
 
@@ -37,10 +34,9 @@ class Taught(Method):
         s = self.settings
         return cosine(self.moment.step, self.moment.total_steps, s.teacher_momentum, s.teacher_momentum_end)
 
-    @torch.no_grad()
-    def after_step(self, applied: Tensor) -> None:
-        super().after_step(applied)
-        self.teacher.follow(self, torch.where(applied, 1 - self.teacher_momentum(), 0.0))
+    def averages(self) -> Iterator[Average]:
+        yield from super().averages()
+        yield Average(self.teacher.pairs(self), 1 - self.teacher_momentum())
 
     def regions(self) -> Iterator[tuple[object, str]]:
         yield from super().regions()

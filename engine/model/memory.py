@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 import kernels
 from engine.core import dist
-from engine.core.optim import move_average
 from engine.model.vit import VisionTransformer
 
 
@@ -24,9 +23,8 @@ class Teacher(nn.Module):
             twin = module.copy() if isinstance(module, VisionTransformer) else deepcopy(module)
             self.add_module(name, twin.requires_grad_(False))
 
-    @torch.no_grad()
-    def follow(self, online: nn.Module, weight: Tensor) -> None:
-        """Move every part by `weight` (a scalar on the device; 0 changes nothing) towards the part of that name in `online`.
+    def pairs(self, online: nn.Module) -> list[tuple[Tensor, nn.Parameter]]:
+        """Each average with what it follows, of the part of that name in `online`; frozen weights follow none.
 
         Statistics of batch norm are left alone: they are of what the teacher itself saw.
         """
@@ -34,7 +32,7 @@ class Teacher(nn.Module):
         for name, average in self.named_children():
             module = getattr(online, name)
             pairs += [(a, p) for a, p in zip(average.parameters(), module.parameters()) if p.requires_grad]
-        move_average([average for average, _ in pairs], [parameter for _, parameter in pairs], weight)
+        return pairs
 
 
 class Queue(nn.Module):

@@ -18,8 +18,8 @@ from engine.methods.base import Labels, Method, StageSettings
 from engine.model import vit
 from engine.training import config
 from engine.training.config import Plan
-from engine.training.step import AUTOCAST
-from kernels.calibration.calls import Call, listing
+from engine.training.step import Update
+from kernels.calibration.calls import Call, keep_largest, listing
 
 
 def calls_of(plan: Plan, device: torch.device, world: int, precision: str, classes: int = 1000) -> list[Call]:
@@ -43,9 +43,7 @@ def calls_of(plan: Plan, device: torch.device, world: int, precision: str, class
             earlier = method
             rows = settings.batch_size // world // plan.train.accumulate
             for call in _calls_of_step(method, rows, device, precision):
-                key = call.name, call.shape_class
-                if key not in calls or call.elements > calls[key].elements:
-                    calls[key] = call
+                keep_largest(calls, call)
     return list(calls.values())
 
 
@@ -55,14 +53,12 @@ def _calls_of_step(method: Method, rows: int, device: torch.device, precision: s
             without_content = _emptied(method, mode, device).train()
             drawn = method.draw(_Sizes(mode, rows, device))
         images = tuple(torch.empty(rows, 3, *view.size, device=device) for view in method.views())
-        dtype = AUTOCAST[precision]
-        autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-        with autocast, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.filterwarnings(
                 "ignore", "Accessing the data pointer of FakeTensor"
             )  # the ViT tells by it what changed
-            report = without_content(images, torch.empty(rows, dtype=torch.int64, device=device), drawn)
-        report["loss"].backward()
+            update = Update(without_content, total_steps=1, precision=precision)
+            update(0, images, torch.empty(rows, dtype=torch.int64, device=device), drawn)
     return calls
 
 

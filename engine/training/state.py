@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.core.optim import load_state_tensors, state_tensors
 from engine.methods.base import Method
+from engine.training.optimizers import load_state_tensors, state_tensors
 from engine.training.step import Update
 
 

@@ -7,19 +7,18 @@ import torch
 from torch import Tensor
 
 from engine.core import dist
-from engine.core.optim import (
+from engine.core.optim import Average, Moment, cosine, share_of_peak
+from engine.methods.base import Method
+from engine.training.optimizers import (
+    AdamW,
     Larc,
-    Moment,
-    adamw,
-    clip_gradients,
-    cosine,
+    clip_scales,
     drop_frozen,
-    move_average,
+    gradient_norms,
     set_decay,
     set_lr,
-    share_of_peak,
+    total_norm,
 )
-from engine.methods.base import Method
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
 
@@ -49,10 +48,9 @@ class WeightAverage:
         for name, parameter in self.online.items():
             parameter.data, self.weights[name] = self.weights[name], parameter.data
 
-    def move(self, applied: Tensor) -> None:
+    def averages(self) -> Iterator[Average]:
         if self.weights:
-            weight = torch.where(applied, 1 - self.decay, 0.0)
-            move_average(list(self.weights.values()), list(self.online.values()), weight)
+            yield Average(list(zip(self.weights.values(), self.online.values())), 1 - self.decay)
 
 
 class Update:
@@ -76,7 +74,7 @@ class Update:
         self.autocast = AUTOCAST[precision]
         groups = method.groups(self.settings.batch_size)
         larc = self.settings.optimizer == "larc"
-        self.optimizer = Larc(groups, self.settings.betas[0]) if larc else adamw(groups, self.settings.betas)
+        self.optimizer = Larc(groups, self.settings.betas[0]) if larc else AdamW(groups, self.settings.betas)
         self.peak_lr = max(group["peak_lr"] for group in self.optimizer.param_groups)
         self.trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.parallel = dist.parallel(method)
@@ -100,16 +98,14 @@ class Update:
         reports = [self._backward(*micro) for micro in self._micro_batches(images, ids, drawn)]
         report = {name: torch.stack([r[name].detach() for r in reports]).mean() for name in reports[0]}
         drop_frozen(self.optimizer, moment.epoch)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        norms = gradient_norms(self.optimizer)
+        norm = total_norm(norms.values())
         applied = dist.all_true(torch.isfinite(norm) & torch.isfinite(report["loss"]))
-        if self.settings.clip_norm:
-            clip_gradients(self.optimizer, self.settings.clip_norm, self.settings.clip_over)
-        # The fused kernel reads this flag on the device and leaves weights, moments and step counts alone when it is 1.
-        self.optimizer.found_inf = (~applied).to(torch.float32)
-        self.optimizer.step()
+        s = self.settings
+        scales = clip_scales(self.optimizer, norms, s.clip_norm, s.clip_over) if s.clip_norm else {}
+        self.optimizer.step(applied, scales, [*self.method.averages(), *self.average.averages()])
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(applied)
-        self.average.move(applied)
         self.skipped += ~applied
         self.skipped_in_a_row = torch.where(applied, 0, self.skipped_in_a_row + 1)
         return report | {"gradient_norm": norm} | rates

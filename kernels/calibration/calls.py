@@ -42,14 +42,25 @@ class Call:
     @property
     def elements(self) -> int:
         """Of all its tensors."""
-        return sum(prod(value["shape"]) for value in self.arguments.values() if _is_tensor(value))
+        return sum(prod(x["shape"]) for value in self.arguments.values() for x in _tensors(value))
 
     @property
     def shapes(self) -> str:
-        """For people: `qkv 2048x3x4x32, cu_seqlens 11`."""
-        return ", ".join(
-            f"{key} {'x'.join(map(str, value['shape']))}" for key, value in self.arguments.items() if _is_tensor(value)
-        )
+        """For people: `qkv 2048x3x4x32, cu_seqlens 11`; of a list of tensors their number and elements, `moments 24 of 85056`."""
+        found = []
+        for key, value in self.arguments.items():
+            if _is_tensor(value):
+                found.append(f"{key} {'x'.join(map(str, value['shape']))}")
+            elif _tensors(value):
+                found.append(f"{key} {len(value)} of {sum(prod(x['shape']) for x in value)}")
+        return ", ".join(found)
+
+
+def keep_largest(found: dict[tuple[str, str], Call], call: Call) -> None:
+    """Among those found, by op and class of shapes, put this call where it is the first or the largest."""
+    key = call.name, call.shape_class
+    if key not in found or call.elements > found[key].elements:
+        found[key] = call
 
 
 @contextmanager
@@ -75,10 +86,7 @@ class _Watch(TorchDispatchMode):
             names = [argument.name for argument in func._schema.arguments]
             with unset_fake_temporarily():
                 # the last one is the implementation
-                call = Call.of(name, dict(zip(names[:-1], args, strict=False)))
-                key = name, call.shape_class
-            if key not in self.found or call.elements > self.found[key].elements:
-                self.found[key] = call
+                keep_largest(self.found, Call.of(name, dict(zip(names[:-1], args, strict=False))))
         kwargs = kwargs or {}
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if given and not any(isinstance(x, FakeTensor) for x in given) and "device" not in kwargs:
@@ -89,6 +97,8 @@ class _Watch(TorchDispatchMode):
 
 def restored(value: Any, device: torch.device | str) -> Any:
     """A described argument: tensors with their values where those are known, else as they lie in memory."""
+    if isinstance(value, list) and _tensors(value):
+        return [restored(each, device) for each in value]
     if not _is_tensor(value):
         return value
     dtype = getattr(torch, value["dtype"])
@@ -100,6 +110,8 @@ def restored(value: Any, device: torch.device | str) -> Any:
 def _described(value: Any) -> Any:
     if isinstance(value, torch.SymInt):
         return int(value)
+    if isinstance(value, list | tuple):
+        return [_described(each) for each in value]
     if not isinstance(value, Tensor):
         return value
     values = None
@@ -113,3 +125,8 @@ def _described(value: Any) -> Any:
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, dict) and "dtype" in value
+
+
+def _tensors(value: Any) -> list[Any]:
+    """The described tensors in an argument."""
+    return [value] if _is_tensor(value) else [x for x in value if _is_tensor(x)] if isinstance(value, list) else []

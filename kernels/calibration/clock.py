@@ -7,13 +7,14 @@ GPU calls are queued behind a kernel that waits, so that the host's time does no
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
 import torch
 
 ROUNDS = 7
 MOST = 32  # calls of a round: 60 launches each still fit into a driver's queue
-_COLD = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}  # bytes, more than the last cache
+COLD = {"cuda": 256 * 2**20, "cpu": 64 * 2**20}  # bytes, more than the last cache
 
 
 def compare(
@@ -21,15 +22,18 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """By name: "ms", the median over rounds of a round's median, and from "low" to "high" where all rounds but the two
     outermost lie; how many "runs". `seconds` for all of them."""
-    flush = torch.zeros(_COLD[device.type], dtype=torch.int8, device=device)
+    flush = torch.zeros(COLD[device.type], dtype=torch.int8, device=device)
     once = {name: _warm(call, device) for name, call in calls.items()}
     share = seconds / (len(calls) * ROUNDS)
     repeats = {name: max(1, min(MOST, math.floor(share / (took + _flushing(device))))) for name, took in once.items()}
     rounds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
-            run = _queued if device.type == "cuda" else _timed
-            rounds[name].append(_median(run(call, repeats[name], flush, once[name])))
+            if device.type == "cuda":
+                ms, _ = queued(call, repeats[name], flush, min(once[name], 0.02))
+            else:
+                ms = _timed(call, repeats[name], flush)
+            rounds[name].append(_median(ms))
     return {
         name: {"ms": _median(ms), "low": sorted(ms)[1], "high": sorted(ms)[-2], "runs": ROUNDS * repeats[name]}
         for name, ms in rounds.items()
@@ -47,7 +51,7 @@ def _warm(call: Callable[[], Any], device: torch.device) -> float:
     return max(time.perf_counter() - start, 1e-6)
 
 
-def _timed(call: Callable[[], Any], repeats: int, flush: torch.Tensor, _: float) -> list[float]:
+def _timed(call: Callable[[], Any], repeats: int, flush: torch.Tensor) -> list[float]:
     times = []
     for _ in range(repeats):
         flush.add_(1)
@@ -57,17 +61,37 @@ def _timed(call: Callable[[], Any], repeats: int, flush: torch.Tensor, _: float)
     return times
 
 
-def _queued(call: Callable[[], Any], repeats: int, flush: torch.Tensor, once: float) -> list[float]:
+def queued(call: Callable[[], Any], repeats: int, flush: torch.Tensor, host: float) -> tuple[list[float], float]:
+    """Milliseconds of each of some calls on a GPU, and the seconds that the host took to queue one.
+
+    Every call stands between two events of its own, with the L2 cache overwritten before it by `flush`, so that it reads memory.
+    They are queued behind a kernel that does nothing for as long as that takes, by `host` seconds a call: when the device comes
+    to them they all lie ready, and no gap of the host falls between two events.
+    """
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
-    # at least as long as the host needs to queue them: what one call took in all, launches included, and two events
-    torch.cuda._sleep(int(2e9 * repeats * (min(once, 0.02) + 1e-4)))
+    torch.cuda._sleep(int(_cycles_per_second() * repeats * (1.5 * host + 5e-5)))
+    start = time.perf_counter()
     for before, after in marks:
         flush.add_(1)
         before.record()
         call()
         after.record()
+    host = (time.perf_counter() - start) / repeats
     torch.cuda.synchronize()
-    return [before.elapsed_time(after) for before, after in marks]
+    return [before.elapsed_time(after) for before, after in marks], host
+
+
+@cache
+def _cycles_per_second() -> float:
+    """Of the clock that torch.cuda._sleep counts."""
+    cycles = 2_000_000
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(cycles)
+    before.record()
+    torch.cuda._sleep(cycles)
+    after.record()
+    torch.cuda.synchronize()
+    return 1e3 * cycles / before.elapsed_time(after)
 
 
 def _flushing(device: torch.device) -> float:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from kernels.calibration.calls import Call, restored
 from kernels.choice import AVAILABLE, CALLS
@@ -43,10 +44,13 @@ def make(call: Call, device: torch.device | str) -> dict[str, Any]:
 
 
 def in_float64(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in arguments.items()
-    }
+    return tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, dict(arguments))
+
+
+def changed(call: str) -> list[str]:
+    """The arguments that the op writes to."""
+    arguments = getattr(torch.ops.tessera, call).default._schema.arguments
+    return [x.name for x in arguments if x.alias_info is not None and x.alias_info.is_write]
 
 
 def stem(name: str) -> str:
@@ -62,9 +66,10 @@ def candidates(op: str, compiles: bool) -> tuple[str, ...]:
 
 def _drawn(value: Any, device: torch.device | str) -> Any:
     value = restored(value, device)
-    if isinstance(value, Tensor) and value.is_floating_point():
-        # an expanded gradient has its rows in one place
-        value[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in value.stride())].normal_()
+    for x in value if isinstance(value, list) else [value]:
+        if isinstance(x, Tensor) and x.is_floating_point():
+            # an expanded gradient has its rows in one place
+            x[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in x.stride())].normal_()
     return value
 
 

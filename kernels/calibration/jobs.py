@@ -5,18 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kernels.calibration import clock, inputs
 from kernels.calibration.calls import Call
 from kernels.calibration.memory import Watched, as_integers, checksums, poison_cache
+from kernels.calibration.tolerance import WrongAnswer, compared
 from kernels.choice import bring, usable
 from kernels.determinism import same_bits_from_torch
-
-FREE_ULPS = 4  # units in the last place of the largest entry that are never an error, as in the tests of the kernels
-
-
-class WrongAnswer(ArithmeticError):
-    """An implementation gives another result than the formula, or does what it must not."""
 
 
 def prove(
@@ -27,7 +23,7 @@ def prove(
     be kept.
 
     Returns:
-        "errors": by output the error and what is allowed; "stable": whether a second run gave the same bits.
+        "errors": by output what `tolerance.compared` returns; "stable": whether a second run gave the same bits.
 
     Raises:
         WrongAnswer: with what is wrong.
@@ -39,7 +35,7 @@ def prove(
     if why:
         raise ValueError(why)
     run = _runner(call, implementation)
-    tensors = [x for x in given.values() if isinstance(x, Tensor)]
+    tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
     before = checksums(tensors)
     poison_cache(sum(x.nbytes for x in tensors), at)
     with Watched() as watched:
@@ -73,7 +69,7 @@ def time(
     """By implementation, see `clock.compare`; values and gradients together where the call has gradients."""
     at, call = _start(device, threads, deterministic), Call(name, arguments)
     given = inputs.make(call, at)
-    runs = {implementation: _runner(call, implementation) for implementation in implementations}
+    runs = {implementation: _runner(call, implementation, spares=False) for implementation in implementations}
     return clock.compare({one: lambda run=run: run(given) for one, run in runs.items()}, at, seconds)
 
 
@@ -89,8 +85,11 @@ def _start(device: str, threads: int, deterministic: bool) -> torch.device:
     return at
 
 
-def _runner(call: Call, implementation: str) -> Callable[[Mapping[str, Any]], list[Tensor]]:
-    """What runs an implementation on arguments and returns its outputs and, where the call has some, its gradients."""
+def _runner(call: Call, implementation: str, spares: bool = True) -> Callable[[Mapping[str, Any]], list[Tensor]]:
+    """What runs an implementation on arguments and returns its outputs and, where the call has some, its gradients.
+
+    What an op writes to its arguments are its outputs, then: written to copies where it `spares` what it is given.
+    """
     module, own = bring(call.op, implementation), inputs.stem(call.name)
     if hasattr(module, own):  # the compiler sees through it
         function = getattr(module, own)
@@ -102,7 +101,13 @@ def _runner(call: Call, implementation: str) -> Callable[[Mapping[str, Any]], li
         function = lambda *arguments: op(*arguments, implementation)  # noqa: E731
     wanted = getattr(inputs.of_op(call.op), "DIFFERENTIABLE", {}).get(call.name, ())
 
+    changed = inputs.changed(call.name)
+
     def run(given: Mapping[str, Any]) -> list[Tensor]:
+        if changed:
+            written = {key: tree_map_only(Tensor, _copied, given[key]) if spares else given[key] for key in changed}
+            function(*(given | written).values())
+            return tree_leaves(written)
         if not wanted:
             with torch.no_grad():
                 return _list(function(*given.values()))
@@ -112,6 +117,11 @@ def _runner(call: Call, implementation: str) -> Callable[[Mapping[str, Any]], li
         return [out.detach(), *grads]
 
     return run
+
+
+def _copied(x: Tensor) -> Tensor:
+    """In memory that is watched."""
+    return torch.empty_like(x).copy_(x)
 
 
 def _direction(out: Tensor) -> Tensor:
@@ -133,32 +143,10 @@ def _errors(call: Call, found: list[Tensor], given: Mapping[str, Any]) -> list[d
         truth = comparable(reference(wide), wide)
         says_nothing &= not any(bool(x.any()) for x in truth)
         plain, ours = (comparable(outputs, wide) for outputs in (reference(part), pick(found)))
-        errors += [_compared(place, *three) for place, three in enumerate(zip(ours, plain, truth, strict=True))]
+        errors += [compared(f"output {n}", *three) for n, three in enumerate(zip(ours, plain, truth, strict=True))]
     if errors and says_nothing:
         raise WrongAnswer("the formula itself gives nothing but zeros here, of which nothing can be proved")
     return errors
-
-
-def _compared(place: int, ours: Tensor, plain: Tensor, truth: Tensor) -> dict[str, float]:
-    if ours.shape != truth.shape or ours.dtype != plain.dtype:
-        raise WrongAnswer(
-            f"output {place} is {ours.dtype} {list(ours.shape)}, of the reference {plain.dtype} {list(plain.shape)}"
-        )
-    if not truth.numel():
-        return {"error": 0.0, "allowed": 0.0}
-    eps = torch.finfo(ours.dtype).eps
-    ours, plain, truth = ours.double(), plain.double(), truth.double()
-    finite = truth.isfinite()  # a sequence without keys has a log-sum-exp of -inf
-    if not torch.equal(ours[~finite], truth[~finite]):
-        raise WrongAnswer(f"output {place} is not infinite where it must be")
-    ours, plain, truth = (torch.where(finite, x, 0.0) for x in (ours, plain, truth))
-    error, plain_error = (float((x - truth).abs().max()) for x in (ours, plain))
-    allowed = 2 * plain_error + FREE_ULPS * eps * float(truth.abs().max())
-    if not error <= allowed:  # neither where one of them is no number
-        raise WrongAnswer(
-            f"output {place} is off by {error:.2e}, allowed are {allowed:.2e} (plain torch {plain_error:.2e})"
-        )
-    return {"error": error, "allowed": allowed}
 
 
 def _list(outputs: Any) -> list[Tensor]:

@@ -346,7 +346,13 @@ def _patches(rates: Rates) -> Iterator[Form]:
         yield Form("patches", f"Triton, loss {title}", shape, floor, (Launch(variant, ceil(asked / rows), warps),))
 
 
+def _adamw(rates: Rates) -> Iterator[Form]:
+    either = "a program takes one of two ways through its code, by where its tensor lies"
+    yield Form("adamw", "Triton", "a ViT-L's tensors", Cost(0, 0), obstacle=either)
+
+
 _FORMS = {
+    "adamw": _adamw,
     "info_nce": _info_nce,
     "nearest_neighbours": _nearest_neighbours,
     "packed_attention": _packed_attention,

@@ -18,6 +18,7 @@ from benchmarks import gpu, whole_steps
 from benchmarks.kernels import bench_packed_attention, bench_sinkhorn, jobs
 from benchmarks.kernels.case import BACKWARD, CPU, FORWARD, GPU, Case, prepared
 from benchmarks.record import LINES, Record, fold
+from kernels.calibration.tolerance import WrongAnswer
 from kernels.cost import Cost
 
 ROOT = Path(__file__).parents[2]
@@ -136,7 +137,7 @@ def test_a_wrong_result_is_told(tmp_path, planted):
     assert status == 1 and record["kernels"] == []
     told = {row["case"]: row.get("failed", "") for row in record["checks"] if row["form"] == "reference"}
     assert told.pop("right") == "" and len(told) == 2
-    assert all(why.startswith("raised WrongResult: output 0 is off by ") for why in told.values())
+    assert all(why.startswith("raised WrongAnswer: output 0 is off by ") for why in told.values())
 
 
 @pytest.mark.long
@@ -241,7 +242,7 @@ def test_a_check_finds_a_wrong_gradient(monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(jobs, "case", lambda *_: case)
     assert len(jobs.check("", "", "formula", "cpu")["errors"]) == 3
-    with pytest.raises(jobs.WrongResult, match="gradient 0 is off by"):
+    with pytest.raises(WrongAnswer, match="gradient 0 is off by"):
         jobs.check("", "", "reference", "cpu")
 
 
@@ -327,7 +328,7 @@ sys.exit(gpu.main(["--cpu", "--minutes", "0.000001", "--out", sys.argv[1]]))
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--cpu", "--ops", "softmax"], "--ops has no kernel 'softmax'; choose from info_nce"),
+        (["--cpu", "--ops", "softmax"], "--ops has no kernel 'softmax'; choose from adamw, info_nce"),
         (["--cpu", "--minutes", "-1"], "--minutes is -1; it must be above 0"),
         (["--cpu", "--minutes", "soon"], "argument --minutes: invalid float value: 'soon'; --help lists all flags."),
         (["--cpu", "--steeps"], "unrecognized arguments: --steeps; --help lists all flags."),

@@ -36,7 +36,7 @@ def a_triton_version(monkeypatch):
 
 def test_every_op_has_a_reference_and_runs_it():
     assert set(choice.AVAILABLE) == {
-        "info_nce", "nearest_neighbours", "packed_attention", "patches", "relation", "sinkhorn", "soft_cross_entropy",
+        "adamw", "info_nce", "nearest_neighbours", "packed_attention", "patches", "relation", "sinkhorn", "soft_cross_entropy",
     }  # fmt: skip
     assert all("reference" in exist for exist in choice.AVAILABLE.values())
     lines = kernels.describe().splitlines()
@@ -48,7 +48,7 @@ def test_what_no_op_has_is_refused_at_once():
         kernels.use("fast")
     with pytest.raises(ValueError, match="packed_attention has no implementation 'fast'; choose from auto, reference"):
         kernels.use("fast", "packed_attention")
-    with pytest.raises(ValueError, match="there is no kernel 'attention'; choose from info_nce, nearest_neighbours"):
+    with pytest.raises(ValueError, match="there is no kernel 'attention'; choose from adamw, info_nce"):
         kernels.use("reference", "attention")
     assert kernels.gather_patches(IMAGES, INDICES, 4).shape == (2, 2, 48)
 
@@ -74,7 +74,7 @@ def test_a_choice_can_be_given_by_op():
     assert choice.chosen("info_nce", torch.device("cpu")) == "triton"
     before = kernels.describe()
     for wrong, sentence in {
-        "patches=triton,attention=triton": "there is no kernel 'attention'; choose from info_nce, nearest_neighbours",
+        "patches=triton,attention=triton": "there is no kernel 'attention'; choose from adamw, info_nce",
         "sinkhorn=triton": "sinkhorn has no implementation 'triton'; choose from auto, reference",
         "patches=": "kernels 'patches=' is no choice; write triton, or packed_attention=cuda,sinkhorn=triton",
         "patches=triton,triton": "is no choice",

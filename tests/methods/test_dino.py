@@ -23,6 +23,7 @@ from engine.training.config import parse
 from engine.training.step import Update
 from tests.methods.small import small
 from tests.methods.test_mae import plain_block
+from tests.updates import finish, scaled_gradients
 
 SMALL = small(Settings, epochs=4, weight_decay_end=0.4, augmentation="minimal")
 
@@ -103,7 +104,7 @@ def test_loss_and_gradients_equal_the_paper(free_norm: bool):
     for name, gradient in ours.items():
         torch.testing.assert_close(gradient, theirs[name], atol=2e-5, rtol=1e-3, msg=name)
     assert torch.equal(method.collapse.centre, centre)
-    method.after_step(torch.tensor(True))
+    finish(method)
     torch.testing.assert_close(method.collapse.centre, 0.9 * centre + 0.1 * mean)
 
 
@@ -137,9 +138,9 @@ def test_the_teacher_follows_by_a_momentum_that_is_a_function_of_the_step():
             for parameter in (*method.encoder.parameters(), *method.head.parameters()):
                 parameter.add_(torch.randn_like(parameter))
         method.begin(Moment(step, 10, 5))
-        method.after_step(torch.tensor(False))
+        finish(method, applied=False)
         assert all(torch.equal(p, before[name]) for name, p in method.teacher.named_parameters())
-        method.after_step(torch.tensor(True))
+        finish(method)
         online = dict(method.named_parameters())
         for name, p in method.teacher.named_parameters():
             expected = momentum * before[name] + (1 - momentum) * online[name]
@@ -208,7 +209,12 @@ def test_each_tensor_is_clipped_by_its_own_norm():
     largest = torch.stack([gradient.norm() for gradient in raw.values()]).median().item()
     method = make(freeze_last_layer=0, clip_norm=largest, clip_over="tensor")
     update, named = Update(method, 8), dict(method.named_parameters())
-    update.optimizer.register_step_pre_hook(lambda *_: clipped.update({name: named[name].grad.clone() for name in raw}))
+
+    def look(_: object, given: tuple, __: dict) -> None:
+        scaled = scaled_gradients(*given)
+        clipped.update({name: scaled[named[name]] for name in raw})
+
+    update.optimizer.register_step_pre_hook(look)
     update(0, crops(method), torch.arange(4), drawn(method))
     for name, gradient in raw.items():
         factor = min(1.0, largest / (gradient.norm().item() + 1e-6))

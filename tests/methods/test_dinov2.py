@@ -23,6 +23,7 @@ from engine.training.config import parse
 from engine.training.step import Update
 from tests.methods.test_ibot import assert_same_gradients, crops, drawn, plain_losses, plain_tokens
 from tests.methods.test_ibot import make as make_ibot
+from tests.updates import scaled_gradients
 
 WORLD = 2
 
@@ -178,10 +179,11 @@ def test_encoder_and_heads_are_clipped_apart():
     method = make(patch_prototypes=40, clip_norm=1e-3, freeze_last_layer=0)
     update, norms = Update(method, 8), {}
 
-    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def look(optimizer: torch.optim.Optimizer, given: tuple, _: dict) -> None:
+        scaled = scaled_gradients(*given)
         for group in optimizer.param_groups:
             for name, p in zip(group["names"], group["params"]):
-                norms.setdefault(name.split(".")[0], []).append(p.grad.norm())
+                norms.setdefault(name.split(".")[0], []).append(scaled[p].norm())
 
     update.optimizer.register_step_pre_hook(look)
     update(1, crops(method), torch.arange(4), drawn(method))

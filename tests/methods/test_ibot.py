@@ -23,6 +23,7 @@ from tests.methods.small import small
 from tests.methods.test_dino import plain_head
 from tests.methods.test_mae import plain_block
 from tests.saved import content
+from tests.updates import finish
 
 SMALL = small(Settings, epochs=4, augmentation="minimal", target_temperature_epochs=0)
 
@@ -161,7 +162,7 @@ def test_both_centres_move_after_the_update_the_patches_by_all_patches():
     for applied, share in ((False, 0.0), (True, 0.1)):
         method(images, torch.arange(4), numbers)
         assert torch.equal(method.patch_collapse.centre, before[1])
-        method.after_step(torch.tensor(applied))
+        finish(method, applied)
         torch.testing.assert_close(method.collapse.centre, (1 - share) * before[0] + share * plain["class_mean"])
         torch.testing.assert_close(method.patch_collapse.centre, (1 - share) * before[1] + share * plain["patch_mean"])
 
@@ -223,7 +224,7 @@ def test_a_batch_without_masks_has_no_patch_loss(choice: str):
     assert report["patch_loss"] == report["patch_prototype_usage"] == 0
     assert all(value.isfinite() for value in report.values())
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
-    method.after_step(torch.tensor(True))
+    finish(method)
     assert all(p.isfinite().all() for p in method.state_dict().values())
 
 
@@ -262,7 +263,7 @@ def test_the_teacher_follows_encoder_and_both_heads():
     before = {name: p.clone() for name, p in method.teacher.named_parameters()}
     assert {name.split(".")[0] for name in before} == {"encoder", "head", "patch_head"}
     method.begin(Moment(0, 10, 5))
-    method.after_step(torch.tensor(True))
+    finish(method)
     online = dict(method.named_parameters())
     for name, p in method.teacher.named_parameters():
         moved = 0.9 * before[name] + 0.1 * online[name] if online[name].requires_grad else before[name]

@@ -10,6 +10,7 @@ from engine.methods.nnclr import Nnclr
 from engine.methods.nnclr import Settings as NnclrSettings
 from engine.model import vit
 from engine.recipes import recipe
+from tests.updates import finish
 
 SMALL = {
     "epochs": 1,
@@ -106,7 +107,7 @@ def test_projector_average_follows_with_its_momentum_and_copies_statistics():
     with torch.no_grad():
         for p in method.projector.parameters():
             p.add_(1.0)
-    method.after_step(torch.tensor(True))
+    finish(method)
     for old, new, online in zip(before, method.projector_average.parameters(), method.projector.parameters()):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * online)
     for average, online in zip(method.projector_average.buffers(), method.projector.buffers()):

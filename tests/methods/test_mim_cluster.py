@@ -25,6 +25,7 @@ from tests.methods.small import small
 from tests.methods.test_dino import plain_cls
 from tests.methods.test_ibot import plain_distribution, plain_spread, plain_tokens
 from tests.saved import content
+from tests.updates import finish
 
 SMALL = small(Settings, epochs=4, augmentation="minimal", target_temperature_epochs=0, patch_prototypes=40)
 TERMS = ("class_weight", "patch_weight", "pixel_weight")
@@ -162,7 +163,7 @@ def test_a_term_of_weight_zero_is_not_computed(on: tuple[float, ...], choice: st
         "head.mlp.0": on[0] or on[1], "head.last_layer": on[0], "patch_last_layer": on[1], "decoder.mlp.4": on[2],
     }.items():  # fmt: skip
         assert (layer in trained) == bool(wanted)
-    method.after_step(torch.tensor(True))
+    finish(method)
 
 
 @pytest.mark.parametrize("choice", CHOICES)
@@ -201,7 +202,7 @@ def test_both_centres_move_after_the_update():
     for applied, share in ((False, 0.0), (True, 0.1)):
         method(images, torch.arange(4), numbers)
         assert torch.equal(method.patch_collapse.centre, before[1])
-        method.after_step(torch.tensor(applied))
+        finish(method, applied)
         torch.testing.assert_close(method.collapse.centre, (1 - share) * before[0] + share * plain["class_mean"])
         torch.testing.assert_close(method.patch_collapse.centre, (1 - share) * before[1] + share * plain["patch_mean"])
 
@@ -241,7 +242,7 @@ def test_the_teacher_follows_encoder_head_and_both_last_layers():
     before = {name: p.clone() for name, p in method.teacher.named_parameters()}
     assert {name.split(".")[0] for name in before} == {"encoder", "head", "patch_last_layer"}
     method.begin(Moment(0, 10, 5))
-    method.after_step(torch.tensor(True))
+    finish(method)
     online = dict(method.named_parameters())
     for name, p in method.teacher.named_parameters():
         moved = 0.9 * before[name] + 0.1 * online[name] if online[name].requires_grad else before[name]

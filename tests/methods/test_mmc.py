@@ -27,6 +27,7 @@ from tests.methods.small import small
 from tests.methods.test_dino import plain_head
 from tests.methods.test_nnclr import plain_head as plain_projector
 from tests.saved import content
+from tests.updates import finish
 
 SMALL = small(Settings, epochs=4, augmentation="minimal", target_temperature_epochs=0, largest_block=0.5)
 TERMS = ("contrast", "pixel", "distil")
@@ -212,7 +213,7 @@ def test_a_term_of_weight_0_is_not_computed(arm: tuple[str, ...], reading: str, 
     assert hasattr(method, "collapse") == ("distil" in arm)
     assert hasattr(method, "patch_collapse") == ("distil" in arm and reading == "patch_same")
     method.settings.check("mmc")
-    method.after_step(torch.tensor(True))
+    finish(method)
     if method.prototype_count:
         assert method.choose(method.features(crops()[0])).max() < method.prototype_count
 
@@ -257,7 +258,7 @@ def test_crops_without_masked_patches_have_no_patch_loss(choice: str):
     report["loss"].backward()
     assert report["patch_loss"] == report["pixel_loss"] == 0 < report["class_loss"]
     assert all(p.grad.isfinite().all() for p in method.parameters() if p.grad is not None)
-    method.after_step(torch.tensor(True))
+    finish(method)
     assert all(value.isfinite().all() for value in method.state_dict().values())
 
 
@@ -278,7 +279,7 @@ def test_the_teacher_follows_encoder_and_both_heads():
     before = {name: p.clone() for name, p in method.teacher.named_parameters()}
     assert {name.split(".")[0] for name in before} == {"encoder", "projector", "head"}
     method.begin(Moment(0, 10, 5))
-    method.after_step(torch.tensor(True))
+    finish(method)
     online = dict(method.named_parameters())
     for name, p in method.teacher.named_parameters():
         moved = 0.9 * before[name] + 0.1 * online[name] if online[name].requires_grad else before[name]

@@ -21,6 +21,7 @@ from engine.training.step import Update
 from tests.methods.small import small
 from tests.methods.test_dino import plain_cls
 from tests.saved import content
+from tests.updates import finish
 
 SMALL = small(Settings, epochs=4, warmup=0.0)
 FROZEN = {"encoder.patch_embed.proj.weight", "encoder.patch_embed.proj.bias"}
@@ -130,11 +131,11 @@ def test_the_average_starts_as_the_encoder_and_keeps_batch_statistics_of_its_own
         assert torch.equal(value, online[name]), name
     method.begin(Moment(0, 8, 2))
     method(crops(), torch.arange(6), {})
-    method.after_step(torch.tensor(True))
+    finish(method)
     with torch.no_grad():
         method.projector[0].weight.add_(1.0)
     method(crops(1), torch.arange(6), {})
-    method.after_step(torch.tensor(True))
+    finish(method)
     statistics, own = method.teacher.projector[1].running_mean, method.projector[1].running_mean
     assert method.teacher.projector[1].num_batches_tracked == 4
     assert not torch.allclose(statistics, own)

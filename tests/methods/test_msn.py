@@ -24,6 +24,7 @@ from engine.recipes import recipe
 from engine.training.step import Update
 from tests.methods.small import small
 from tests.methods.test_mae import plain_block
+from tests.updates import scaled_gradients
 
 SETTINGS = Settings(**small(Settings, epochs=1, teacher_momentum=0.9))
 
@@ -239,10 +240,11 @@ def test_prototypes_neither_decay_nor_clip():
     method.after_step(torch.tensor(False))
     update, norms = Update(method, total_steps=10), {}
 
-    def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    def look(optimizer: torch.optim.Optimizer, given: tuple, _: dict) -> None:
+        scaled = scaled_gradients(*given)
         for group in optimizer.param_groups:
             for name, p in zip(group["names"], group["params"]):
-                norms[name] = p.grad.clone()
+                norms[name] = scaled[p]
             if "prototypes.weight" in group["names"]:
                 assert group["weight_decay"] == 0
 

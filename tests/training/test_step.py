@@ -13,8 +13,10 @@ from engine.methods.mae import Settings as MaeSettings
 from engine.methods.nnclr import Nnclr
 from engine.methods.nnclr import Settings as NnclrSettings
 from engine.model import vit
+from engine.training.optimizers import load_state_tensors, state_tensors
 from engine.training.step import Update
 from tests.saved import content
+from tests.updates import scaled_gradients
 
 
 def mae(**settings: object) -> Mae:
@@ -85,9 +87,7 @@ def test_gradients_are_clipped_to_the_norm():
     update = Update(method, 10)
     seen = {}
     update.optimizer.register_step_pre_hook(
-        lambda *_: seen.update(
-            norm=torch.nn.utils.get_total_norm([p.grad for p in update.trained if p.grad is not None])
-        )
+        lambda _, given, __: seen.update(norm=torch.nn.utils.get_total_norm(list(scaled_gradients(*given).values())))
     )
     report = update(0, (torch.randn(8, 3, 32, 32),), torch.arange(8), drawn(method))
     assert report["gradient_norm"] > 1e-3
@@ -148,9 +148,9 @@ def test_optimiser_state_round_trip_and_frozen_steps():
     method = mae()
     update = Update(method, 10)
     update(0, (torch.randn(8, 3, 32, 32),), torch.arange(8), drawn(method))
-    tensors = {name: value.clone() for name, value in optim.state_tensors(update.optimizer).items()}
+    tensors = {name: value.clone() for name, value in state_tensors(update.optimizer).items()}
     assert {name.rpartition("/")[2] for name in tensors} == {"step", "exp_avg", "exp_avg_sq"}
     other = Update(mae(), 10)
-    optim.load_state_tensors(other.optimizer, tensors)
-    for name, value in optim.state_tensors(other.optimizer).items():
+    load_state_tensors(other.optimizer, tensors)
+    for name, value in state_tensors(other.optimizer).items():
         assert torch.equal(value, tensors[name]), name

@@ -1,0 +1,57 @@
+"""AdamW by NVIDIA apex where the user has built it, which nothing here requires: the kernel under its FusedAdam that takes step,
+rate and a flag from the device. Averages follow in a pass of torch's.
+
+Under PyPI's name apex there is another package. Its FusedLAMB has no place here, since no recipe trains by LAMB.
+It has not run on a GPU yet: calibration proves it there before it is taken.
+"""
+
+import torch
+from amp_C import multi_tensor_adam_capturable
+from torch import Tensor
+
+from kernels.adamw.reference import move_averages
+
+NEEDS_GPU = True
+CHUNK = 2048 * 32  # elements that a block of apex's takes
+DECOUPLED, CORRECTED = 1, 1  # its words for AdamW, with its bias correction
+
+
+def step(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    moments: list[Tensor],
+    squares: list[Tensor],
+    step: Tensor,
+    averages: list[Tensor],
+    scales: Tensor | None,
+    applied: Tensor | None,
+    average_weight: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """See `kernels.adamw`. ValueError for fp64, where apex keeps moments in fp32."""
+    if parameters[0].dtype != torch.float32:
+        raise ValueError(f"apex keeps moments in float32, got {parameters[0].dtype}")
+    if scales is not None and scales.ndim:
+        torch._foreach_mul_(gradients, list(scales.unbind()))
+    step += 1 if applied is None else applied
+    one = step.new_ones(())
+    multi_tensor_adam_capturable(
+        CHUNK,
+        torch.zeros_like(step, dtype=torch.int32) if applied is None else (~applied).to(torch.int32),
+        [gradients, parameters, moments, squares],
+        one * lr,
+        beta1,
+        beta2,
+        eps,
+        step.to(torch.int32),
+        DECOUPLED,
+        CORRECTED,
+        weight_decay,
+        one if scales is None or scales.ndim else scales,
+    )
+    if averages:
+        move_averages(averages, parameters, average_weight, applied)

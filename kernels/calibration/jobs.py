@@ -30,10 +30,10 @@ def prove(
         ValueError: the implementation does not take this call, by its own words.
     """
     at, call = _start(device, threads, deterministic), Call(name, arguments)
-    given = inputs.make(call, at)
     why = usable(name, implementation, at)
     if why:
         raise ValueError(why)
+    given = inputs.make(call, at)
     run = _runner(call, implementation)
     tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
     before = checksums(tensors)

@@ -63,7 +63,6 @@ def draw(
     number with the highest noise.
     """
     kept = [kept_of(layout, rate, device) for rate in rates]
-    lengths = _by_length(layout)
     with unset_fake_temporarily():
         noise_D2S = torch.rand(len(rates), 2, layout.sequences, generator=generator).numpy()
         worth_D2S = np.empty_like(noise_D2S)
@@ -71,17 +70,10 @@ def draw(
         for rate, stays, noise_2S, worth_2S in zip(rates, kept, noise_D2S, worth_D2S, strict=True):
             if stays is None:
                 worth_2S[:] = (noise_2S >= rate) / (1 - rate)
-                continue
-            worth_2S[:] = 0
-            chosen = []
-            for members_G, group in zip(lengths.values(), stays.groups, strict=True):
-                order_2G = noise_2S[:, members_G].argsort(axis=1, kind="stable")
-                chosen.append(members_G[np.sort(order_2G[:, : group.sequences], axis=1)])
-                np.put_along_axis(worth_2S, chosen[-1], np.float32(len(members_G) / group.sequences), axis=1)
-            chosen_2K, places_2S = np.concatenate(chosen, axis=1), np.zeros_like(worth_2S, dtype=np.int32)
-            np.put_along_axis(places_2S, chosen_2K, _starts(stays)[None], axis=1)
-            firsts.append(_starts(layout)[chosen_2K])
-            places.append(places_2S)
+            else:
+                worth_2S[:], first_2K, places_2S = _chosen(layout, stays, noise_2S)
+                firsts.append(first_2K)
+                places.append(places_2S)
         sequence_T, within_T = _rows_of((layout,), device)
         worth_D2T1 = _moved(worth_D2S, device).index_select(2, sequence_T)[..., None]
         dropped = tuple(stays for stays in kept if stays is not None)
@@ -100,6 +92,20 @@ def draw(
             rows_R, places_2T = next(of_dropped)
             found.append(Dropped(worth_2T1, rows_R.view(2, -1), places_2T, stays))
     return found
+
+
+def _chosen(layout: Layout, stays: Layout, noise_2S: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What each sequence is worth, fp32 [2, S]; the first row of each that stays, int32 [2, K]; where that row lies among those
+    that stay, int32 [2, S]."""
+    worth_2S, places_2S = np.zeros_like(noise_2S), np.zeros_like(noise_2S, dtype=np.int32)
+    chosen = []
+    for members_G, group in zip(_by_length(layout).values(), stays.groups, strict=True):
+        order_2G = noise_2S[:, members_G].argsort(axis=1, kind="stable")
+        chosen.append(members_G[np.sort(order_2G[:, : group.sequences], axis=1)])
+        np.put_along_axis(worth_2S, chosen[-1], np.float32(len(members_G) / group.sequences), axis=1)
+    chosen_2K = np.concatenate(chosen, axis=1)
+    np.put_along_axis(places_2S, chosen_2K, _starts(stays)[None], axis=1)
+    return worth_2S, _starts(layout)[chosen_2K], places_2S
 
 
 def drops(rate: float, device: torch.device) -> bool:

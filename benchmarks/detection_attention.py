@@ -27,7 +27,7 @@ from engine.core.errors import BadInput
 from engine.evals.detection import Form, WindowedViT
 from engine.evals.detection.backbone import tiling
 from engine.model import vit
-from engine.training.step import AUTOCAST
+from engine.training.precision import AUTOCAST
 
 BASE, BIASES = "windows", ", biases"
 

@@ -31,7 +31,7 @@ from benchmarks.steps import published, training_step
 from engine.core.errors import BadInput
 from engine.methods.dino import Dino, Settings
 from engine.model.vit import VisionTransformer
-from engine.training.step import AUTOCAST
+from engine.training.precision import AUTOCAST
 
 OURS, USUAL = "packed", "per-size"
 

@@ -23,7 +23,7 @@ import kernels
 from engine.core import dist
 from engine.core.errors import BadInput
 from engine.core.flags import read
-from engine.training.step import AUTOCAST
+from engine.training.precision import AUTOCAST, automatic
 
 Step = Callable[[], Any]
 Make = Callable[[Any, torch.device, str], Step]  # of options, device and precision
@@ -70,8 +70,7 @@ def machine(options: Options) -> tuple[torch.device, str]:
     if options.precision not in ("auto", *AUTOCAST):
         raise BadInput(f"--precision is {options.precision!r}; choose auto, {', '.join(AUTOCAST)}.")
     device = dist.start(options.device).device
-    automatic = "bf16" if device.type == "cuda" else "fp32"
-    return device, automatic if options.precision == "auto" else options.precision
+    return device, automatic(device) if options.precision == "auto" else options.precision
 
 
 def seconds(run: Step, times: int, device: torch.device) -> float:

@@ -21,7 +21,7 @@ from benchmarks.peers.plain_mae import PlainMae
 from benchmarks.rounds import Step, seconds
 from benchmarks.steps import built, published, training_step
 from engine import methods
-from engine.training.step import AUTOCAST
+from engine.training.precision import AUTOCAST
 
 OURS, PLAIN, LIGHTLY = "ours", "plain MAE, timm blocks", "lightly"
 

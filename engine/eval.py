@@ -18,6 +18,7 @@ from engine.data import cache
 from engine.evals import Course, Encoder, Sets, report
 from engine.evals.command_line import Eval, command, parse
 from engine.evals.encoders import encoders
+from engine.training.precision import automatic
 from kernels.calibrate import known
 
 SCENES_SIZE = (128, 128)
@@ -75,7 +76,7 @@ def _folder(flags: Eval, judged: Mapping[str, Encoder]) -> Path:
 
 def _how(flags: Eval, device: torch.device) -> dict[str, Any]:
     """How the weights are run, as `evals.evaluate` takes it."""
-    auto = "bf16" if device.type == "cuda" else "fp32"
+    auto = "bf16" if automatic(device) == "bf16" else "fp32"  # heads are trained without scaling
     return {
         "device": device,
         "precision": auto if flags.precision == "auto" else flags.precision,

@@ -9,8 +9,9 @@ from engine import methods
 from engine.methods.base import Labels, Method
 from engine.model import recomputing
 from engine.training.parts import Parts
+from engine.training.precision import AUTOCAST
 from engine.training.state import TrainState
-from engine.training.step import AUTOCAST, Update
+from engine.training.step import Update
 
 
 def build(parts: Parts, index: int, earlier: Method | None, *, anew: bool = True) -> TrainState:

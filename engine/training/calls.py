@@ -18,6 +18,7 @@ from engine.methods.base import Labels, Method, StageSettings
 from engine.model import vit
 from engine.training import config, gradient_cache
 from engine.training.config import Plan
+from engine.training.precision import automatic
 from engine.training.step import Update
 from kernels.calibration.calls import Call, keep_largest, listing
 
@@ -29,7 +30,7 @@ def calls_of(plan: Plan, device: torch.device, world: int, precision: str, class
         plan: the run.
         device: where it trains; a GPU must be there.
         world: over how many ranks a batch is shared out.
-        precision: fp32 or bf16.
+        precision: fp32, bf16 or fp16.
         classes: of the images, for stages that learn from them.
     """
     calls: dict[tuple[str, str], Call] = {}
@@ -111,7 +112,7 @@ def main() -> int:
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    calls = calls_of(plan, torch.device(device), 1, "bf16" if device == "cuda" else "fp32")
+    calls = calls_of(plan, torch.device(device), 1, automatic(torch.device(device)))
     print(json.dumps([{"name": call.name, "arguments": dict(call.arguments)} for call in calls]))
     return 0
 

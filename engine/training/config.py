@@ -83,7 +83,8 @@ class Train:
     """What backward computes again instead of keeping it (activation checkpointing): none, selective (norms and GELU; about
     0.6 of a block's memory), or blocks (all but each block's input, for a third more of their work)."""
     precision: str = "auto"
-    """fp32 or bf16; auto is bf16 on GPUs and fp32 on CPUs."""
+    """fp32, bf16 or fp16 (with loss scaling); auto is bf16 on GPUs of compute capability 8.0 and above, fp16 on older ones, and
+    fp32 on CPUs."""
     compile: str = "auto"
     """Compile blocks and losses with torch.compile: on (also --compile alone), off (also --no-compile), or auto: on GPUs."""
     kernels: str = "auto"
@@ -132,7 +133,7 @@ class Train:
         choices = {
             "pool": ("", "token", "avg"),
             "collapse": ("", *CHOICES),
-            "precision": ("auto", "fp32", "bf16"),
+            "precision": ("auto", "fp32", "bf16", "fp16"),
             "recompute": recomputing.CHOICES,
             "compile": ("auto", "on", "off"),
             "calibrate": ("auto", "again", "never"),

@@ -36,6 +36,7 @@ def backward(
     ids: Tensor,
     drawn: dict[str, Tensor],
     autocast: Callable[[], AbstractContextManager],
+    scaled: Callable[[Tensor], Tensor],
 ) -> dict[str, Tensor]:
     """Add the gradients of the batch's loss to the method's parameters.
 
@@ -44,6 +45,7 @@ def backward(
         ids, drawn: of the whole batch.
         autocast: makes the context that forward passes run in. Each has one of its own: autocast keeps the weights that it has
             cast, and those of a pass without autograd pass no gradient on.
+        scaled: what backward begins at, of the loss.
 
     Returns:
         What the method reports of the batch.
@@ -58,7 +60,7 @@ def backward(
             cached.append(_leaves(method.represent(*micro_batch), method.trains_encoder))
     with autocast():
         report = method.compare(_joined([*cached, method.represent(*last)]) | _joined(targets), ids, drawn)
-    report["loss"].backward()
+    scaled(report["loss"]).backward()
     if method.trains_encoder:
         for micro_batch, rows in zip(others, cached, strict=True):
             with autocast():

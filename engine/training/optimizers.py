@@ -169,10 +169,11 @@ def drop_frozen(optimizer: torch.optim.Optimizer, epoch: int) -> None:
                 parameter.grad = None
 
 
-def gradient_norms(optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, Tensor]:
-    """The L2 norm, a scalar on the device, of every gradient that is there."""
+def gradient_norms(optimizer: torch.optim.Optimizer, unscale: Tensor | None = None) -> dict[nn.Parameter, Tensor]:
+    """The L2 norm, a scalar on the device, of every gradient that is there; times `unscale` of one that is scaled."""
     present = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    return dict(zip(present, torch._foreach_norm([parameter.grad for parameter in present])))
+    norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in present]))
+    return dict(zip(present, (norms if unscale is None else norms * unscale).unbind()))
 
 
 def total_norm(norms: Iterable[Tensor]) -> Tensor:
@@ -180,25 +181,34 @@ def total_norm(norms: Iterable[Tensor]) -> Tensor:
     return torch.linalg.vector_norm(torch.stack(list(norms)))
 
 
-def clip_scales(
-    optimizer: torch.optim.Optimizer, norms: Mapping[nn.Parameter, Tensor], largest: float, over: str
+def gradient_scales(
+    optimizer: torch.optim.Optimizer,
+    norms: Mapping[nn.Parameter, Tensor],
+    largest: float,
+    over: str,
+    unscale: Tensor | None = None,
 ) -> dict[nn.Parameter, Tensor]:
-    """What scales gradients down so that no norm exceeds `largest`.
+    """What clips gradients, so that no norm exceeds `largest`, and takes a scaling of the loss back.
 
     Args:
-        norms: of the gradients.
+        norms: of the gradients, as they are without that scaling.
+        largest: 0 does not clip.
         over: what a norm is taken over: "all" gradients, each "part" of the method (the encoder, each head), or each "tensor"
             by itself.
+        unscale: undoes the scaling; None where there is none.
     """
+    scales = {} if unscale is None else dict.fromkeys(norms, unscale)
+    if not largest:
+        return scales
     members: dict[str, list[nn.Parameter]] = defaultdict(list)
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"]):
             if group["clips"] and parameter in norms:
                 members[name.partition(".")[0] if over == "part" else ""].append(parameter)
-    scales: dict[nn.Parameter, Tensor] = {}
     for parameters in members.values():
         own = [norms[parameter] for parameter in parameters]
         factors = (largest / ((torch.stack(own) if over == "tensor" else total_norm(own)) + 1e-6)).clamp(max=1.0)
+        factors = factors if unscale is None else factors * unscale
         scales |= zip(parameters, factors.unbind() if over == "tensor" else [factors] * len(parameters))
     return scales
 

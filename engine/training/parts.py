@@ -23,8 +23,8 @@ from engine.methods.base import StageSettings
 from engine.model import vit, weights
 from engine.training.config import Plan, Train
 from engine.training.loop import Stage
+from engine.training.precision import AUTOCAST, automatic
 from engine.training.state import TrainState
-from engine.training.step import AUTOCAST
 from kernels.determinism import same_bits_from_torch
 
 
@@ -113,7 +113,7 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
         val_images,
         encoder.to(ranks.device),
         _stages(plan, train_images),
-        {"auto": "bf16" if ranks.device.type == "cuda" else "fp32"}.get(train.precision, train.precision),
+        automatic(ranks.device) if train.precision == "auto" else train.precision,
         _compiles(train, ranks),
         loaded,
     )

@@ -18,6 +18,7 @@ from engine.training.log import RunLog
 from engine.training.loop import Cadence, Stopped, StopRequest, run_stage
 from engine.training.metrics import read_metrics
 from engine.training.parts import Parts
+from engine.training.precision import described
 from engine.training.profiling import Profile
 from engine.training.state import TrainState, position, restore, to_host
 
@@ -88,7 +89,7 @@ def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
         else f"CPU, {torch.get_num_threads()} threads"
     )
     log.message(f"{plan.train.method} ({plan.source}) with {plan.model} on {len(parts.train_images):,} images")
-    how = f"{parts.precision}, {'compiled' if parts.compiles else 'not compiled'}"
+    how = f"{described(parts.precision, parts.ranks.device)}, {'compiled' if parts.compiles else 'not compiled'}"
     if plan.train.accumulate > 1:
         how += f", {plan.train.accumulate} micro-batches a step"
     if plan.train.recompute != "none":

@@ -44,9 +44,13 @@ def fields(state: TrainState) -> dict[str, Field]:
     """Every tensor of the state, in groups; each group becomes one file."""
     update, method = state.update, state.method
 
+    scaling = {} if update.loss_scale is None else update.loss_scale.state()
+
     def put_guard(tensors: dict[str, Tensor]) -> None:
         update.skipped.copy_(tensors["skipped"])
         update.skipped_in_a_row = tensors["skipped_in_a_row"].to(update.skipped.device, copy=True)
+        for name, value in scaling.items():
+            value.copy_(tensors[name])
 
     def put_average(tensors: dict[str, Tensor]) -> None:
         for name, weights in update.average.weights.items():
@@ -58,7 +62,9 @@ def fields(state: TrainState) -> dict[str, Field]:
             lambda: state_tensors(update.optimizer), lambda tensors: load_state_tensors(update.optimizer, tensors)
         ),
         "average": Field(lambda: dict(update.average.weights), put_average),
-        "guard": Field(lambda: {"skipped": update.skipped, "skipped_in_a_row": update.skipped_in_a_row}, put_guard),
+        "guard": Field(
+            lambda: {"skipped": update.skipped, "skipped_in_a_row": update.skipped_in_a_row} | scaling, put_guard
+        ),
     }
 
 

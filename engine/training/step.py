@@ -14,15 +14,14 @@ from engine.training.gradient_cache import micro_batches
 from engine.training.optimizers import (
     AdamW,
     Larc,
-    clip_scales,
     drop_frozen,
     gradient_norms,
+    gradient_scales,
     set_decay,
     set_lr,
     total_norm,
 )
-
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+from engine.training.precision import AUTOCAST, LossScale
 
 
 class WeightAverage:
@@ -61,7 +60,7 @@ class Update:
     Args:
         method: on its device.
         total_steps: of the stage, all its epochs; schedules end there, or past it where the settings' horizon is above 1.
-        precision: "fp32", or "bf16" for autocast (weights and optimiser stay fp32).
+        precision: one of `engine.training.precision.AUTOCAST`.
         accumulate: micro-batches per update. Where the settings say that the batch does not split, they are represented by
             themselves and compared together (`engine.training.gradient_cache`).
 
@@ -87,6 +86,7 @@ class Update:
         device = self.trained[0].device
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
+        self.loss_scale = LossScale(device) if precision == "fp16" else None
 
     def __call__(
         self, step: int, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]
@@ -102,14 +102,16 @@ class Update:
         rates = self._set_rates(step)
         report = self._backward(images, ids, drawn)
         drop_frozen(self.optimizer, moment.epoch)
-        norms = gradient_norms(self.optimizer)
+        unscale = None if self.loss_scale is None else 1 / self.loss_scale.scale
+        norms = gradient_norms(self.optimizer, unscale)
         norm = total_norm(norms.values())
         applied = dist.all_true(torch.isfinite(norm) & torch.isfinite(report["loss"]))
-        s = self.settings
-        scales = clip_scales(self.optimizer, norms, s.clip_norm, s.clip_over) if s.clip_norm else {}
+        scales = gradient_scales(self.optimizer, norms, self.settings.clip_norm, self.settings.clip_over, unscale)
         self.optimizer.step(applied, scales, [*self.method.averages(), *self.average.averages()])
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(applied)
+        if self.loss_scale is not None:
+            self.loss_scale.move(applied)
         self.skipped += ~applied
         self.skipped_in_a_row = torch.where(applied, 0, self.skipped_in_a_row + 1)
         return report | {"gradient_norm": norm} | rates
@@ -130,7 +132,7 @@ class Update:
         """The batch's gradients, averaged over ranks, and what the method reports of it."""
         parts = micro_batches(images, ids, drawn, self.accumulate)
         if self.caches:
-            report = gradient_cache.backward(self.method, parts, ids, drawn, self._autocast)
+            report = gradient_cache.backward(self.method, parts, ids, drawn, self._autocast, self._scaled)
             dist.average([p.grad for p in self.trained if p.grad is not None])
             return {name: value.detach() for name, value in report.items()}
         reports = []
@@ -138,9 +140,12 @@ class Update:
             with dist.without_sync(self.parallel) if part is not parts[-1] else nullcontext():
                 with self._autocast():
                     report = self.parallel(*part)
-                (report["loss"] / self.accumulate).backward()
+                self._scaled(report["loss"] / self.accumulate).backward()
             reports.append({name: value.detach() for name, value in report.items()})
         return {name: torch.stack([report[name] for report in reports]).mean() for name in reports[0]}
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.loss_scale is None else loss * self.loss_scale.scale
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.skipped.device.type, dtype=self.autocast, enabled=self.autocast is not None)

@@ -9,8 +9,8 @@ from torch import nn
 from engine.core.optim import Average, Group
 from engine.training.optimizers import (
     AdamW,
-    clip_scales,
     gradient_norms,
+    gradient_scales,
     load_state_tensors,
     state_tensors,
     total_norm,
@@ -113,7 +113,7 @@ def test_a_step_takes_clipped_gradients(over: str):
     with_gradients(plain, 0)
     norms = gradient_norms(one)
     assert total_norm(norms.values()) == torch.nn.utils.get_total_norm([p.grad for p in norms])
-    one.step(None, clip_scales(one, norms, 2.0, over))
+    one.step(None, gradient_scales(one, norms, 2.0, over))
     clipped = [name for name in plain if plain[name].ndim > 1]  # the others' group does not clip
     together = {
         "all": [clipped],

@@ -105,7 +105,7 @@ def test_both_passes_draw_alike(name: str, settings: dict[str, Any]):
         images, ids, drawn = batch(method)
         parts = micro_batches(images, ids, drawn, 2)
         if cached:
-            gradient_cache.backward(method, parts, ids, drawn, nullcontext)
+            gradient_cache.backward(method, parts, ids, drawn, nullcontext, lambda loss: loss)
         else:
             targets = [method.represent_targets(*part) for part in parts]
             rows = [method.represent(*part) | known for part, known in zip(parts, targets)]
@@ -138,6 +138,6 @@ def test_nothing_of_a_micro_batch_stays_but_its_rows():
     compare = method.compare
     method.compare = lambda rows, *args: kept.extend(rows["pooled"]) or compare(rows, *args)
     images, ids, drawn = batch(method)
-    gradient_cache.backward(method, micro_batches(images, ids, drawn, 2), ids, drawn, nullcontext)
+    gradient_cache.backward(method, micro_batches(images, ids, drawn, 2), ids, drawn, nullcontext, lambda loss: loss)
     row = method.encoder.embed_dim * kept[0].element_size()
     assert [x.untyped_storage().nbytes() for x in kept] == [IMAGES * row] * len(kept)

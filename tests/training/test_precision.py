@@ -59,8 +59,11 @@ def test_a_step_in_fp16_takes_the_gradients_of_fp32(
     (norm, plain), (half_norm, half) = steps
     assert half_norm == pytest.approx(norm, rel=2e-2)
     assert plain.keys() == half.keys()
+    largest = max(gradient.abs().max().item() for gradient in plain.values())
     for parameter, gradient in plain.items():
-        torch.testing.assert_close(half[parameter], gradient, rtol=0.05, atol=0.05 * gradient.abs().max().item())
+        # a bias before a norm over the batch has none, but for rounding
+        atol = 0.05 * gradient.abs().max().item() + 1e-3 * largest
+        torch.testing.assert_close(half[parameter], gradient, rtol=0.05, atol=atol, msg=parameter)
 
 
 def test_the_scale_halves_where_a_gradient_overflows_and_nothing_else_moves(monkeypatch: pytest.MonkeyPatch):

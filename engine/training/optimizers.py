@@ -55,6 +55,9 @@ class AdamW(torch.optim.Optimizer):
                     weight_decay=group["weight_decay"], averages=members.averages, average_weight=members.weight,
                     scales=_in_order(members.parameters, scales), applied=applied,
                 )  # fmt: skip
+        # after all calls, since those of several may share a count
+        steps = {id(state["step"]): state["step"] for p, state in self.state.items() if p.grad is not None}
+        torch._foreach_add_(list(steps.values()), 1 if applied is None else applied.float())
         _move(others, applied)
 
     def _members(

@@ -26,8 +26,8 @@ DTYPES = (torch.float32, torch.float64)
 
 torch.library.define(
     "tessera::adamw",
-    "(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] moments, Tensor(d!)[] squares, Tensor(e!) step, "
-    "Tensor(f!)[] averages, Tensor? scales, Tensor? applied, float average_weight, float lr, float beta1, float beta2, "
+    "(Tensor(a!)[] parameters, Tensor(b!)[] gradients, Tensor(c!)[] moments, Tensor(d!)[] squares, Tensor step, "
+    "Tensor(e!)[] averages, Tensor? scales, Tensor? applied, float average_weight, float lr, float beta1, float beta2, "
     "float eps, float weight_decay, str implementation) -> ()",
 )
 
@@ -56,7 +56,7 @@ def adamw(
         parameters: fp32 or fp64, of any shapes, contiguous.
         gradients: one each, of the same shape and dtype; what they hold afterwards is not promised.
         moments, squares: of the gradients, likewise; zeros before the first step.
-        step: fp32 [], the number of steps before this one; 1 is added to it.
+        step: fp32 [], the number of steps before this one; it is left as it is, since several calls may share it.
         averages: one each, or none.
         scales: fp32 [] or [n], what all gradients, or each of the n, are multiplied by first.
         applied: bool []; where it is false, nothing is changed but the gradients.

@@ -37,7 +37,6 @@ def step(
         raise ValueError(f"apex keeps moments in float32, got {parameters[0].dtype}")
     if scales is not None and scales.ndim:
         torch._foreach_mul_(gradients, list(scales.unbind()))
-    step += 1 if applied is None else applied
     one = step.new_ones(())
     multi_tensor_adam_capturable(
         CHUNK,
@@ -47,7 +46,7 @@ def step(
         beta1,
         beta2,
         eps,
-        step.to(torch.int32),
+        step.to(torch.int32) + 1,
         DECOUPLED,
         CORRECTED,
         weight_decay,

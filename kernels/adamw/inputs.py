@@ -36,9 +36,8 @@ def slices(
         part["scales"] = part["scales"][some]
 
     def pick(found: list[Tensor]) -> list[Tensor]:
-        """Of what was written: parameters, gradients, moments and squares of these tensors, the step, their averages."""
-        lists, averages = [found[k * count : (k + 1) * count] for k in range(4)], found[4 * count + 1 :]
-        return [*(x[i] for x in lists for i in some), found[4 * count], *(averages[i] for i in some if averages)]
+        """Of what was written: parameters, gradients, moments, squares and averages of these tensors."""
+        return [found[first + i] for first in range(0, len(found), count) for i in some]
 
     yield part, pick
 

@@ -25,9 +25,8 @@ def step(
     """See `kernels.adamw`."""
     if scales is not None:
         torch._foreach_mul_(gradients, list(scales.unbind()) if scales.ndim else scales)
-    step += 1 if applied is None else applied
     torch._fused_adamw_(
-        parameters, gradients, moments, squares, [], [step.float()] * len(parameters),
+        parameters, gradients, moments, squares, [], [step.float() + 1] * len(parameters),
         lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
         found_inf=_skips(applied),
     )  # fmt: skip

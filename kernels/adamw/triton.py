@@ -141,7 +141,6 @@ def step(
         firsts.append(programs)
         programs += triton.cdiv(size, _BLOCK)
     if not programs:
-        step += 1 if applied is None else applied
         return
     rows = torch.tensor([*addresses, sizes, firsts], pin_memory=step.is_cuda)
     table = rows.to(step.device, non_blocking=True)
@@ -152,7 +151,6 @@ def step(
             HALVINGS=len(sizes).bit_length(), AVERAGED=bool(averages), SCALED=0 if scales is None else 1 + scales.ndim,
             GUARDED=applied is not None, BLOCK_E=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
-    step += 1 if applied is None else applied
 
 
 def _log2(beta: float) -> float:

@@ -126,3 +126,16 @@ def test_a_step_takes_clipped_gradients(over: str):
     for name in named:
         torch.testing.assert_close(named[name].detach(), plain[name].detach(), msg=name)
         torch.testing.assert_close(one.state[named[name]]["exp_avg"], other.state[plain[name]]["exp_avg"], msg=name)
+
+
+def test_a_group_that_is_followed_in_part_counts_a_step_once():
+    named, plain = parameters(), parameters()
+    one, other = optimizer(named), optimizer(plain)
+    average = torch.zeros_like(named["encoder.a"])
+    for step in range(3):
+        with_gradients(named, step)
+        with_gradients(plain, step)
+        one.step(None, {}, [Average([(average, named["encoder.a"])], 0.5)])
+        other.step()
+    assert {int(one.state[p]["step"]) for p in named.values()} == {3}
+    assert all(torch.equal(named[name], plain[name]) for name in named)

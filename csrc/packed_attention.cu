@@ -110,35 +110,44 @@ TESSERA_DEVICE void load_operand(uint32_t (&a)[D / 16][4], const Element* tile, 
     }
 }
 
-// c [16 x 16] += a [16 x D] rows [16 x D]^T, where this lane names a row as Rows::along() says
-template <class Element, int D>
-TESSERA_DEVICE void scores(float (&c)[2][4], const uint32_t (&a)[D / 16][4], uint32_t along, int further = 0) {
+// c [16 M x 16] += a [16 M x D] rows [16 x D]^T, where this lane names a row as Rows::along() says. What comes from shared
+// memory is multiplied by all M tiles.
+template <class Element, int D, int M>
+TESSERA_DEVICE void scores(float (&c)[M][2][4], const uint32_t (&a)[M][D / 16][4], uint32_t along, int further = 0) {
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
     uint32_t b[4];
     load_matrices(b, Rows<D>::advance(along, step) + further);
-    multiply_add<Element>(c[0], a[step], b[0], b[1]);
-    multiply_add<Element>(c[1], a[step], b[2], b[3]);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      multiply_add<Element>(c[m][0], a[m][step], b[0], b[1]);
+      multiply_add<Element>(c[m][1], a[m][step], b[2], b[3]);
+    }
   }
 }
 
-// c [16 x D] += a [16 x 16] rows [16 x D], where this lane names a row as Rows::across() says
-template <class Element, int D>
-TESSERA_DEVICE void accumulate(float (&c)[D / 8][4], const uint32_t (&a)[4], uint32_t across, int further = 0) {
+// c [16 M x D] += a [16 M x 16] rows [16 x D], where this lane names a row as Rows::across() says; likewise.
+template <class Element, int D, int M>
+TESSERA_DEVICE void accumulate(float (&c)[M][D / 8][4], const uint32_t (&a)[M][4], uint32_t across, int further = 0) {
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
     uint32_t b[4];
     load_matrices_transposed(b, Rows<D>::advance(across, step) + further);
-    multiply_add<Element>(c[step * 2], a, b[0], b[1]);
-    multiply_add<Element>(c[step * 2 + 1], a, b[2], b[3]);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      multiply_add<Element>(c[m][step * 2], a[m], b[0], b[1]);
+      multiply_add<Element>(c[m][step * 2 + 1], a[m], b[2], b[3]);
+    }
   }
 }
 
 // The result of one product, rounded, is the A operand of the next as it lies in the registers.
-template <class Element>
-TESSERA_DEVICE void round_to_operand(uint32_t (&a)[4], const float (&c)[2][4]) {
+template <class Element, int M>
+TESSERA_DEVICE void round_to_operand(uint32_t (&a)[M][4], const float (&c)[M][2][4]) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = pack<Element>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a[m][i] = pack<Element>(c[m][i / 2][i % 2 * 2], c[m][i / 2][i % 2 * 2 + 1]);
 }
 
 // Lane t of a quad has word t of four chunks, and gets chunk t.
@@ -207,8 +216,8 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
   const float to_log2 = a.scale * LOG2_E;
   bool staged = false;
   for (int first = warp() * TILE; first < pair.length || !staged; first += warps() * TILE) {
-    uint32_t q_operand[D / 16][4];
-    load_operand<D>(q_operand, q + first * a.token_stride, a.token_stride, pair.length - first);
+    uint32_t q_operand[1][D / 16][4];
+    load_operand<D>(q_operand[0], q + first * a.token_stride, a.token_stride, pair.length - first);
     if (!staged) {
       // also by a warp that has no queries
       wait_copies();
@@ -216,12 +225,12 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
       staged = true;
       if (first >= pair.length) break;
     }
-    float result[D / 8][4] = {};
+    float result[1][D / 8][4] = {};
     // of rows g and g + 8: largest scaled score so far, in powers of two, and this lane's share of the sum
     float largest[2] = {-infinity(), -infinity()}, sum[2] = {};
 #pragma unroll 1
     for (int slice = 0; slice < pair.keys; slice += SLICE * TILE) {
-      float s[SLICE][2][4] = {};
+      float s[SLICE][1][2][4] = {};
       float before[2] = {largest[0], largest[1]};
 #pragma unroll
       for (int i = 0; i < SLICE; ++i) {
@@ -230,7 +239,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
         scores<Element, D>(s[i], q_operand, along + key / TILE * Rows<D>::GROUP);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          float& score = s[i][j / 4][j % 4];
+          float& score = s[i][0][j / 4][j % 4];
           score = key + j / 4 * 8 + t * 2 + j % 2 < pair.keys ? score * to_log2 : -infinity();
           largest[j % 4 / 2] = fmaxf(largest[j % 4 / 2], score);
         }
@@ -243,8 +252,8 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
         sum[half] *= shrink;
 #pragma unroll
         for (int i = 0; i < D / 8; ++i) {
-          result[i][half * 2] *= shrink;
-          result[i][half * 2 + 1] *= shrink;
+          result[0][i][half * 2] *= shrink;
+          result[0][i][half * 2 + 1] *= shrink;
         }
       }
 #pragma unroll
@@ -253,11 +262,11 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
         if (key >= pair.keys) break;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          float& p = s[i][j / 4][j % 4];
+          float& p = s[i][0][j / 4][j % 4];
           p = exp2_approximate(p - largest[j % 4 / 2]);
           sum[j % 4 / 2] += p;
         }
-        uint32_t p_operand[4];
+        uint32_t p_operand[1][4];
         round_to_operand<Element>(p_operand, s[i]);
         accumulate<Element, D>(result, p_operand, across + key / TILE * Rows<D>::GROUP, Rows<D>::SECOND);
       }
@@ -269,7 +278,30 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
       const int row = first + g + half * 8;
       if (t == 0 && row < pair.length) lse[row] = (largest[half] + log2f(sum[half])) * LN_2;
     }
-    store_tile<D>(out + first * out_stride, out_stride, pair.length - first, result, 1 / sum[0], 1 / sum[1]);
+    store_tile<D>(out + first * out_stride, out_stride, pair.length - first, result[0], 1 / sum[0], 1 / sum[1]);
+  }
+}
+
+// Tiles of rows that a warp of backward owns at once. Two halve what is read from shared memory, where the accumulators
+// of both fit in the registers.
+template <int D>
+constexpr int TOGETHER = D <= 64 ? 2 : 1;
+
+// So that two blocks have enough registers: 168 a thread at head dim 32, 255 at 64. Longer rows have one block.
+template <int D>
+constexpr int BACKWARD_WARPS = D == 32 ? 6 : D == 64 ? 4 : MAX_WARPS;
+
+// The warps of a block take M tiles in turn, and then what is left of them singly.
+template <int M, class Own>
+TESSERA_DEVICE void in_turn(int tiles, int turn, const Own& own) {
+#pragma unroll 1
+  for (int tile = turn * M; tile + M <= tiles; tile += warps() * M) own(tile, std::integral_constant<int, M>{});
+  if constexpr (M > 1) {
+    const int whole = tiles / M;
+    // the one whose turn it is next begins
+    const int next = (turn + warps() - whole % warps()) % warps();
+#pragma unroll 1
+    for (int tile = whole * M + next; tile < tiles; tile += warps()) own(tile, std::integral_constant<int, 1>{});
   }
 }
 
@@ -278,7 +310,7 @@ struct Backward : PackedAttention {
 };
 
 template <class Element, int D>
-__global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kernel(Backward a) {
+__global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backward_kernel(Backward a) {
   constexpr int SECOND = Rows<D>::SECOND, GROUP = Rows<D>::GROUP;
   const Pair pair(a);
   const int64_t out_stride = int64_t{a.heads} * D, grad_stride = 3 * out_stride;
@@ -343,28 +375,36 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kern
   __syncthreads();
 
   const float to_log2 = a.scale * LOG2_E;
-#pragma unroll 1
-  for (int first = warp() * TILE; first < pair.keys; first += warps() * TILE) {
-    uint32_t k_operand[D / 16][4], v_operand[D / 16][4];
-    if (a.resident) {
-      load_operand<D>(k_operand, k_shared + first / TILE * GROUP);
-      load_operand<D>(v_operand, k_shared + SECOND + first / TILE * GROUP);
-    } else {
-      load_operand<D>(k_operand, part(1) + first * a.token_stride, a.token_stride, pair.keys - first);
-      load_operand<D>(v_operand, part(2) + first * a.token_stride, a.token_stride, pair.keys - first);
+  const auto own_keys = [&](int own, auto count) {
+    constexpr int M = decltype(count)::value;
+    const int first = own * TILE;
+    uint32_t k_operand[M][D / 16][4], v_operand[M][D / 16][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      if (a.resident) {
+        load_operand<D>(k_operand[m], k_shared + (own + m) * GROUP);
+        load_operand<D>(v_operand[m], k_shared + SECOND + (own + m) * GROUP);
+      } else {
+        const int row = first + m * TILE;
+        load_operand<D>(k_operand[m], part(1) + row * a.token_stride, a.token_stride, pair.keys - row);
+        load_operand<D>(v_operand[m], part(2) + row * a.token_stride, a.token_stride, pair.keys - row);
+      }
     }
     uint32_t along = q_shared + Rows<D>::along(), across = q_shared + Rows<D>::across();
     uint32_t column = statistics + lane() % 4 * 8;
-    float k_result[D / 8][4] = {}, v_result[D / 8][4] = {};
+    float k_result[M][D / 8][4] = {}, v_result[M][D / 8][4] = {};
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       // all transposed: rows are keys, columns are queries
-      float p[2][4] = {}, ds[2][4];
+      float p[M][2][4] = {}, ds[M][2][4];
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
         const float2 minus_delta = load_shared<float2>(column + TILE * 4 + j * 32);
-        ds[j][0] = ds[j][2] = minus_delta.x;
-        ds[j][1] = ds[j][3] = minus_delta.y;
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+          ds[m][j][0] = ds[m][j][2] = minus_delta.x;
+          ds[m][j][1] = ds[m][j][3] = minus_delta.y;
+        }
       }
       scores<Element, D>(p, k_operand, along);
       scores<Element, D>(ds, v_operand, along, SECOND);
@@ -372,12 +412,13 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kern
       for (int j = 0; j < 2; ++j) {
         const float2 lse_2 = load_shared<float2>(column + j * 32);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          p[j][i] = exp2_approximate(p[j][i] * to_log2 - (i % 2 ? lse_2.y : lse_2.x));
-          ds[j][i] *= p[j][i];
+        for (int i = 0; i < 4 * M; ++i) {
+          float& probability = p[i / 4][j][i % 4];
+          probability = exp2_approximate(probability * to_log2 - (i % 2 ? lse_2.y : lse_2.x));
+          ds[i / 4][j][i % 4] *= probability;
         }
       }
-      uint32_t operand[4];
+      uint32_t operand[M][4];
       round_to_operand<Element>(operand, p);
       accumulate<Element, D>(v_result, operand, across, SECOND);
       round_to_operand<Element>(operand, ds);
@@ -386,9 +427,14 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kern
       across += GROUP;
       column += GROUP;
     }
-    store_tile<D>(grad(1) + first * grad_stride, grad_stride, pair.keys - first, k_result, a.scale, a.scale);
-    store_tile<D>(grad(2) + first * grad_stride, grad_stride, pair.keys - first, v_result, 1, 1);
-  }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const int row = first + m * TILE;
+      store_tile<D>(grad(1) + row * grad_stride, grad_stride, pair.keys - row, k_result[m], a.scale, a.scale);
+      store_tile<D>(grad(2) + row * grad_stride, grad_stride, pair.keys - row, v_result[m], 1, 1);
+    }
+  };
+  in_turn<TOGETHER<D>>(tiles_of(pair.keys), warp(), own_keys);
 
   if (!a.resident) {
     __syncthreads();
@@ -398,42 +444,48 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kern
     __syncthreads();
   }
 
-#pragma unroll 1
-  for (int first = warp() * TILE; first < pair.length; first += warps() * TILE) {
-    uint32_t q_operand[D / 16][4], grad_out_operand[D / 16][4];
-    if (a.resident) {
-      load_operand<D>(q_operand, q_shared + first / TILE * GROUP);
-      load_operand<D>(grad_out_operand, q_shared + SECOND + first / TILE * GROUP);
-    } else {
-      load_operand<D>(q_operand, part(0) + first * a.token_stride, a.token_stride, pair.length - first);
-      load_operand<D>(grad_out_operand, grad_out() + first * a.grad_token_stride, a.grad_token_stride,
-                      pair.length - first);
+  const auto own_queries = [&](int own, auto count) {
+    constexpr int M = decltype(count)::value;
+    const int first = own * TILE;
+    uint32_t q_operand[M][D / 16][4], grad_out_operand[M][D / 16][4];
+    float lse_row[M][2], minus_delta_row[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      if (a.resident) {
+        load_operand<D>(q_operand[m], q_shared + (own + m) * GROUP);
+        load_operand<D>(grad_out_operand[m], q_shared + SECOND + (own + m) * GROUP);
+      } else {
+        const int row = first + m * TILE;
+        load_operand<D>(q_operand[m], part(0) + row * a.token_stride, a.token_stride, pair.length - row);
+        load_operand<D>(grad_out_operand[m], grad_out() + row * a.grad_token_stride, a.grad_token_stride,
+                        pair.length - row);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t row = statistics + (own + m) * GROUP + (lane() / 4 + half * 8) * 4;
+        lse_row[m][half] = load_shared<float>(row);
+        minus_delta_row[m][half] = load_shared<float>(row + TILE * 4);
+      }
     }
     const int t = lane() % 4;
-    float lse_row[2], minus_delta_row[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t row = statistics + first / TILE * GROUP + (lane() / 4 + half * 8) * 4;
-      lse_row[half] = load_shared<float>(row);
-      minus_delta_row[half] = load_shared<float>(row + TILE * 4);
-    }
     uint32_t along = k_shared + Rows<D>::along(), across = k_shared + Rows<D>::across();
-    float q_result[D / 8][4] = {};
+    float q_result[M][D / 8][4] = {};
     // a tile of keys; only the last may have fewer than 16
     const auto ask = [&](int key, auto is_whole) {
       constexpr bool WHOLE = decltype(is_whole)::value;
-      float p[2][4] = {}, ds[2][4];
+      float p[M][2][4] = {}, ds[M][2][4];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) ds[j / 4][j % 4] = minus_delta_row[j % 4 / 2];
+      for (int j = 0; j < 8 * M; ++j) ds[j / 8][j / 4 % 2][j % 4] = minus_delta_row[j / 8][j % 4 / 2];
       scores<Element, D>(p, q_operand, along);
       scores<Element, D>(ds, grad_out_operand, along, SECOND);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float exponent = p[j / 4][j % 4] * to_log2 - lse_row[j % 4 / 2];
-        const bool real = WHOLE || key + j / 4 * 8 + t * 2 + j % 2 < pair.keys;
-        ds[j / 4][j % 4] = real ? exp2_approximate(exponent) * ds[j / 4][j % 4] : 0;
+      for (int j = 0; j < 8 * M; ++j) {
+        const float exponent = p[j / 8][j / 4 % 2][j % 4] * to_log2 - lse_row[j / 8][j % 4 / 2];
+        const bool real = WHOLE || key + j / 4 % 2 * 8 + t * 2 + j % 2 < pair.keys;
+        float& gradient = ds[j / 8][j / 4 % 2][j % 4];
+        gradient = real ? exp2_approximate(exponent) * gradient : 0;
       }
-      uint32_t operand[4];
+      uint32_t operand[M][4];
       round_to_operand<Element>(operand, ds);
       accumulate<Element, D>(q_result, operand, across);
       along += GROUP;
@@ -449,8 +501,14 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kern
 #pragma unroll 1
       for (int key = 0; key < pair.keys; key += TILE) ask(key, std::false_type{});
     }
-    store_tile<D>(grad(0) + first * grad_stride, grad_stride, pair.length - first, q_result, a.scale, a.scale);
-  }
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const int row = first + m * TILE;
+      store_tile<D>(grad(0) + row * grad_stride, grad_stride, pair.length - row, q_result[m], a.scale, a.scale);
+    }
+  };
+  // the other way round: who had one more before has one fewer now
+  in_turn<TOGETHER<D>>(tiles, warps() - 1 - warp(), own_queries);
 }
 
 // As many warps as there are tiles, or so many that all have the same number of tiles but for one.
@@ -472,7 +530,9 @@ const char* run_backward(const PackedAttention& a, void* stream) {
   constexpr int RESERVED = 1024;  // what the system takes of every block's share
   const int shared = tiles_of(a.max_seqlen) * Rows<D>::GROUP;
   const bool resident = 2 * (2 * shared + RESERVED) <= shared_per_multiprocessor();
-  return launch(backward_kernel<Element, D>, int64_t{a.sequences} * a.heads, threads_for(a.max_seqlen),
+  const int owned = (tiles_of(a.max_seqlen) + TOGETHER<D> - 1) / TOGETHER<D>;
+  const int warps = owned < BACKWARD_WARPS<D> ? owned : BACKWARD_WARPS<D>;
+  return launch(backward_kernel<Element, D>, int64_t{a.sequences} * a.heads, warps * 32,
                 resident ? 2 * shared : shared, stream, Backward{a, resident});
 }
 

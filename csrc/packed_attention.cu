@@ -47,8 +47,12 @@ struct Rows {
   // What lane i names of a tile for load_matrices. Plain, the 16 rows are an A operand; transposed, a B operand whose k
   // runs over the rows: registers 0, 1 hold columns 0..7, registers 2, 3 columns 8..15.
   TESSERA_DEVICE static uint32_t across() { return offset(lane() % 16, lane() / 16); }
-  // Plain, a B operand whose k runs along the row: registers 0, 1 hold rows 0..7, registers 2, 3 rows 8..15.
-  TESSERA_DEVICE static uint32_t along() { return offset(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2); }
+  // Plain, B operands whose k runs along the row: registers 0, 1 hold rows 0..7, registers 2, 3 rows 8..15 of the same
+  // step; or, of 8 rows alone, those of the next step.
+  template <int EIGHTS = 2>
+  TESSERA_DEVICE static uint32_t along() {
+    return EIGHTS == 2 ? offset(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2) : offset(lane() % 8, lane() / 8);
+  }
 };
 
 // One (sequence, head): where it starts, how many tokens it has, and how many of them are keys. A layout that breaks
@@ -110,19 +114,22 @@ TESSERA_DEVICE void load_operand(uint32_t (&a)[D / 16][4], const Element* tile, 
     }
 }
 
-// c [16 M x 16] += a [16 M x D] rows [16 x D]^T, where this lane names a row as Rows::along() says. What comes from shared
-// memory is multiplied by all M tiles.
-template <class Element, int D, int M>
-TESSERA_DEVICE void scores(float (&c)[M][2][4], const uint32_t (&a)[M][D / 16][4], uint32_t along, int further = 0) {
+// c [16 M x 8 EIGHTS] += a [16 M x D] rows [8 EIGHTS x D]^T, where this lane names a row as Rows::along() says. What comes
+// from shared memory is multiplied by all M tiles.
+template <class Element, int D, int M, int EIGHTS>
+TESSERA_DEVICE void scores(float (&c)[M][EIGHTS][4], const uint32_t (&a)[M][D / 16][4], uint32_t along,
+                           int further = 0) {
+  constexpr int STEPS = 2 / EIGHTS;  // that one load serves
+  static_assert(D / 16 % STEPS == 0);
 #pragma unroll
-  for (int step = 0; step < D / 16; ++step) {
+  for (int step = 0; step < D / 16; step += STEPS) {
     uint32_t b[4];
     load_matrices(b, Rows<D>::advance(along, step) + further);
 #pragma unroll
-    for (int m = 0; m < M; ++m) {
-      multiply_add<Element>(c[m][0], a[m][step], b[0], b[1]);
-      multiply_add<Element>(c[m][1], a[m][step], b[2], b[3]);
-    }
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+        multiply_add<Element>(c[m][i % EIGHTS], a[m][step + i / EIGHTS], b[i * 2], b[i * 2 + 1]);
   }
 }
 
@@ -141,13 +148,14 @@ TESSERA_DEVICE void accumulate(float (&c)[M][D / 8][4], const uint32_t (&a)[M][4
   }
 }
 
-// The result of one product, rounded, is the A operand of the next as it lies in the registers.
-template <class Element, int M>
-TESSERA_DEVICE void round_to_operand(uint32_t (&a)[M][4], const float (&c)[M][2][4]) {
+// The result of one product, rounded, is the A operand of the next as it lies in the registers: its columns from 8 first.
+template <class Element, int M, int EIGHTS>
+TESSERA_DEVICE void round_to_operand(uint32_t (&a)[M][4], const float (&c)[M][EIGHTS][4], int first = 0) {
 #pragma unroll
   for (int m = 0; m < M; ++m)
 #pragma unroll
-    for (int i = 0; i < 4; ++i) a[m][i] = pack<Element>(c[m][i / 2][i % 2 * 2], c[m][i / 2][i % 2 * 2 + 1]);
+    for (int i = 0; i < 2 * EIGHTS; ++i)
+      a[m][first * 2 + i] = pack<Element>(c[m][i / 2][i % 2 * 2], c[m][i / 2][i % 2 * 2 + 1]);
 }
 
 // Lane t of a quad has word t of four chunks, and gets chunk t.
@@ -294,23 +302,20 @@ constexpr int BACKWARD_WARPS = D == 32 ? 6 : D == 64 ? 4 : MAX_WARPS;
 // The warps of a block take M tiles in turn, and then what is left of them singly.
 template <int M, class Own>
 TESSERA_DEVICE void in_turn(int tiles, int turn, const Own& own) {
+  int tile = turn * M;
 #pragma unroll 1
-  for (int tile = turn * M; tile + M <= tiles; tile += warps() * M) own(tile, std::integral_constant<int, M>{});
+  for (; tile + M <= tiles; tile += warps() * M) own(tile, std::integral_constant<int, M>{});
   if constexpr (M > 1) {
-    const int whole = tiles / M;
     // the one whose turn it is next begins
-    const int next = (turn + warps() - whole % warps()) % warps();
+    const int whole = tiles / M;
 #pragma unroll 1
-    for (int tile = whole * M + next; tile < tiles; tile += warps()) own(tile, std::integral_constant<int, 1>{});
+    for (tile = whole * M + tile / M - whole; tile < tiles; tile += warps()) own(tile, std::integral_constant<int, 1>{});
   }
 }
 
-struct Backward : PackedAttention {
-  bool resident;  // q, k, v and grad_out lie in shared memory at once
-};
-
-template <class Element, int D>
-__global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backward_kernel(Backward a) {
+// RESIDENT: q, k, v and grad_out lie in shared memory at once.
+template <class Element, int D, bool RESIDENT>
+__global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backward_kernel(PackedAttention a) {
   constexpr int SECOND = Rows<D>::SECOND, GROUP = Rows<D>::GROUP;
   const Pair pair(a);
   const int64_t out_stride = int64_t{a.heads} * D, grad_stride = 3 * out_stride;
@@ -336,12 +341,12 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
 
   const int tiles = tiles_of(pair.length);
   const uint32_t q_shared = shared_address(dynamic_shared());
-  const uint32_t k_shared = a.resident ? q_shared + tiles * GROUP : q_shared;
+  const uint32_t k_shared = RESIDENT ? q_shared + tiles * GROUP : q_shared;
   // per tile of queries: 16 log-sum-exps in powers of two, then 16 dot products of out and grad_out, negative
   const uint32_t statistics = q_shared + Rows<D>::STATISTICS;
   stage<D>(q_shared, part(0), a.token_stride, pair.length);
   stage<D>(q_shared + SECOND, grad_out(), a.grad_token_stride, pair.length);
-  if (a.resident) {
+  if constexpr (RESIDENT) {
     stage<D>(k_shared, part(1), a.token_stride, pair.keys);
     stage<D>(k_shared + SECOND, part(2), a.token_stride, pair.keys);
   }
@@ -381,7 +386,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
     uint32_t k_operand[M][D / 16][4], v_operand[M][D / 16][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      if (a.resident) {
+      if constexpr (RESIDENT) {
         load_operand<D>(k_operand[m], k_shared + (own + m) * GROUP);
         load_operand<D>(v_operand[m], k_shared + SECOND + (own + m) * GROUP);
       } else {
@@ -390,39 +395,44 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
         load_operand<D>(v_operand[m], part(2) + row * a.token_stride, a.token_stride, pair.keys - row);
       }
     }
-    uint32_t along = q_shared + Rows<D>::along(), across = q_shared + Rows<D>::across();
+    // eights of queries that are asked at once: registers are short for both with two tiles of keys
+    constexpr int EIGHTS = M > 1 ? 1 : 2;
+    uint32_t along = q_shared + Rows<D>::template along<EIGHTS>(), across = q_shared + Rows<D>::across();
     uint32_t column = statistics + lane() % 4 * 8;
     float k_result[M][D / 8][4] = {}, v_result[M][D / 8][4] = {};
 #pragma unroll 1
     for (int tile = 0; tile < tiles; ++tile) {
       // all transposed: rows are keys, columns are queries
-      float p[M][2][4] = {}, ds[M][2][4];
+      uint32_t p_operand[M][4], ds_operand[M][4];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float2 minus_delta = load_shared<float2>(column + TILE * 4 + j * 32);
+      for (int eight = 0; eight < 2; eight += EIGHTS) {
+        float p[M][EIGHTS][4] = {}, ds[M][EIGHTS][4];
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-          ds[m][j][0] = ds[m][j][2] = minus_delta.x;
-          ds[m][j][1] = ds[m][j][3] = minus_delta.y;
+        for (int i = 0; i < EIGHTS; ++i) {
+          const float2 minus_delta = load_shared<float2>(column + TILE * 4 + (eight + i) * 32);
+#pragma unroll
+          for (int m = 0; m < M; ++m) {
+            ds[m][i][0] = ds[m][i][2] = minus_delta.x;
+            ds[m][i][1] = ds[m][i][3] = minus_delta.y;
+          }
         }
-      }
-      scores<Element, D>(p, k_operand, along);
-      scores<Element, D>(ds, v_operand, along, SECOND);
+        scores<Element, D>(p, k_operand, along, eight * 8 * Rows<D>::PITCH);
+        scores<Element, D>(ds, v_operand, along, SECOND + eight * 8 * Rows<D>::PITCH);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float2 lse_2 = load_shared<float2>(column + j * 32);
+        for (int i = 0; i < EIGHTS; ++i) {
+          const float2 lse_2 = load_shared<float2>(column + (eight + i) * 32);
 #pragma unroll
-        for (int i = 0; i < 4 * M; ++i) {
-          float& probability = p[i / 4][j][i % 4];
-          probability = exp2_approximate(probability * to_log2 - (i % 2 ? lse_2.y : lse_2.x));
-          ds[i / 4][j][i % 4] *= probability;
+          for (int j = 0; j < 4 * M; ++j) {
+            float& probability = p[j / 4][i][j % 4];
+            probability = exp2_approximate(probability * to_log2 - (j % 2 ? lse_2.y : lse_2.x));
+            ds[j / 4][i][j % 4] *= probability;
+          }
         }
+        round_to_operand<Element>(p_operand, p, eight);
+        round_to_operand<Element>(ds_operand, ds, eight);
       }
-      uint32_t operand[M][4];
-      round_to_operand<Element>(operand, p);
-      accumulate<Element, D>(v_result, operand, across, SECOND);
-      round_to_operand<Element>(operand, ds);
-      accumulate<Element, D>(k_result, operand, across);
+      accumulate<Element, D>(v_result, p_operand, across, SECOND);
+      accumulate<Element, D>(k_result, ds_operand, across);
       along += GROUP;
       across += GROUP;
       column += GROUP;
@@ -436,7 +446,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
   };
   in_turn<TOGETHER<D>>(tiles_of(pair.keys), warp(), own_keys);
 
-  if (!a.resident) {
+  if constexpr (!RESIDENT) {
     __syncthreads();
     stage<D>(k_shared, part(1), a.token_stride, pair.keys);
     stage<D>(k_shared + SECOND, part(2), a.token_stride, pair.keys);
@@ -451,7 +461,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
     float lse_row[M][2], minus_delta_row[M][2];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      if (a.resident) {
+      if constexpr (RESIDENT) {
         load_operand<D>(q_operand[m], q_shared + (own + m) * GROUP);
         load_operand<D>(grad_out_operand[m], q_shared + SECOND + (own + m) * GROUP);
       } else {
@@ -529,11 +539,12 @@ template <int D, class Element>
 const char* run_backward(const PackedAttention& a, void* stream) {
   constexpr int RESERVED = 1024;  // what the system takes of every block's share
   const int shared = tiles_of(a.max_seqlen) * Rows<D>::GROUP;
-  const bool resident = 2 * (2 * shared + RESERVED) <= shared_per_multiprocessor();
   const int owned = (tiles_of(a.max_seqlen) + TOGETHER<D> - 1) / TOGETHER<D>;
-  const int warps = owned < BACKWARD_WARPS<D> ? owned : BACKWARD_WARPS<D>;
-  return launch(backward_kernel<Element, D>, int64_t{a.sequences} * a.heads, warps * 32,
-                resident ? 2 * shared : shared, stream, Backward{a, resident});
+  const int threads = (owned < BACKWARD_WARPS<D> ? owned : BACKWARD_WARPS<D>) * 32;
+  const int64_t blocks = int64_t{a.sequences} * a.heads;
+  if (2 * (2 * shared + RESERVED) <= shared_per_multiprocessor())
+    return launch(backward_kernel<Element, D, true>, blocks, threads, 2 * shared, stream, a);
+  return launch(backward_kernel<Element, D, false>, blocks, threads, shared, stream, a);
 }
 
 template <class Element>

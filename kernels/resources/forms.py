@@ -215,7 +215,7 @@ def attention_in_triton(direction: str, tokens: int, dim: int, rates: Rates, num
 
 def _attention_in_cuda(direction: str, tokens: int, dim: int, rates: Rates, number: int) -> Form:
     """The loops of csrc/packed_attention.cu, in its order."""
-    tiles = ceil(tokens / 16)
+    tiles, form = ceil(tokens / 16), ""
     if direction == "forward":
         warps = ceil(tiles / ceil(tiles / 8))
         stage, each, never = Trips(tiles / warps), Trips(tiles / warps), Trips(0, 0)
@@ -226,15 +226,16 @@ def _attention_in_cuda(direction: str, tokens: int, dim: int, rates: Rates, numb
         stage = Trips(tiles / warps)
         shared = tiles * (16 * 2 * 2 * (88 if dim == 80 else dim) + 128)
         resident = 2 * (2 * shared + 1024) <= {80: 164, 90: 228}[rates.capability] * 1024
-        staged, again = (stage, Trips(0)) if resident else (Trips(0), stage)
         row_dots = (Trips(2 * tiles / warps), Trips(ceil(dim / 32), may_vanish=dim == 32))
         # first as many tiles at once as a warp owns, then the last one alone
         owned = [Trips(tiles // together / warps), Trips(tiles % together / warps)][:together]
         keys = [trip for own in owned for trip in (own, Trips(tiles))]
         queries = [trip for own in owned for trip in (own, Trips(tokens // 16))]
-        trips = (Trips(0), Trips(0), stage, stage, staged, staged, *row_dots)
-        trips += (*keys, again, again, *queries, Trips(0, 0))
-    kernel = rf"{direction}_kernel.*BFloat16ELi{dim}E"
+        both = (stage, stage)
+        trips = (Trips(0), Trips(0), *both, *(both if resident else ()), *row_dots, *keys)
+        trips += (*(() if resident else both), *queries, Trips(0, 0))
+        form = f"Lb{resident:d}E"
+    kernel = rf"{direction}_kernel.*BFloat16ELi{dim}E{form}"
     launch = Launch((library.LIBRARY, kernel), TOKENS // tokens * HEADS, warps, trips)
     floor = _attention_floor(tokens, dim, number)
     return Form("packed_attention", f"CUDA, {direction}", f"{tokens} tokens, D {dim}", floor, (launch,))

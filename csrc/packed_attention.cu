@@ -67,6 +67,19 @@ struct Pair {
     length = max(0, min(min(a.cu_seqlens[sequence + 1], tokens) - start, a.max_seqlen));
     keys = a.kv_lengths ? max(0, min(a.kv_lengths[sequence], length)) : length;
   }
+
+  // Shared memory holds it for when registers are short: 16 bytes, and the tiles behind them stay aligned.
+  static constexpr int BYTES = 128;
+  TESSERA_DEVICE explicit Pair(uint32_t kept) {
+    const uint4 words = load_shared<uint4>(kept);
+    start = words.x, head = words.y, length = words.z, keys = words.w;
+  }
+  TESSERA_DEVICE void keep(uint32_t to) const {
+    if (thread_index()) return;
+    const int words[] = {start, head, length, keys};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_shared(to + i * 4, as_float(words[i]));
+  }
 };
 
 // The block copies `rows` rows to shared memory, and zeros up to a whole tile: 0 times what lay there may be NaN. A warp
@@ -300,16 +313,17 @@ template <int D>
 constexpr int BACKWARD_WARPS = D == 32 ? 6 : D == 64 ? 4 : MAX_WARPS;
 
 // The warps of a block take M tiles in turn, and then what is left of them singly.
-template <int M, class Own>
-TESSERA_DEVICE void in_turn(int tiles, int turn, const Own& own) {
+template <int M, class Tiles, class Own>
+TESSERA_DEVICE void in_turn(const Tiles& tiles, int turn, const Own& own) {
   int tile = turn * M;
 #pragma unroll 1
-  for (; tile + M <= tiles; tile += warps() * M) own(tile, std::integral_constant<int, M>{});
+  for (; tile + M <= tiles(); tile += warps() * M) own(tile, std::integral_constant<int, M>{});
   if constexpr (M > 1) {
     // the one whose turn it is next begins
-    const int whole = tiles / M;
+    const int whole = tiles() / M;
 #pragma unroll 1
-    for (tile = whole * M + tile / M - whole; tile < tiles; tile += warps()) own(tile, std::integral_constant<int, 1>{});
+    for (tile = whole * M + tile / M - whole; tile < tiles(); tile += warps())
+      own(tile, std::integral_constant<int, 1>{});
   }
 }
 
@@ -319,47 +333,49 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
   constexpr int SECOND = Rows<D>::SECOND, GROUP = Rows<D>::GROUP;
   const Pair pair(a);
   const int64_t out_stride = int64_t{a.heads} * D, grad_stride = 3 * out_stride;
-  // pointers are formed where they are used: kept through the products, they would not fit in the registers
-  const auto part = [&](int index) {
-    return static_cast<const Element*>(a.qkv) + computed_here(pair.start) * a.token_stride +
-           computed_here(index) * a.part_stride + computed_here(pair.head) * a.head_stride;
+  // pair and pointers are formed where they are used: kept through the products, they would not fit in the registers
+  const auto part = [&](const Pair& of, int index, int row = 0) {
+    return static_cast<const Element*>(a.qkv) + computed_here(of.start + row) * a.token_stride +
+           computed_here(index) * a.part_stride + computed_here(of.head) * a.head_stride;
   };
-  const auto grad_out = [&] {
-    return static_cast<const Element*>(a.grad_out) + computed_here(pair.start) * a.grad_token_stride +
-           computed_here(pair.head) * a.grad_head_stride;
+  const auto grad_out = [&](const Pair& of, int row = 0) {
+    return static_cast<const Element*>(a.grad_out) + computed_here(of.start + row) * a.grad_token_stride +
+           computed_here(of.head) * a.grad_head_stride;
   };
-  const auto grad = [&](int index) {
-    return static_cast<Element*>(a.grad_qkv) + computed_here(pair.start) * grad_stride +
-           computed_here(index) * out_stride + computed_here(pair.head) * D;
+  const auto grad = [&](const Pair& of, int index, int row = 0) {
+    return static_cast<Element*>(a.grad_qkv) + computed_here(of.start + row) * grad_stride +
+           computed_here(index) * out_stride + computed_here(of.head) * D;
   };
-  zero_rows(grad(1), grad_stride, pair.keys, pair.length, D);
-  zero_rows(grad(2), grad_stride, pair.keys, pair.length, D);
+  zero_rows(grad(pair, 1), grad_stride, pair.keys, pair.length, D);
+  zero_rows(grad(pair, 2), grad_stride, pair.keys, pair.length, D);
   if (pair.keys == 0) {
-    zero_rows(grad(0), grad_stride, 0, pair.length, D);
+    zero_rows(grad(pair, 0), grad_stride, 0, pair.length, D);
     return;
   }
 
-  const int tiles = tiles_of(pair.length);
-  const uint32_t q_shared = shared_address(dynamic_shared());
-  const uint32_t k_shared = RESIDENT ? q_shared + tiles * GROUP : q_shared;
+  const uint32_t kept = shared_address(dynamic_shared()), q_shared = kept + Pair::BYTES;
+  const auto k_rows = [&] {
+    return RESIDENT ? q_shared + tiles_of(static_cast<int>(computed_here(a.max_seqlen))) * GROUP : q_shared;
+  };
   // per tile of queries: 16 log-sum-exps in powers of two, then 16 dot products of out and grad_out, negative
   const uint32_t statistics = q_shared + Rows<D>::STATISTICS;
-  stage<D>(q_shared, part(0), a.token_stride, pair.length);
-  stage<D>(q_shared + SECOND, grad_out(), a.grad_token_stride, pair.length);
+  pair.keep(kept);
+  stage<D>(q_shared, part(pair, 0), a.token_stride, pair.length);
+  stage<D>(q_shared + SECOND, grad_out(pair), a.grad_token_stride, pair.length);
   if constexpr (RESIDENT) {
-    stage<D>(k_shared, part(1), a.token_stride, pair.keys);
-    stage<D>(k_shared + SECOND, part(2), a.token_stride, pair.keys);
+    stage<D>(k_rows(), part(pair, 1), a.token_stride, pair.keys);
+    stage<D>(k_rows() + SECOND, part(pair, 2), a.token_stride, pair.keys);
   }
 
   const Element* out = static_cast<const Element*>(a.out) + pair.start * out_stride + pair.head * D;
   const float* lse = a.lse + pair.head * a.tokens + pair.start;
-  for (int first = warp() * 8; first < tiles * TILE; first += warps() * 8) {
+  for (int first = warp() * 8; first < tiles_of(pair.length) * TILE; first += warps() * 8) {
     const int row = first + lane() / 4, t = lane() % 4;
     const bool real = row < pair.length;
     float sum = 0;
     for (int chunk = t; chunk < D / 8 && real; chunk += 4) {
       const uint4 o = *reinterpret_cast<const uint4*>(out + row * out_stride + chunk * 8);
-      const uint4 grad_o = *reinterpret_cast<const uint4*>(grad_out() + row * a.grad_token_stride + chunk * 8);
+      const uint4 grad_o = *reinterpret_cast<const uint4*>(grad_out(pair) + row * a.grad_token_stride + chunk * 8);
       const uint32_t o_words[] = {o.x, o.y, o.z, o.w}, grad_words[] = {grad_o.x, grad_o.y, grad_o.z, grad_o.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -382,17 +398,18 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
   const float to_log2 = a.scale * LOG2_E;
   const auto own_keys = [&](int own, auto count) {
     constexpr int M = decltype(count)::value;
-    const int first = own * TILE;
+    const Pair pair(kept);
+    const int tiles = tiles_of(pair.length);
     uint32_t k_operand[M][D / 16][4], v_operand[M][D / 16][4];
 #pragma unroll
     for (int m = 0; m < M; ++m) {
       if constexpr (RESIDENT) {
-        load_operand<D>(k_operand[m], k_shared + (own + m) * GROUP);
-        load_operand<D>(v_operand[m], k_shared + SECOND + (own + m) * GROUP);
+        load_operand<D>(k_operand[m], k_rows() + (own + m) * GROUP);
+        load_operand<D>(v_operand[m], k_rows() + SECOND + (own + m) * GROUP);
       } else {
-        const int row = first + m * TILE;
-        load_operand<D>(k_operand[m], part(1) + row * a.token_stride, a.token_stride, pair.keys - row);
-        load_operand<D>(v_operand[m], part(2) + row * a.token_stride, a.token_stride, pair.keys - row);
+        const int row = (own + m) * TILE;
+        load_operand<D>(k_operand[m], part(pair, 1, row), a.token_stride, pair.keys - row);
+        load_operand<D>(v_operand[m], part(pair, 2, row), a.token_stride, pair.keys - row);
       }
     }
     // eights of queries that are asked at once: registers are short for both with two tiles of keys
@@ -437,26 +454,28 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
       across += GROUP;
       column += GROUP;
     }
+    const Pair after(kept);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      const int row = first + m * TILE;
-      store_tile<D>(grad(1) + row * grad_stride, grad_stride, pair.keys - row, k_result[m], a.scale, a.scale);
-      store_tile<D>(grad(2) + row * grad_stride, grad_stride, pair.keys - row, v_result[m], 1, 1);
+      const int row = (own + m) * TILE;
+      store_tile<D>(grad(after, 1, row), grad_stride, after.keys - row, k_result[m], a.scale, a.scale);
+      store_tile<D>(grad(after, 2, row), grad_stride, after.keys - row, v_result[m], 1, 1);
     }
   };
-  in_turn<TOGETHER<D>>(tiles_of(pair.keys), warp(), own_keys);
+  in_turn<TOGETHER<D>>([&] { return tiles_of(Pair(kept).keys); }, warp(), own_keys);
 
   if constexpr (!RESIDENT) {
+    const Pair pair(kept);
     __syncthreads();
-    stage<D>(k_shared, part(1), a.token_stride, pair.keys);
-    stage<D>(k_shared + SECOND, part(2), a.token_stride, pair.keys);
+    stage<D>(k_rows(), part(pair, 1), a.token_stride, pair.keys);
+    stage<D>(k_rows() + SECOND, part(pair, 2), a.token_stride, pair.keys);
     wait_copies();
     __syncthreads();
   }
 
   const auto own_queries = [&](int own, auto count) {
     constexpr int M = decltype(count)::value;
-    const int first = own * TILE;
+    const Pair pair(kept);
     uint32_t q_operand[M][D / 16][4], grad_out_operand[M][D / 16][4];
     float lse_row[M][2], minus_delta_row[M][2];
 #pragma unroll
@@ -465,10 +484,9 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
         load_operand<D>(q_operand[m], q_shared + (own + m) * GROUP);
         load_operand<D>(grad_out_operand[m], q_shared + SECOND + (own + m) * GROUP);
       } else {
-        const int row = first + m * TILE;
-        load_operand<D>(q_operand[m], part(0) + row * a.token_stride, a.token_stride, pair.length - row);
-        load_operand<D>(grad_out_operand[m], grad_out() + row * a.grad_token_stride, a.grad_token_stride,
-                        pair.length - row);
+        const int row = (own + m) * TILE;
+        load_operand<D>(q_operand[m], part(pair, 0, row), a.token_stride, pair.length - row);
+        load_operand<D>(grad_out_operand[m], grad_out(pair, row), a.grad_token_stride, pair.length - row);
       }
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
@@ -478,7 +496,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
       }
     }
     const int t = lane() % 4;
-    uint32_t along = k_shared + Rows<D>::along(), across = k_shared + Rows<D>::across();
+    uint32_t along = k_rows() + Rows<D>::along(), across = k_rows() + Rows<D>::across();
     float q_result[M][D / 8][4] = {};
     // a tile of keys; only the last may have fewer than 16
     const auto ask = [&](int key, auto is_whole) {
@@ -511,14 +529,15 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
 #pragma unroll 1
       for (int key = 0; key < pair.keys; key += TILE) ask(key, std::false_type{});
     }
+    const Pair after(kept);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-      const int row = first + m * TILE;
-      store_tile<D>(grad(0) + row * grad_stride, grad_stride, pair.length - row, q_result[m], a.scale, a.scale);
+      const int row = (own + m) * TILE;
+      store_tile<D>(grad(after, 0, row), grad_stride, after.length - row, q_result[m], a.scale, a.scale);
     }
   };
   // the other way round: who had one more before has one fewer now
-  in_turn<TOGETHER<D>>(tiles, warps() - 1 - warp(), own_queries);
+  in_turn<TOGETHER<D>>([&] { return tiles_of(Pair(kept).length); }, warps() - 1 - warp(), own_queries);
 }
 
 // As many warps as there are tiles, or so many that all have the same number of tiles but for one.
@@ -542,9 +561,9 @@ const char* run_backward(const PackedAttention& a, void* stream) {
   const int owned = (tiles_of(a.max_seqlen) + TOGETHER<D> - 1) / TOGETHER<D>;
   const int threads = (owned < BACKWARD_WARPS<D> ? owned : BACKWARD_WARPS<D>) * 32;
   const int64_t blocks = int64_t{a.sequences} * a.heads;
-  if (2 * (2 * shared + RESERVED) <= shared_per_multiprocessor())
-    return launch(backward_kernel<Element, D, true>, blocks, threads, 2 * shared, stream, a);
-  return launch(backward_kernel<Element, D, false>, blocks, threads, shared, stream, a);
+  if (2 * (2 * shared + Pair::BYTES + RESERVED) <= shared_per_multiprocessor())
+    return launch(backward_kernel<Element, D, true>, blocks, threads, 2 * shared + Pair::BYTES, stream, a);
+  return launch(backward_kernel<Element, D, false>, blocks, threads, shared + Pair::BYTES, stream, a);
 }
 
 template <class Element>

@@ -71,7 +71,7 @@ struct Pair {
   // Shared memory holds it for when registers are short: 16 bytes, and the tiles behind them stay aligned.
   static constexpr int BYTES = 128;
   TESSERA_DEVICE explicit Pair(uint32_t kept) {
-    const uint4 words = load_shared<uint4>(kept);
+    const uint4 words = load_shared_again(kept);
     start = words.x, head = words.y, length = words.z, keys = words.w;
   }
   TESSERA_DEVICE void keep(uint32_t to) const {
@@ -327,9 +327,14 @@ TESSERA_DEVICE void in_turn(const Tiles& tiles, int turn, const Own& own) {
   }
 }
 
+struct Backward : PackedAttention {
+  float to_log2;  // scale, for exponents of two
+};
+
 // RESIDENT: q, k, v and grad_out lie in shared memory at once.
 template <class Element, int D, bool RESIDENT>
-__global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backward_kernel(PackedAttention a) {
+__global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1)
+    backward_kernel(Backward a) {
   constexpr int SECOND = Rows<D>::SECOND, GROUP = Rows<D>::GROUP;
   const Pair pair(a);
   const int64_t out_stride = int64_t{a.heads} * D, grad_stride = 3 * out_stride;
@@ -395,7 +400,6 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
   wait_copies();
   __syncthreads();
 
-  const float to_log2 = a.scale * LOG2_E;
   const auto own_keys = [&](int own, auto count) {
     constexpr int M = decltype(count)::value;
     const Pair pair(kept);
@@ -414,11 +418,13 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
     }
     // eights of queries that are asked at once: registers are short for both with two tiles of keys
     constexpr int EIGHTS = M > 1 ? 1 : 2;
-    uint32_t along = q_shared + Rows<D>::template along<EIGHTS>(), across = q_shared + Rows<D>::across();
-    uint32_t column = statistics + lane() % 4 * 8;
+    // from the last tile to the first: one register counts, and none keeps a bound
+    const uint32_t last = q_shared + (tiles - 1) * GROUP;
+    uint32_t along = last + Rows<D>::template along<EIGHTS>(), across = last + Rows<D>::across();
     float k_result[M][D / 8][4] = {}, v_result[M][D / 8][4] = {};
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
+    for (int tile = tiles - 1; tile >= 0; --tile) {
+      const uint32_t column = statistics + tile * GROUP + lane() % 4 * 8;
       // all transposed: rows are keys, columns are queries
       uint32_t p_operand[M][4], ds_operand[M][4];
 #pragma unroll
@@ -441,7 +447,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
 #pragma unroll
           for (int j = 0; j < 4 * M; ++j) {
             float& probability = p[j / 4][i][j % 4];
-            probability = exp2_approximate(probability * to_log2 - (j % 2 ? lse_2.y : lse_2.x));
+            probability = exp2_approximate(probability * a.to_log2 - (j % 2 ? lse_2.y : lse_2.x));
             ds[j / 4][i][j % 4] *= probability;
           }
         }
@@ -450,9 +456,8 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
       }
       accumulate<Element, D>(v_result, p_operand, across, SECOND);
       accumulate<Element, D>(k_result, ds_operand, across);
-      along += GROUP;
-      across += GROUP;
-      column += GROUP;
+      along -= GROUP;
+      across -= GROUP;
     }
     const Pair after(kept);
 #pragma unroll
@@ -508,7 +513,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
       scores<Element, D>(ds, grad_out_operand, along, SECOND);
 #pragma unroll
       for (int j = 0; j < 8 * M; ++j) {
-        const float exponent = p[j / 8][j / 4 % 2][j % 4] * to_log2 - lse_row[j / 8][j % 4 / 2];
+        const float exponent = p[j / 8][j / 4 % 2][j % 4] * a.to_log2 - lse_row[j / 8][j % 4 / 2];
         const bool real = WHOLE || key + j / 4 % 2 * 8 + t * 2 + j % 2 < pair.keys;
         float& gradient = ds[j / 8][j / 4 % 2][j % 4];
         gradient = real ? exp2_approximate(exponent) * gradient : 0;
@@ -561,9 +566,10 @@ const char* run_backward(const PackedAttention& a, void* stream) {
   const int owned = (tiles_of(a.max_seqlen) + TOGETHER<D> - 1) / TOGETHER<D>;
   const int threads = (owned < BACKWARD_WARPS<D> ? owned : BACKWARD_WARPS<D>) * 32;
   const int64_t blocks = int64_t{a.sequences} * a.heads;
+  const Backward with_exponent{a, a.scale * LOG2_E};
   if (2 * (2 * shared + Pair::BYTES + RESERVED) <= shared_per_multiprocessor())
-    return launch(backward_kernel<Element, D, true>, blocks, threads, 2 * shared + Pair::BYTES, stream, a);
-  return launch(backward_kernel<Element, D, false>, blocks, threads, shared + Pair::BYTES, stream, a);
+    return launch(backward_kernel<Element, D, true>, blocks, threads, 2 * shared + Pair::BYTES, stream, with_exponent);
+  return launch(backward_kernel<Element, D, false>, blocks, threads, shared + Pair::BYTES, stream, with_exponent);
 }
 
 template <class Element>

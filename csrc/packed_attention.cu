@@ -3,9 +3,11 @@
 //
 // Forward keeps all keys and values of the pair in shared memory; a warp takes 16 queries at a time.
 // Backward divides the accumulators by hand, so that it needs neither atomics nor an fp32 buffer for the gradient of q:
-// first a warp takes 16 keys at a time and runs over the queries (gradients of k and v), then it takes 16 queries and
-// runs over the keys (gradient of q). Scores are formed twice for that. Where two blocks with all of q, k, v, grad_out
-// fit on one multiprocessor, everything is staged once; else k and v replace q and grad_out between the two phases.
+// first a warp takes some keys at a time and runs over the queries (gradients of k and v), then it takes as many queries
+// and runs over the keys (gradient of q). Scores are formed twice for that. Up to head dim 64 it takes 32 rows, so that
+// what it reads from shared memory feeds two products, and 16 where only these are left; beyond, 16 fill the registers.
+// Where two blocks with all of q, k, v, grad_out fit on one multiprocessor, everything is staged once; else k and v
+// replace q and grad_out between the two phases.
 //
 // S sequences, H heads, D head dim. Rows are padded to a multiple of 16, the row count of one mma.
 #include "packed_attention.h"
@@ -127,8 +129,8 @@ TESSERA_DEVICE void load_operand(uint32_t (&a)[D / 16][4], const Element* tile, 
     }
 }
 
-// c [16 M x 8 EIGHTS] += a [16 M x D] rows [8 EIGHTS x D]^T, where this lane names a row as Rows::along() says. What comes
-// from shared memory is multiplied by all M tiles.
+// c [16 M x 8 EIGHTS] += a [16 M x D] rows [8 EIGHTS x D]^T, where this lane names a row as Rows::along() says. What is
+// read from shared memory is multiplied by all M tiles.
 template <class Element, int D, int M, int EIGHTS>
 TESSERA_DEVICE void scores(float (&c)[M][EIGHTS][4], const uint32_t (&a)[M][D / 16][4], uint32_t along,
                            int further = 0) {
@@ -161,7 +163,8 @@ TESSERA_DEVICE void accumulate(float (&c)[M][D / 8][4], const uint32_t (&a)[M][4
   }
 }
 
-// The result of one product, rounded, is the A operand of the next as it lies in the registers: its columns from 8 first.
+// The result of one product, rounded, is the A operand of the next as it lies in the registers; `first` counts its eights
+// of columns.
 template <class Element, int M, int EIGHTS>
 TESSERA_DEVICE void round_to_operand(uint32_t (&a)[M][4], const float (&c)[M][EIGHTS][4], int first = 0) {
 #pragma unroll
@@ -319,7 +322,7 @@ TESSERA_DEVICE void in_turn(const Tiles& tiles, int turn, const Own& own) {
 #pragma unroll 1
   for (; tile + M <= tiles(); tile += warps() * M) own(tile, std::integral_constant<int, M>{});
   if constexpr (M > 1) {
-    // the one whose turn it is next begins
+    // the warp whose turn it is next begins
     const int whole = tiles() / M;
 #pragma unroll 1
     for (tile = whole * M + tile / M - whole; tile < tiles(); tile += warps())
@@ -333,8 +336,7 @@ struct Backward : PackedAttention {
 
 // RESIDENT: q, k, v and grad_out lie in shared memory at once.
 template <class Element, int D, bool RESIDENT>
-__global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1)
-    backward_kernel(Backward a) {
+__global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backward_kernel(Backward a) {
   constexpr int SECOND = Rows<D>::SECOND, GROUP = Rows<D>::GROUP;
   const Pair pair(a);
   const int64_t out_stride = int64_t{a.heads} * D, grad_stride = 3 * out_stride;
@@ -566,10 +568,10 @@ const char* run_backward(const PackedAttention& a, void* stream) {
   const int owned = (tiles_of(a.max_seqlen) + TOGETHER<D> - 1) / TOGETHER<D>;
   const int threads = (owned < BACKWARD_WARPS<D> ? owned : BACKWARD_WARPS<D>) * 32;
   const int64_t blocks = int64_t{a.sequences} * a.heads;
-  const Backward with_exponent{a, a.scale * LOG2_E};
+  const Backward arguments{a, a.scale * LOG2_E};
   if (2 * (2 * shared + Pair::BYTES + RESERVED) <= shared_per_multiprocessor())
-    return launch(backward_kernel<Element, D, true>, blocks, threads, 2 * shared + Pair::BYTES, stream, with_exponent);
-  return launch(backward_kernel<Element, D, false>, blocks, threads, shared + Pair::BYTES, stream, with_exponent);
+    return launch(backward_kernel<Element, D, true>, blocks, threads, 2 * shared + Pair::BYTES, stream, arguments);
+  return launch(backward_kernel<Element, D, false>, blocks, threads, shared + Pair::BYTES, stream, arguments);
 }
 
 template <class Element>

@@ -225,7 +225,7 @@ def _attention_in_cuda(direction: str, tokens: int, dim: int, rates: Rates, numb
         warps = min(ceil(tiles / together), {32: 6, 64: 4}.get(dim, 8))
         stage = Trips(tiles / warps)
         shared = tiles * (16 * 2 * 2 * (88 if dim == 80 else dim) + 128)
-        resident = 2 * (2 * shared + 1024) <= {80: 164, 90: 228}[rates.capability] * 1024
+        resident = 2 * (2 * shared + 128 + 1024) <= {80: 164, 90: 228}[rates.capability] * 1024
         row_dots = (Trips(2 * tiles / warps), Trips(ceil(dim / 32), may_vanish=dim == 32))
         # first as many tiles at once as a warp owns, then the last one alone
         owned = [Trips(tiles // together / warps), Trips(tiles % together / warps)][:together]

@@ -315,18 +315,18 @@ constexpr int TOGETHER = D <= 64 ? 2 : 1;
 template <int D>
 constexpr int BACKWARD_WARPS = D == 32 ? 6 : D == 64 ? 4 : MAX_WARPS;
 
-// The warps of a block take M tiles in turn, and then what is left of them singly.
+// The warps of a block take M tiles in turn, and then what is left of them singly. `own` gives back which it was.
 template <int M, class Tiles, class Own>
 TESSERA_DEVICE void in_turn(const Tiles& tiles, int turn, const Own& own) {
   int tile = turn * M;
 #pragma unroll 1
-  for (; tile + M <= tiles(); tile += warps() * M) own(tile, std::integral_constant<int, M>{});
+  while (tile + M <= tiles()) tile = own(tile, std::integral_constant<int, M>{}) + warps() * M;
   if constexpr (M > 1) {
     // the warp whose turn it is next begins
     const int whole = tiles() / M;
 #pragma unroll 1
-    for (tile = whole * M + tile / M - whole; tile < tiles(); tile += warps())
-      own(tile, std::integral_constant<int, 1>{});
+    for (tile = whole * M + tile / M - whole; tile < tiles();)
+      tile = own(tile, std::integral_constant<int, 1>{}) + warps();
   }
 }
 
@@ -420,13 +420,16 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
     }
     // eights of queries that are asked at once: registers are short for both with two tiles of keys
     constexpr int EIGHTS = M > 1 ? 1 : 2;
-    // from the last tile to the first: one register counts, and none keeps a bound
+    // from the last tile to the first: one register counts them and keeps whose they are asked for
+    constexpr uint32_t COUNT = 32;
+    static_assert(tiles_of(MAX_LENGTH) < COUNT);
+    uint32_t left = own * COUNT + tiles;
     const uint32_t last = q_shared + (tiles - 1) * GROUP;
     uint32_t along = last + Rows<D>::template along<EIGHTS>(), across = last + Rows<D>::across();
     float k_result[M][D / 8][4] = {}, v_result[M][D / 8][4] = {};
 #pragma unroll 1
-    for (int tile = tiles - 1; tile >= 0; --tile) {
-      const uint32_t column = statistics + tile * GROUP + lane() % 4 * 8;
+    for (; left % COUNT; --left) {
+      const uint32_t column = statistics + (left % COUNT - 1) * GROUP + lane() % 4 * 8;
       // all transposed: rows are keys, columns are queries
       uint32_t p_operand[M][4], ds_operand[M][4];
 #pragma unroll
@@ -461,6 +464,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
       along -= GROUP;
       across -= GROUP;
     }
+    own = left / COUNT;
     const Pair after(kept);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
@@ -468,6 +472,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
       store_tile<D>(grad(after, 1, row), grad_stride, after.keys - row, k_result[m], a.scale, a.scale);
       store_tile<D>(grad(after, 2, row), grad_stride, after.keys - row, v_result[m], 1, 1);
     }
+    return own;
   };
   in_turn<TOGETHER<D>>([&] { return tiles_of(Pair(kept).keys); }, warp(), own_keys);
 
@@ -542,6 +547,7 @@ __global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backw
       const int row = (own + m) * TILE;
       store_tile<D>(grad(after, 0, row), grad_stride, after.length - row, q_result[m], a.scale, a.scale);
     }
+    return own;
   };
   // the other way round: who had one more before has one fewer now
   in_turn<TOGETHER<D>>([&] { return tiles_of(Pair(kept).length); }, warps() - 1 - warp(), own_queries);

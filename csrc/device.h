@@ -118,6 +118,17 @@ TESSERA_DEVICE uint4 load_shared<uint4>(uint32_t address) {
   return value;
 }
 
+// Four words that all lanes of a warp ask for, read again there rather than kept in registers: without the barrier the
+// assembler reads them earlier.
+TESSERA_DEVICE uint4 load_shared_again(uint32_t address) {
+  uint4 value;
+  asm volatile("bar.warp.sync 0xffffffff; ld.volatile.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 TESSERA_DEVICE void store_shared(uint32_t address, float value) {
   asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
 }

@@ -516,6 +516,11 @@ Value load_shared(uint32_t address) {
   return value;
 }
 
+inline uint4 load_shared_again(uint32_t address) {
+  shuffle_xor(0, 0);  // all lanes meet
+  return load_shared<uint4>(address);
+}
+
 inline void store_shared(uint32_t address, float value) {
   std::memcpy(emulation::running.block->shared + address, &value, sizeof(value));
 }

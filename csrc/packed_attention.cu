@@ -3,9 +3,11 @@
 //
 // Forward keeps all keys and values of the pair in shared memory; a warp takes 16 queries at a time.
 // Backward divides the accumulators by hand, so that it needs neither atomics nor an fp32 buffer for the gradient of q:
-// first a warp takes 16 keys at a time and runs over the queries (gradients of k and v), then it takes 16 queries and
-// runs over the keys (gradient of q). Scores are formed twice for that. Where two blocks with all of q, k, v, grad_out
-// fit on one multiprocessor, everything is staged once; else k and v replace q and grad_out between the two phases.
+// first a warp takes some keys at a time and runs over the queries (gradients of k and v), then it takes as many queries
+// and runs over the keys (gradient of q). Scores are formed twice for that. Up to head dim 64 it takes 32 rows, so that
+// what it reads from shared memory feeds two products, and 16 where only these are left; beyond, 16 fill the registers.
+// Where two blocks with all of q, k, v, grad_out fit on one multiprocessor, everything is staged once; else k and v
+// replace q and grad_out between the two phases.
 //
 // S sequences, H heads, D head dim. Rows are padded to a multiple of 16, the row count of one mma.
 #include "packed_attention.h"
@@ -47,8 +49,12 @@ struct Rows {
   // What lane i names of a tile for load_matrices. Plain, the 16 rows are an A operand; transposed, a B operand whose k
   // runs over the rows: registers 0, 1 hold columns 0..7, registers 2, 3 columns 8..15.
   TESSERA_DEVICE static uint32_t across() { return offset(lane() % 16, lane() / 16); }
-  // Plain, a B operand whose k runs along the row: registers 0, 1 hold rows 0..7, registers 2, 3 rows 8..15.
-  TESSERA_DEVICE static uint32_t along() { return offset(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2); }
+  // Plain, B operands whose k runs along the row: registers 0, 1 hold rows 0..7, registers 2, 3 rows 8..15 of the same
+  // step; or, of 8 rows alone, those of the next step.
+  template <int EIGHTS = 2>
+  TESSERA_DEVICE static uint32_t along() {
+    return EIGHTS == 2 ? offset(lane() / 16 * 8 + lane() % 8, lane() / 8 % 2) : offset(lane() % 8, lane() / 8);
+  }
 };
 
 // One (sequence, head): where it starts, how many tokens it has, and how many of them are keys. A layout that breaks
@@ -62,6 +68,19 @@ struct Pair {
     start = max(0, min(a.cu_seqlens[sequence], tokens));
     length = max(0, min(min(a.cu_seqlens[sequence + 1], tokens) - start, a.max_seqlen));
     keys = a.kv_lengths ? max(0, min(a.kv_lengths[sequence], length)) : length;
+  }
+
+  // Shared memory holds it for when registers are short: 16 bytes, and the tiles behind them stay aligned.
+  static constexpr int BYTES = 128;
+  TESSERA_DEVICE explicit Pair(uint32_t kept) {
+    const uint4 words = load_shared_again(kept);
+    start = words.x, head = words.y, length = words.z, keys = words.w;
+  }
+  TESSERA_DEVICE void keep(uint32_t to) const {
+    if (thread_index()) return;
+    const int words[] = {start, head, length, keys};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) store_shared(to + i * 4, as_float(words[i]));
   }
 };
 
@@ -110,35 +129,49 @@ TESSERA_DEVICE void load_operand(uint32_t (&a)[D / 16][4], const Element* tile, 
     }
 }
 
-// c [16 x 16] += a [16 x D] rows [16 x D]^T, where this lane names a row as Rows::along() says
-template <class Element, int D>
-TESSERA_DEVICE void scores(float (&c)[2][4], const uint32_t (&a)[D / 16][4], uint32_t along, int further = 0) {
+// c [16 M x 8 EIGHTS] += a [16 M x D] rows [8 EIGHTS x D]^T, where this lane names a row as Rows::along() says. What is
+// read from shared memory is multiplied by all M tiles.
+template <class Element, int D, int M, int EIGHTS>
+TESSERA_DEVICE void scores(float (&c)[M][EIGHTS][4], const uint32_t (&a)[M][D / 16][4], uint32_t along,
+                           int further = 0) {
+  constexpr int STEPS = 2 / EIGHTS;  // that one load serves
+  static_assert(D / 16 % STEPS == 0);
 #pragma unroll
-  for (int step = 0; step < D / 16; ++step) {
+  for (int step = 0; step < D / 16; step += STEPS) {
     uint32_t b[4];
     load_matrices(b, Rows<D>::advance(along, step) + further);
-    multiply_add<Element>(c[0], a[step], b[0], b[1]);
-    multiply_add<Element>(c[1], a[step], b[2], b[3]);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+#pragma unroll
+      for (int m = 0; m < M; ++m)
+        multiply_add<Element>(c[m][i % EIGHTS], a[m][step + i / EIGHTS], b[i * 2], b[i * 2 + 1]);
   }
 }
 
-// c [16 x D] += a [16 x 16] rows [16 x D], where this lane names a row as Rows::across() says
-template <class Element, int D>
-TESSERA_DEVICE void accumulate(float (&c)[D / 8][4], const uint32_t (&a)[4], uint32_t across, int further = 0) {
+// c [16 M x D] += a [16 M x 16] rows [16 x D], where this lane names a row as Rows::across() says; likewise.
+template <class Element, int D, int M>
+TESSERA_DEVICE void accumulate(float (&c)[M][D / 8][4], const uint32_t (&a)[M][4], uint32_t across, int further = 0) {
 #pragma unroll
   for (int step = 0; step < D / 16; ++step) {
     uint32_t b[4];
     load_matrices_transposed(b, Rows<D>::advance(across, step) + further);
-    multiply_add<Element>(c[step * 2], a, b[0], b[1]);
-    multiply_add<Element>(c[step * 2 + 1], a, b[2], b[3]);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      multiply_add<Element>(c[m][step * 2], a[m], b[0], b[1]);
+      multiply_add<Element>(c[m][step * 2 + 1], a[m], b[2], b[3]);
+    }
   }
 }
 
-// The result of one product, rounded, is the A operand of the next as it lies in the registers.
-template <class Element>
-TESSERA_DEVICE void round_to_operand(uint32_t (&a)[4], const float (&c)[2][4]) {
+// The result of one product, rounded, is the A operand of the next as it lies in the registers; `first` counts its eights
+// of columns.
+template <class Element, int M, int EIGHTS>
+TESSERA_DEVICE void round_to_operand(uint32_t (&a)[M][4], const float (&c)[M][EIGHTS][4], int first = 0) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) a[i] = pack<Element>(c[i / 2][i % 2 * 2], c[i / 2][i % 2 * 2 + 1]);
+  for (int m = 0; m < M; ++m)
+#pragma unroll
+    for (int i = 0; i < 2 * EIGHTS; ++i)
+      a[m][first * 2 + i] = pack<Element>(c[m][i / 2][i % 2 * 2], c[m][i / 2][i % 2 * 2 + 1]);
 }
 
 // Lane t of a quad has word t of four chunks, and gets chunk t.
@@ -207,8 +240,8 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
   const float to_log2 = a.scale * LOG2_E;
   bool staged = false;
   for (int first = warp() * TILE; first < pair.length || !staged; first += warps() * TILE) {
-    uint32_t q_operand[D / 16][4];
-    load_operand<D>(q_operand, q + first * a.token_stride, a.token_stride, pair.length - first);
+    uint32_t q_operand[1][D / 16][4];
+    load_operand<D>(q_operand[0], q + first * a.token_stride, a.token_stride, pair.length - first);
     if (!staged) {
       // also by a warp that has no queries
       wait_copies();
@@ -216,12 +249,12 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
       staged = true;
       if (first >= pair.length) break;
     }
-    float result[D / 8][4] = {};
+    float result[1][D / 8][4] = {};
     // of rows g and g + 8: largest scaled score so far, in powers of two, and this lane's share of the sum
     float largest[2] = {-infinity(), -infinity()}, sum[2] = {};
 #pragma unroll 1
     for (int slice = 0; slice < pair.keys; slice += SLICE * TILE) {
-      float s[SLICE][2][4] = {};
+      float s[SLICE][1][2][4] = {};
       float before[2] = {largest[0], largest[1]};
 #pragma unroll
       for (int i = 0; i < SLICE; ++i) {
@@ -230,7 +263,7 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
         scores<Element, D>(s[i], q_operand, along + key / TILE * Rows<D>::GROUP);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          float& score = s[i][j / 4][j % 4];
+          float& score = s[i][0][j / 4][j % 4];
           score = key + j / 4 * 8 + t * 2 + j % 2 < pair.keys ? score * to_log2 : -infinity();
           largest[j % 4 / 2] = fmaxf(largest[j % 4 / 2], score);
         }
@@ -243,8 +276,8 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
         sum[half] *= shrink;
 #pragma unroll
         for (int i = 0; i < D / 8; ++i) {
-          result[i][half * 2] *= shrink;
-          result[i][half * 2 + 1] *= shrink;
+          result[0][i][half * 2] *= shrink;
+          result[0][i][half * 2 + 1] *= shrink;
         }
       }
 #pragma unroll
@@ -253,11 +286,11 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
         if (key >= pair.keys) break;
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
-          float& p = s[i][j / 4][j % 4];
+          float& p = s[i][0][j / 4][j % 4];
           p = exp2_approximate(p - largest[j % 4 / 2]);
           sum[j % 4 / 2] += p;
         }
-        uint32_t p_operand[4];
+        uint32_t p_operand[1][4];
         round_to_operand<Element>(p_operand, s[i]);
         accumulate<Element, D>(result, p_operand, across + key / TILE * Rows<D>::GROUP, Rows<D>::SECOND);
       }
@@ -269,60 +302,87 @@ __global__ void __launch_bounds__(MAX_WARPS * 32) forward_kernel(PackedAttention
       const int row = first + g + half * 8;
       if (t == 0 && row < pair.length) lse[row] = (largest[half] + log2f(sum[half])) * LN_2;
     }
-    store_tile<D>(out + first * out_stride, out_stride, pair.length - first, result, 1 / sum[0], 1 / sum[1]);
+    store_tile<D>(out + first * out_stride, out_stride, pair.length - first, result[0], 1 / sum[0], 1 / sum[1]);
+  }
+}
+
+// Tiles of rows that a warp of backward owns at once. Two halve what is read from shared memory, where the accumulators
+// of both fit in the registers.
+template <int D>
+constexpr int TOGETHER = D <= 64 ? 2 : 1;
+
+// So that two blocks have enough registers: 168 a thread at head dim 32, 255 at 64. Longer rows have one block.
+template <int D>
+constexpr int BACKWARD_WARPS = D == 32 ? 6 : D == 64 ? 4 : MAX_WARPS;
+
+// The warps of a block take M tiles in turn, and then what is left of them singly. `own` gives back which it was.
+template <int M, class Tiles, class Own>
+TESSERA_DEVICE void in_turn(const Tiles& tiles, int turn, const Own& own) {
+  int tile = turn * M;
+#pragma unroll 1
+  while (tile + M <= tiles()) tile = own(tile, std::integral_constant<int, M>{}) + warps() * M;
+  if constexpr (M > 1) {
+    // the warp whose turn it is next begins
+    const int whole = tiles() / M;
+#pragma unroll 1
+    for (tile = whole * M + tile / M - whole; tile < tiles();)
+      tile = own(tile, std::integral_constant<int, 1>{}) + warps();
   }
 }
 
 struct Backward : PackedAttention {
-  bool resident;  // q, k, v and grad_out lie in shared memory at once
+  float to_log2;  // scale, for exponents of two
 };
 
-template <class Element, int D>
-__global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kernel(Backward a) {
+// RESIDENT: q, k, v and grad_out lie in shared memory at once.
+template <class Element, int D, bool RESIDENT>
+__global__ void __launch_bounds__(BACKWARD_WARPS<D> * 32, D <= 64 ? 2 : 1) backward_kernel(Backward a) {
   constexpr int SECOND = Rows<D>::SECOND, GROUP = Rows<D>::GROUP;
   const Pair pair(a);
   const int64_t out_stride = int64_t{a.heads} * D, grad_stride = 3 * out_stride;
-  // pointers are formed where they are used: kept through the products, they would not fit in the registers
-  const auto part = [&](int index) {
-    return static_cast<const Element*>(a.qkv) + computed_here(pair.start) * a.token_stride +
-           computed_here(index) * a.part_stride + computed_here(pair.head) * a.head_stride;
+  // pair and pointers are formed where they are used: kept through the products, they would not fit in the registers
+  const auto part = [&](const Pair& of, int index, int row = 0) {
+    return static_cast<const Element*>(a.qkv) + computed_here(of.start + row) * a.token_stride +
+           computed_here(index) * a.part_stride + computed_here(of.head) * a.head_stride;
   };
-  const auto grad_out = [&] {
-    return static_cast<const Element*>(a.grad_out) + computed_here(pair.start) * a.grad_token_stride +
-           computed_here(pair.head) * a.grad_head_stride;
+  const auto grad_out = [&](const Pair& of, int row = 0) {
+    return static_cast<const Element*>(a.grad_out) + computed_here(of.start + row) * a.grad_token_stride +
+           computed_here(of.head) * a.grad_head_stride;
   };
-  const auto grad = [&](int index) {
-    return static_cast<Element*>(a.grad_qkv) + computed_here(pair.start) * grad_stride +
-           computed_here(index) * out_stride + computed_here(pair.head) * D;
+  const auto grad = [&](const Pair& of, int index, int row = 0) {
+    return static_cast<Element*>(a.grad_qkv) + computed_here(of.start + row) * grad_stride +
+           computed_here(index) * out_stride + computed_here(of.head) * D;
   };
-  zero_rows(grad(1), grad_stride, pair.keys, pair.length, D);
-  zero_rows(grad(2), grad_stride, pair.keys, pair.length, D);
+  zero_rows(grad(pair, 1), grad_stride, pair.keys, pair.length, D);
+  zero_rows(grad(pair, 2), grad_stride, pair.keys, pair.length, D);
   if (pair.keys == 0) {
-    zero_rows(grad(0), grad_stride, 0, pair.length, D);
+    zero_rows(grad(pair, 0), grad_stride, 0, pair.length, D);
     return;
   }
 
-  const int tiles = tiles_of(pair.length);
-  const uint32_t q_shared = shared_address(dynamic_shared());
-  const uint32_t k_shared = a.resident ? q_shared + tiles * GROUP : q_shared;
+  const uint32_t kept = shared_address(dynamic_shared()), q_shared = kept + Pair::BYTES;
+  const auto k_rows = [&] {
+    return RESIDENT ? q_shared + tiles_of(static_cast<int>(computed_here(a.max_seqlen))) * GROUP : q_shared;
+  };
   // per tile of queries: 16 log-sum-exps in powers of two, then 16 dot products of out and grad_out, negative
   const uint32_t statistics = q_shared + Rows<D>::STATISTICS;
-  stage<D>(q_shared, part(0), a.token_stride, pair.length);
-  stage<D>(q_shared + SECOND, grad_out(), a.grad_token_stride, pair.length);
-  if (a.resident) {
-    stage<D>(k_shared, part(1), a.token_stride, pair.keys);
-    stage<D>(k_shared + SECOND, part(2), a.token_stride, pair.keys);
+  pair.keep(kept);
+  stage<D>(q_shared, part(pair, 0), a.token_stride, pair.length);
+  stage<D>(q_shared + SECOND, grad_out(pair), a.grad_token_stride, pair.length);
+  if constexpr (RESIDENT) {
+    stage<D>(k_rows(), part(pair, 1), a.token_stride, pair.keys);
+    stage<D>(k_rows() + SECOND, part(pair, 2), a.token_stride, pair.keys);
   }
 
   const Element* out = static_cast<const Element*>(a.out) + pair.start * out_stride + pair.head * D;
   const float* lse = a.lse + pair.head * a.tokens + pair.start;
-  for (int first = warp() * 8; first < tiles * TILE; first += warps() * 8) {
+  for (int first = warp() * 8; first < tiles_of(pair.length) * TILE; first += warps() * 8) {
     const int row = first + lane() / 4, t = lane() % 4;
     const bool real = row < pair.length;
     float sum = 0;
     for (int chunk = t; chunk < D / 8 && real; chunk += 4) {
       const uint4 o = *reinterpret_cast<const uint4*>(out + row * out_stride + chunk * 8);
-      const uint4 grad_o = *reinterpret_cast<const uint4*>(grad_out() + row * a.grad_token_stride + chunk * 8);
+      const uint4 grad_o = *reinterpret_cast<const uint4*>(grad_out(pair) + row * a.grad_token_stride + chunk * 8);
       const uint32_t o_words[] = {o.x, o.y, o.z, o.w}, grad_words[] = {grad_o.x, grad_o.y, grad_o.z, grad_o.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -342,98 +402,130 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kern
   wait_copies();
   __syncthreads();
 
-  const float to_log2 = a.scale * LOG2_E;
-#pragma unroll 1
-  for (int first = warp() * TILE; first < pair.keys; first += warps() * TILE) {
-    uint32_t k_operand[D / 16][4], v_operand[D / 16][4];
-    if (a.resident) {
-      load_operand<D>(k_operand, k_shared + first / TILE * GROUP);
-      load_operand<D>(v_operand, k_shared + SECOND + first / TILE * GROUP);
-    } else {
-      load_operand<D>(k_operand, part(1) + first * a.token_stride, a.token_stride, pair.keys - first);
-      load_operand<D>(v_operand, part(2) + first * a.token_stride, a.token_stride, pair.keys - first);
+  const auto own_keys = [&](int own, auto count) {
+    constexpr int M = decltype(count)::value;
+    const Pair pair(kept);
+    const int tiles = tiles_of(pair.length);
+    uint32_t k_operand[M][D / 16][4], v_operand[M][D / 16][4];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      if constexpr (RESIDENT) {
+        load_operand<D>(k_operand[m], k_rows() + (own + m) * GROUP);
+        load_operand<D>(v_operand[m], k_rows() + SECOND + (own + m) * GROUP);
+      } else {
+        const int row = (own + m) * TILE;
+        load_operand<D>(k_operand[m], part(pair, 1, row), a.token_stride, pair.keys - row);
+        load_operand<D>(v_operand[m], part(pair, 2, row), a.token_stride, pair.keys - row);
+      }
     }
-    uint32_t along = q_shared + Rows<D>::along(), across = q_shared + Rows<D>::across();
-    uint32_t column = statistics + lane() % 4 * 8;
-    float k_result[D / 8][4] = {}, v_result[D / 8][4] = {};
+    // eights of queries that are asked at once: registers are short for both with two tiles of keys
+    constexpr int EIGHTS = M > 1 ? 1 : 2;
+    // from the last tile to the first: one register counts them and keeps whose they are asked for
+    constexpr uint32_t COUNT = 32;
+    static_assert(tiles_of(MAX_LENGTH) < COUNT);
+    uint32_t left = own * COUNT + tiles;
+    const uint32_t last = q_shared + (tiles - 1) * GROUP;
+    uint32_t along = last + Rows<D>::template along<EIGHTS>(), across = last + Rows<D>::across();
+    float k_result[M][D / 8][4] = {}, v_result[M][D / 8][4] = {};
 #pragma unroll 1
-    for (int tile = 0; tile < tiles; ++tile) {
+    for (; left % COUNT; --left) {
+      const uint32_t column = statistics + (left % COUNT - 1) * GROUP + lane() % 4 * 8;
       // all transposed: rows are keys, columns are queries
-      float p[2][4] = {}, ds[2][4];
+      uint32_t p_operand[M][4], ds_operand[M][4];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float2 minus_delta = load_shared<float2>(column + TILE * 4 + j * 32);
-        ds[j][0] = ds[j][2] = minus_delta.x;
-        ds[j][1] = ds[j][3] = minus_delta.y;
-      }
-      scores<Element, D>(p, k_operand, along);
-      scores<Element, D>(ds, v_operand, along, SECOND);
+      for (int eight = 0; eight < 2; eight += EIGHTS) {
+        float p[M][EIGHTS][4] = {}, ds[M][EIGHTS][4];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const float2 lse_2 = load_shared<float2>(column + j * 32);
+        for (int i = 0; i < EIGHTS; ++i) {
+          const float2 minus_delta = load_shared<float2>(column + TILE * 4 + (eight + i) * 32);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          p[j][i] = exp2_approximate(p[j][i] * to_log2 - (i % 2 ? lse_2.y : lse_2.x));
-          ds[j][i] *= p[j][i];
+          for (int m = 0; m < M; ++m) {
+            ds[m][i][0] = ds[m][i][2] = minus_delta.x;
+            ds[m][i][1] = ds[m][i][3] = minus_delta.y;
+          }
         }
+        scores<Element, D>(p, k_operand, along, eight * 8 * Rows<D>::PITCH);
+        scores<Element, D>(ds, v_operand, along, SECOND + eight * 8 * Rows<D>::PITCH);
+#pragma unroll
+        for (int i = 0; i < EIGHTS; ++i) {
+          const float2 lse_2 = load_shared<float2>(column + (eight + i) * 32);
+#pragma unroll
+          for (int j = 0; j < 4 * M; ++j) {
+            float& probability = p[j / 4][i][j % 4];
+            probability = exp2_approximate(probability * a.to_log2 - (j % 2 ? lse_2.y : lse_2.x));
+            ds[j / 4][i][j % 4] *= probability;
+          }
+        }
+        round_to_operand<Element>(p_operand, p, eight);
+        round_to_operand<Element>(ds_operand, ds, eight);
       }
-      uint32_t operand[4];
-      round_to_operand<Element>(operand, p);
-      accumulate<Element, D>(v_result, operand, across, SECOND);
-      round_to_operand<Element>(operand, ds);
-      accumulate<Element, D>(k_result, operand, across);
-      along += GROUP;
-      across += GROUP;
-      column += GROUP;
+      accumulate<Element, D>(v_result, p_operand, across, SECOND);
+      accumulate<Element, D>(k_result, ds_operand, across);
+      along -= GROUP;
+      across -= GROUP;
     }
-    store_tile<D>(grad(1) + first * grad_stride, grad_stride, pair.keys - first, k_result, a.scale, a.scale);
-    store_tile<D>(grad(2) + first * grad_stride, grad_stride, pair.keys - first, v_result, 1, 1);
-  }
+    own = left / COUNT;
+    const Pair after(kept);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const int row = (own + m) * TILE;
+      store_tile<D>(grad(after, 1, row), grad_stride, after.keys - row, k_result[m], a.scale, a.scale);
+      store_tile<D>(grad(after, 2, row), grad_stride, after.keys - row, v_result[m], 1, 1);
+    }
+    return own;
+  };
+  in_turn<TOGETHER<D>>([&] { return tiles_of(Pair(kept).keys); }, warp(), own_keys);
 
-  if (!a.resident) {
+  if constexpr (!RESIDENT) {
+    const Pair pair(kept);
     __syncthreads();
-    stage<D>(k_shared, part(1), a.token_stride, pair.keys);
-    stage<D>(k_shared + SECOND, part(2), a.token_stride, pair.keys);
+    stage<D>(k_rows(), part(pair, 1), a.token_stride, pair.keys);
+    stage<D>(k_rows() + SECOND, part(pair, 2), a.token_stride, pair.keys);
     wait_copies();
     __syncthreads();
   }
 
-#pragma unroll 1
-  for (int first = warp() * TILE; first < pair.length; first += warps() * TILE) {
-    uint32_t q_operand[D / 16][4], grad_out_operand[D / 16][4];
-    if (a.resident) {
-      load_operand<D>(q_operand, q_shared + first / TILE * GROUP);
-      load_operand<D>(grad_out_operand, q_shared + SECOND + first / TILE * GROUP);
-    } else {
-      load_operand<D>(q_operand, part(0) + first * a.token_stride, a.token_stride, pair.length - first);
-      load_operand<D>(grad_out_operand, grad_out() + first * a.grad_token_stride, a.grad_token_stride,
-                      pair.length - first);
+  const auto own_queries = [&](int own, auto count) {
+    constexpr int M = decltype(count)::value;
+    const Pair pair(kept);
+    uint32_t q_operand[M][D / 16][4], grad_out_operand[M][D / 16][4];
+    float lse_row[M][2], minus_delta_row[M][2];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      if constexpr (RESIDENT) {
+        load_operand<D>(q_operand[m], q_shared + (own + m) * GROUP);
+        load_operand<D>(grad_out_operand[m], q_shared + SECOND + (own + m) * GROUP);
+      } else {
+        const int row = (own + m) * TILE;
+        load_operand<D>(q_operand[m], part(pair, 0, row), a.token_stride, pair.length - row);
+        load_operand<D>(grad_out_operand[m], grad_out(pair, row), a.grad_token_stride, pair.length - row);
+      }
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t row = statistics + (own + m) * GROUP + (lane() / 4 + half * 8) * 4;
+        lse_row[m][half] = load_shared<float>(row);
+        minus_delta_row[m][half] = load_shared<float>(row + TILE * 4);
+      }
     }
     const int t = lane() % 4;
-    float lse_row[2], minus_delta_row[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const uint32_t row = statistics + first / TILE * GROUP + (lane() / 4 + half * 8) * 4;
-      lse_row[half] = load_shared<float>(row);
-      minus_delta_row[half] = load_shared<float>(row + TILE * 4);
-    }
-    uint32_t along = k_shared + Rows<D>::along(), across = k_shared + Rows<D>::across();
-    float q_result[D / 8][4] = {};
+    uint32_t along = k_rows() + Rows<D>::along(), across = k_rows() + Rows<D>::across();
+    float q_result[M][D / 8][4] = {};
     // a tile of keys; only the last may have fewer than 16
     const auto ask = [&](int key, auto is_whole) {
       constexpr bool WHOLE = decltype(is_whole)::value;
-      float p[2][4] = {}, ds[2][4];
+      float p[M][2][4] = {}, ds[M][2][4];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) ds[j / 4][j % 4] = minus_delta_row[j % 4 / 2];
+      for (int j = 0; j < 8 * M; ++j) ds[j / 8][j / 4 % 2][j % 4] = minus_delta_row[j / 8][j % 4 / 2];
       scores<Element, D>(p, q_operand, along);
       scores<Element, D>(ds, grad_out_operand, along, SECOND);
 #pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float exponent = p[j / 4][j % 4] * to_log2 - lse_row[j % 4 / 2];
-        const bool real = WHOLE || key + j / 4 * 8 + t * 2 + j % 2 < pair.keys;
-        ds[j / 4][j % 4] = real ? exp2_approximate(exponent) * ds[j / 4][j % 4] : 0;
+      for (int j = 0; j < 8 * M; ++j) {
+        const float exponent = p[j / 8][j / 4 % 2][j % 4] * a.to_log2 - lse_row[j / 8][j % 4 / 2];
+        const bool real = WHOLE || key + j / 4 % 2 * 8 + t * 2 + j % 2 < pair.keys;
+        float& gradient = ds[j / 8][j / 4 % 2][j % 4];
+        gradient = real ? exp2_approximate(exponent) * gradient : 0;
       }
-      uint32_t operand[4];
+      uint32_t operand[M][4];
       round_to_operand<Element>(operand, ds);
       accumulate<Element, D>(q_result, operand, across);
       along += GROUP;
@@ -449,8 +541,16 @@ __global__ void __launch_bounds__(MAX_WARPS * 32, D <= 64 ? 2 : 1) backward_kern
 #pragma unroll 1
       for (int key = 0; key < pair.keys; key += TILE) ask(key, std::false_type{});
     }
-    store_tile<D>(grad(0) + first * grad_stride, grad_stride, pair.length - first, q_result, a.scale, a.scale);
-  }
+    const Pair after(kept);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+      const int row = (own + m) * TILE;
+      store_tile<D>(grad(after, 0, row), grad_stride, after.length - row, q_result[m], a.scale, a.scale);
+    }
+    return own;
+  };
+  // the other way round: who had one more before has one fewer now
+  in_turn<TOGETHER<D>>([&] { return tiles_of(Pair(kept).length); }, warps() - 1 - warp(), own_queries);
 }
 
 // As many warps as there are tiles, or so many that all have the same number of tiles but for one.
@@ -471,9 +571,13 @@ template <int D, class Element>
 const char* run_backward(const PackedAttention& a, void* stream) {
   constexpr int RESERVED = 1024;  // what the system takes of every block's share
   const int shared = tiles_of(a.max_seqlen) * Rows<D>::GROUP;
-  const bool resident = 2 * (2 * shared + RESERVED) <= shared_per_multiprocessor();
-  return launch(backward_kernel<Element, D>, int64_t{a.sequences} * a.heads, threads_for(a.max_seqlen),
-                resident ? 2 * shared : shared, stream, Backward{a, resident});
+  const int owned = (tiles_of(a.max_seqlen) + TOGETHER<D> - 1) / TOGETHER<D>;
+  const int threads = (owned < BACKWARD_WARPS<D> ? owned : BACKWARD_WARPS<D>) * 32;
+  const int64_t blocks = int64_t{a.sequences} * a.heads;
+  const Backward arguments{a, a.scale * LOG2_E};
+  if (2 * (2 * shared + Pair::BYTES + RESERVED) <= shared_per_multiprocessor())
+    return launch(backward_kernel<Element, D, true>, blocks, threads, 2 * shared + Pair::BYTES, stream, arguments);
+  return launch(backward_kernel<Element, D, false>, blocks, threads, shared + Pair::BYTES, stream, arguments);
 }
 
 template <class Element>

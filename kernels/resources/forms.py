@@ -215,19 +215,27 @@ def attention_in_triton(direction: str, tokens: int, dim: int, rates: Rates, num
 
 def _attention_in_cuda(direction: str, tokens: int, dim: int, rates: Rates, number: int) -> Form:
     """The loops of csrc/packed_attention.cu, in its order."""
-    tiles = ceil(tokens / 16)
-    warps = ceil(tiles / ceil(tiles / 8))
-    each, stage, never = tiles / warps, Trips(tiles / warps), Trips(0, 0)
+    tiles, form = ceil(tokens / 16), ""
     if direction == "forward":
-        trips = (stage, stage, Trips(each), Trips(tiles / 4), never, never)
+        warps = ceil(tiles / ceil(tiles / 8))
+        stage, each, never = Trips(tiles / warps), Trips(tiles / warps), Trips(0, 0)
+        trips = (stage, stage, each, Trips(tiles / 4), never, never)
     else:
+        together = 2 if dim <= 64 else 1
+        warps = min(ceil(tiles / together), {32: 6, 64: 4}.get(dim, 8))
+        stage = Trips(tiles / warps)
         shared = tiles * (16 * 2 * 2 * (88 if dim == 80 else dim) + 128)
-        resident = 2 * (2 * shared + 1024) <= {80: 164, 90: 228}[rates.capability] * 1024
-        staged, again = (stage, Trips(0)) if resident else (Trips(0), stage)
-        row_dots = (Trips(2 * each), Trips(ceil(dim / 32), may_vanish=dim == 32))
-        trips = (Trips(0), Trips(0), stage, stage, staged, staged, *row_dots)
-        trips += (Trips(each), Trips(tiles), again, again, Trips(each), Trips(tokens // 16), never)
-    kernel = rf"{direction}_kernel.*BFloat16ELi{dim}E"
+        resident = 2 * (2 * shared + 128 + 1024) <= {80: 164, 90: 228}[rates.capability] * 1024
+        row_dots = (Trips(2 * tiles / warps), Trips(ceil(dim / 32), may_vanish=dim == 32))
+        # first as many tiles at once as a warp owns, then the last one alone
+        owned = [Trips(tiles // together / warps), Trips(tiles % together / warps)][:together]
+        keys = [trip for own in owned for trip in (own, Trips(tiles))]
+        queries = [trip for own in owned for trip in (own, Trips(tokens // 16))]
+        both = (stage, stage)
+        trips = (Trips(0), Trips(0), *both, *(both if resident else ()), *row_dots, *keys)
+        trips += (*(() if resident else both), *queries, Trips(0, 0))
+        form = f"Lb{resident:d}E"
+    kernel = rf"{direction}_kernel.*BFloat16ELi{dim}E{form}"
     launch = Launch((library.LIBRARY, kernel), TOKENS // tokens * HEADS, warps, trips)
     floor = _attention_floor(tokens, dim, number)
     return Form("packed_attention", f"CUDA, {direction}", f"{tokens} tokens, D {dim}", floor, (launch,))

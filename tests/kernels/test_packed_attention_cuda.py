@@ -150,8 +150,8 @@ def test_scale(program):
 
 def test_order_of_lanes_does_not_matter(program):
     """Whatever races for shared memory comes out differently when lanes, warps and copies take another turn."""
-    # 133 tokens: more tiles than warps
-    lengths, keys = (37, 133, 16), (20, 90, 3)
+    # 229 tokens: 7 times 32 rows and once 16 for the 6 warps of backward
+    lengths, keys = (37, 229, 16), (20, 90, 3)
     qkv = random_qkv(lengths, 32, torch.bfloat16, heads=2)
     grad_out = random_direction(qkv)
     runs = [
@@ -265,12 +265,12 @@ def built(tmp_path_factory) -> Path:
     return build_library(tmp_path_factory.mktemp("cuda"))
 
 
-# of a kernel: pass, dtype, head dim
-KERNEL = r"(forward|backward)_kernelINS_\d(\w?Float16)ELi(\d+)E"
+# of a kernel: pass, dtype, head dim, of backward whether all is staged once
+KERNEL = r"(forward|backward)_kernelINS_\d(\w?Float16)ELi(\d+)E(?:Lb([01])E)?"
 EVERY_KERNEL = {
-    (chip, kernel, dtype, str(dim))
+    (chip, kernel, dtype, str(dim), once)
     for chip in ("sm_80", "sm_90a")
-    for kernel in ("forward", "backward")
+    for kernel, once in (("forward", None), ("backward", "0"), ("backward", "1"))
     for dtype in ("Float16", "BFloat16")
     for dim in HEAD_DIMS
 }
@@ -280,12 +280,14 @@ EVERY_KERNEL = {
 @pytest.mark.long
 def test_nothing_spills(built):
     """Nor does any kernel take more registers than its block of up to 8 warps, or two blocks for short rows, can have."""
+    # two blocks of 8 warps forward, of 6 and 4 backward
+    most = {("forward", "32"): 128, ("forward", "64"): 128, ("backward", "32"): 168}
     usage = inspect(built, KERNEL, "--dump-resource-usage")
     assert set(usage) == EVERY_KERNEL
     for kernel, text in usage.items():
         registers, stack = (int(re.search(rf"{name}:(\d+)", text)[1]) for name in ("REG", "STACK"))
         assert stack == 0, f"{kernel} spills {stack} bytes"
-        assert registers <= 128 or int(kernel[3]) > 64, f"{kernel} takes {registers} registers"
+        assert registers <= most.get((kernel[1], kernel[3]), 255), f"{kernel} takes {registers} registers"
 
 
 @pytest.mark.nvcc

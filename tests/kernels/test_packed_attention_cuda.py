@@ -216,6 +216,7 @@ def test_broken_promises_touch_no_foreign_memory(program, lengths, max_seqlen, k
     assert emulate(program, qkv, lengths, keys, max_seqlen=max_seqlen).out.shape == (47, 1, 32)
 
 
+@pytest.mark.exhaustive  # of the emulation itself: a build for each fault
 @pytest.mark.parametrize(
     ("broken", "symptom"),
     [

@@ -21,9 +21,9 @@ def _in_triton():
 @pytest.mark.parametrize(
     ("dtype", "tokens", "channels"),
     [
-        *((torch.float16, 20, channels) for channels in (42, 64, 65, 128, 130, 300)),
-        *((torch.float16, tokens, 42) for tokens in (49, 64, 65)),
-        *((torch.float16, 70, channels) for channels in (64, 85)),
+        *((torch.float16, 20, channels) for channels in (128, 130, 300)),
+        *((torch.float16, tokens, 42) for tokens in (64, 65)),
+        (torch.float16, 70, 85),
         (torch.float32, 17, 144),
         *(pytest.param(torch.bfloat16, *size, marks=pytest.mark.gpu) for size in ((64, 42), (49, 85), (196, 85))),
         *(pytest.param(torch.float32, 196, channels, marks=pytest.mark.gpu) for channels in (42, 85)),

@@ -297,6 +297,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.exhaustive  # of the emulation itself: a build for each fault
 @pytest.mark.long
 @pytest.mark.parametrize("name", [None, *BROKEN])
 def test_emulation_tells_what_is_broken(cuda, main_object, tmp_path, name):

@@ -29,7 +29,7 @@ from engine.training.parts import Parts, prepare
 from engine.training.state import TrainState, position, restore, to_host
 from tests.methods.small import small
 
-IMAGES, BATCH, EPOCHS, POISONED_STEP = 104, 8, 4, 5  # 13 steps an epoch: step 10 is inside one, step 20 in the next
+IMAGES, BATCH, EPOCHS, POISONED_STEP = 40, 8, 4, 2  # 5 steps an epoch: step 4 is inside one, step 8 in the next
 # so that whatever a schedule or a freeze depends on changes within twenty steps
 SOON = {
     "epochs": EPOCHS,

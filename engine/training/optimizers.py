@@ -57,7 +57,8 @@ class AdamW(torch.optim.Optimizer):
                 )  # fmt: skip
         # after all calls, since those of several may share a count
         steps = {id(state["step"]): state["step"] for p, state in self.state.items() if p.grad is not None}
-        torch._foreach_add_(list(steps.values()), 1 if applied is None else applied.float())
+        for step in steps.values():  # a few; torch._foreach_add_ would read the flag on the host
+            step += 1 if applied is None else applied
         _move(others, applied)
 
     def _members(

@@ -2,7 +2,6 @@
 
 An op's `kernels/OP/inputs.py` may have
     fill(name, value, arguments): a better value for the argument of that name (indices in range, rows of length 1)
-    LEFT_OUT: implementations that are run where they are asked for by name only
     DIFFERENTIABLE: by call, the arguments whose gradients belong to it
     slices(arguments, pick): parts of the call that can be computed by themselves, where the whole in float64 is too large
     comparable(outputs, arguments): what of the outputs to compare, where an output is an index
@@ -60,8 +59,7 @@ def stem(name: str) -> str:
 
 def candidates(op: str, compiles: bool) -> tuple[str, ...]:
     """The op's implementations that may be tried: plain torch for the compiler to fuse only where one compiles."""
-    left_out = getattr(of_op(op), "LEFT_OUT", ())
-    return tuple(name for name in AVAILABLE[op] if name not in left_out and (compiles or name != "plain"))
+    return tuple(name for name in AVAILABLE[op] if compiles or name != "plain")
 
 
 def _drawn(value: Any, device: torch.device | str) -> Any:

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-LEFT_OUT = ("plain",)  # it is for compiled code, and the engine calls info_nce outside of that
 DIFFERENTIABLE = {"info_nce_forward": ("queries", "keys")}
 
 

@@ -19,7 +19,7 @@ def test_a_compiled_run_calibrates_trains_and_leaves_its_folder(on_device, tmp_p
     done = device.process(["-m", "tests.null_device.training", *FLAGS.split(), "--out", str(out)], on_device())
     assert done.returncode == 0, done.stderr[-4000:]
     said = done.stdout
-    assert "1 x NVIDIA H200, bf16, compiled" in said
+    assert "1 x NVIDIA H200, bf16 autocast, fp32 products in TF32, compiled" in said
     assert "packed_attention reference" in said  # of what runs: nothing was proved
     table = json.loads((out / "kernels.json").read_text())
     assert table["machine"]["device"] == "NVIDIA H200" and table["table"] == {}

@@ -73,7 +73,6 @@ def stop() -> None:
 
 
 _alone = False
-_shared = count()  # of what rank 0 has made for all: the same number on every rank
 
 
 @contextmanager

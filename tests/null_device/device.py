@@ -19,23 +19,24 @@ import torch
 
 CHIPS = (80, 90)  # what nullcuda.cpp can be
 ROOT = Path(__file__).parents[2]
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("nullcuda.cpp", "nullcublas.cpp"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("nullcuda.cpp", "nullcublas.cpp", "nullnccl.cpp"))
 SECONDS = 1500.0  # for a child, on a machine that others use
 
 
 def headers() -> list[Path]:
-    """The folders of CUDA's headers: the runtime's and cuBLAS's of the version torch was built for, and what those include of the
-    compiler's, which come with Triton. Empty where one is missing."""
+    """The folders of CUDA's headers: the runtime's, cuBLAS's and NCCL's of the version torch was built for, and what those
+    include of the compiler's, which come with Triton. Empty where one is missing."""
     major = (torch.version.cuda or "").partition(".")[0]
     found = []
     for package, folder, needed in (
         ("nvidia", f"cu{major}/include", "cublasLt.h"),
+        ("nvidia", "nccl/include", "nccl.h"),
         ("triton", "backends/nvidia/include", "crt/host_defines.h"),
     ):
         spec = importlib.util.find_spec(package)
         places = [Path(place) / folder for place in (spec.submodule_search_locations if spec else ())]
         found += [place for place in places if (place / needed).is_file()][:1]
-    return found if len(found) == 2 else []
+    return found if len(found) == 3 else []
 
 
 def can_be_built() -> bool:

@@ -24,8 +24,8 @@ class Event(NamedTuple):
 
     kind, and what its numbers are: launch or refused (blocks, threads, bytes of dynamic shared memory), product (rows, columns of
     all in a batch, summands), load (registers, bytes of stack frame); malloc, memset, copy_to_device, copy_from_device,
-    copy_on_device, copy_on_host (bytes); wait. text: the kernel, the cuBLAS call, for copies from or to the host "pinned" or
-    "pageable", the call that waits.
+    copy_on_device, copy_on_host, collective (bytes of a rank); wait. text: the kernel, the cuBLAS or NCCL call, for copies from
+    or to the host "pinned" or "pageable", the call that waits.
     """
 
     kind: str
@@ -106,6 +106,7 @@ def _figures(events: list[Event]) -> dict[str, int]:
     """Launches, and bytes that are copied; all counted. cuBLAS's products are calls, whose launches nobody knows here."""
     kinds = Counter(event.kind for event in events)
     copies = [event for event in events if event.kind.startswith("copy_")]
+    spoken = [event.a for event in events if event.kind == "collective"]
     moved = Counter()
     for event in copies:
         moved[event.kind, event.text] += event.a
@@ -119,7 +120,7 @@ def _figures(events: list[Event]) -> dict[str, int]:
         "bytes_from_pinned": moved["copy_to_device", "pinned"],
         "bytes_from_pageable": moved["copy_to_device", "pageable"],
         "bytes_to_host": moved["copy_from_device", "pinned"] + moved["copy_from_device", "pageable"],
-    }
+    } | ({"collectives": len(spoken), "bytes_of_collectives": sum(spoken)} if spoken else {})  # of several ranks
 
 
 def _of_kernels(events: list[Event], spills: int) -> list[str]:

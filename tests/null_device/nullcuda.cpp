@@ -1,10 +1,10 @@
 // A CUDA device that computes nothing. Preloaded into a process, it answers for libcudart, libcuda (that is its SONAME) and,
-// in nullcublas.cpp, for cuBLAS: it hands out address space and writes down every launch, product, copy, allocation and wait.
+// in files of their own, for cuBLAS and NCCL: it hands out address space and writes down every launch, product, copy, allocation and wait.
 // Whatever is read from it is zero. As a driver would, it reads registers and stack frames out of the machine code that it is
 // given, and refuses code for another chip and launches that no chip takes.
 //
-// NULLCUDA_SM: 90, an H200 (the default), or 80, an A100 of 80 GB. Not answered yet: graphs (capture is said to be off), NCCL,
-// cuDNN, a second device. A library of its own, like cuBLAS, belongs into a file of its own, which writes with nullcuda_note.
+// NULLCUDA_SM: 90, an H200 (the default), or 80, an A100 of 80 GB. Not answered yet: graphs (capture is said to be off), cuDNN, a
+// second device. A library of its own, like cuBLAS, belongs into a file of its own, which writes with nullcuda_note.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
+from engine.core.lasting import lasting
 from engine.model.tokens import Group, Layout
 
 DROPS_FROM = {"cuda": 0.085, "cpu": 0.03}
@@ -189,7 +190,7 @@ def _rows_of(layouts: tuple[Layout, ...], device: torch.device) -> tuple[Tensor,
     starts_S = np.cumsum(lengths_S) - lengths_S
     within = np.arange(lengths_S.sum()) - np.repeat(starts_S, lengths_S)
     both = np.stack([np.repeat(np.arange(len(lengths_S)), lengths_S), within]).astype(np.int32)
-    with torch.inference_mode(False):  # they outlive the mode of their first caller
+    with lasting():
         sequence, within = torch.from_numpy(both).to(device)
     return sequence, within
 

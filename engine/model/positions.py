@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.core.errors import BadInput
+from engine.core.lasting import lasting
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -51,7 +52,7 @@ class RelativePositions(nn.Module):
 def _offsets(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Int64 [L, L]: which entry of the table belongs to two tokens. One tensor per grid and device, to read only."""
     height, width = grid
-    with torch.inference_mode(False):  # the cached tensor outlives the mode of its first caller
+    with lasting():
         patches_N = torch.arange(height * width, device=device)
         rows_N, columns_N = patches_N // width, patches_N % width
         down_NN = rows_N[:, None] - rows_N + height - 1

@@ -10,7 +10,8 @@ from itertools import accumulate, chain, repeat
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+from engine.core.lasting import lasting
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,7 @@ class Layout:
 @lru_cache(maxsize=256)
 def _cu_seqlens(layout: Layout, device: torch.device) -> Tensor:
     lengths = chain.from_iterable(repeat(g.length, g.sequences) for g in layout.groups)
-    # the cached tensor outlives the mode of its first caller
-    with torch.inference_mode(False), unset_fake_temporarily():
+    with lasting():
         return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
 

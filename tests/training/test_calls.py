@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from engine import methods
+from engine.core.draws import Draws
+from engine.model import vit
 from engine.training import config
-from engine.training.calls import calls_of
+from engine.training.calls import calls_of, without_data
 
 CPU = torch.device("cpu")
 
@@ -56,3 +59,15 @@ def test_micro_batches_are_listed_by_their_sizes_and_the_whole_batch_where_it_is
     assert compared and {name: parts[name] for name in compared} == {name: whole[name] for name in compared}
     assert whole["packed_attention_backward"].startswith("grad_out 544x")
     assert parts["packed_attention_backward"].startswith("grad_out 136x")
+
+
+@pytest.mark.parametrize("name", ["dino", "beit", "relvit"])
+def test_no_fake_tensor_stays_in_what_a_step_caches(name: str):
+    """A run lists its calls and then makes its steps, with the same shapes."""
+    plan = config.parse(["--method", name, "--model", "vit_micro_patch8_32", "--batch-size", "8"])
+    calls_of(plan, CPU, 1, "fp32")
+    ((kind, settings),) = plan.stages
+    method = without_data(kind, settings, vit.create(plan.model, **plan.encoder), 10).train()
+    images = tuple(torch.randn(8, 3, *view.size) for view in method.views())
+    report = method(images, torch.arange(8), method.draw(Draws(0, batch=8, rows=slice(None), device=CPU)))
+    assert not any(isinstance(value, FakeTensor) for value in report.values())

@@ -26,6 +26,7 @@ from torch.distributed import ProcessGroup
 
 import kernels
 from engine.core import dist
+from engine.core.lasting import lasting
 from kernels.sinkhorn import balanced_by
 from kernels.soft_cross_entropy import met_by
 
@@ -72,7 +73,7 @@ def _meetings(
     target_views: int, student_views: int, images: int, skip_same: bool, device: torch.device
 ) -> tuple[Tensor, int]:
     """Which target rows each row of the student meets, int64 [student views * images, target views], and the pairs of views."""
-    with torch.inference_mode(False):  # the cached tensor outlives the mode of its first caller
+    with lasting():
         views_T = torch.arange(target_views, device=device)
         views_S1 = torch.arange(student_views, device=device)[:, None]
         meet_ST = (views_S1 != views_T) | (not skip_same)

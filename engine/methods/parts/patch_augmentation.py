@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
+from engine.core.lasting import lasting
 from engine.data.views import IMAGENET_MEAN, IMAGENET_STD
 
 STRENGTH, HUE = 0.4, 0.1
@@ -161,7 +162,7 @@ def _resizing(lines: Tensor, patch_size: int, pixels: int) -> Tensor:
 @lru_cache(maxsize=16)
 def _weights_of_widths(patch_size: int, most: int, device: torch.device) -> Tensor:
     """fp32 [K, P, K * P]: what each pixel of a patch takes from those of a cell 1 to K = `most` patches wide, then zeros."""
-    with torch.inference_mode(False):
+    with lasting():
         matrices = [_weights(width * patch_size, patch_size) for width in range(1, most + 1)]
         return torch.stack([F.pad(m, (0, most * patch_size - m.shape[1])) for m in matrices]).to(device)
 
@@ -191,7 +192,7 @@ def zoomed_side(side: int, zoom: float) -> int:
 @lru_cache(maxsize=16)
 def _weights_of_places(side: int, cut: int, device: torch.device) -> Tensor:
     """fp32 [side - cut + 1, side, side]: enlarges the `cut` pixels from each place on to `side`."""
-    with torch.inference_mode(False):
+    with lasting():
         weights = _weights(cut, side)
         places = range(side - cut + 1)
         return torch.stack([F.pad(weights, (place, side - cut - place)) for place in places]).to(device)
@@ -227,7 +228,7 @@ def recolour(settings: PatchSettings, patches: Tensor, uniforms_BNU: Tensor) -> 
 def _colour_maps(device: torch.device) -> tuple[Tensor, ...]:
     """fp32 [3, 3] each, of RGB columns: its grey, its chroma, and its chroma turned by a quarter of the circle of I and Q; then
     ImageNet's mean and standard deviation [3, 1]."""
-    with torch.inference_mode(False):
+    with lasting():
         to_yiq = torch.tensor([LUMA, *CHROMA], dtype=torch.float64)
         from_yiq = to_yiq.inverse()
         turned = torch.stack([-to_yiq[2], to_yiq[1]])

@@ -153,9 +153,8 @@ def _trial(guard: Guard, call: Call, where: dict[str, Any], compiles: bool, seco
     forms: dict[str, dict[str, Any]] = {}
     for name in sorted(inputs.candidates(call.op, compiles), key=lambda name: name == INCUMBENT):
         if name == INCUMBENT and all("failure" in form for form in forms.values()):
-            forms[name] = {
-                "failure": ALONE
-            }  # whatever it would take: a step of a large model's optimiser moves gigabytes
+            # whatever it would take: a step of a large model's optimiser moves gigabytes
+            forms[name] = {"failure": ALONE}
             break
         outcome = guard.run(f"{JOBS}:prove", what | {"implementation": name}, seconds)
         forms[name] = {"failure": _short(outcome)} if outcome.failure else dict(outcome.value)

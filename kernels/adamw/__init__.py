@@ -6,18 +6,17 @@ average that follows (fp32: a weight, its gradient, two moments and the average 
 48; in one pass they are 36, and one launch takes all tensors where torch's takes as many as its kernel's arguments hold. The
 compiler would do it, but for hundreds of tensors at once it takes minutes.
 
-Every implementation is a module with a function
-    step(parameters, gradients, moments, squares, step, averages, scales | None, applied | None,
-        average_weight, lr, beta1, beta2, eps, weight_decay) -> None
-of the op's arguments, see `adamw`; lists may be empty, `averages` is empty or as long as the others.
+Every implementation is a module with a function step(given: Step) -> None of the op's arguments (`kernels.adamw.arguments`).
 """
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.adamw.arguments import Step
 from kernels.choice import chosen, load
 from kernels.cost import Cost
 from kernels.registration import implement, name_of
@@ -67,9 +66,12 @@ def adamw(
     _check(parameters, gradients, moments, squares, step, averages, scales, applied)
     if not parameters:
         return
-    lists = list(parameters), list(gradients), list(moments), list(squares), step, list(averages)
-    implementation = chosen("adamw", step.device, "adamw", _shape_class(*lists, scales))
-    torch.ops.tessera.adamw(*lists, scales, applied, average_weight, lr, *betas, eps, weight_decay, implementation)
+    given = Step(
+        list(parameters), list(gradients), list(moments), list(squares), step, list(averages), scales, applied,
+        average_weight, lr, *betas, eps, weight_decay,
+    )  # fmt: skip
+    implementation = chosen("adamw", step.device, "adamw", _shape_class(*given))
+    torch.ops.tessera.adamw(*given, implementation)
 
 
 def cost(elements: int, averaged: bool) -> Cost:
@@ -120,29 +122,20 @@ def _check(
         raise ValueError(f"adamw needs applied as bool [], got {applied.dtype} {list(applied.shape)}")
 
 
-def _shape_class(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    moments: list[Tensor],
-    squares: list[Tensor],
-    step: Tensor,
-    averages: list[Tensor],
-    scales: Tensor | None,
-    *_: object,
-) -> str:
+def _shape_class(*arguments: Any) -> str:
     """Dtype, the power of 16 that holds all elements, whether averages follow and how gradients are scaled."""
-    bits = 4 * math.ceil(sum(parameter.numel() for parameter in parameters).bit_length() / 4)
-    scaled = "" if scales is None else " scaled each" if scales.ndim else " scaled"
-    return f"{name_of(parameters[0].dtype)} 2^{bits}{' averaged' * bool(averages)}{scaled}"
+    given = Step(*arguments)
+    bits = 4 * math.ceil(sum(parameter.numel() for parameter in given.parameters).bit_length() / 4)
+    scaled = "" if given.scales is None else " scaled each" if given.scales.ndim else " scaled"
+    return f"{name_of(given.parameters[0].dtype)} 2^{bits}{' averaged' * bool(given.averages)}{scaled}"
 
 
 @implement("tessera::adamw", _shape_class)
-def _adamw(parameters, gradients, moments, squares, step, averages, scales, applied, *numbers):
-    *numbers, implementation = numbers
-    run = load("adamw", implementation).step
-    run(parameters, gradients, moments, squares, step, averages, scales, applied, *numbers)
+def _adamw(*arguments):
+    *given, implementation = arguments
+    load("adamw", implementation).step(Step(*given))
 
 
 @torch.library.register_fake("tessera::adamw")
-def _adamw_fake(parameters, gradients, moments, squares, step, averages, scales, applied, *numbers):
+def _adamw_fake(*arguments):
     return None

@@ -5,33 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.adamw.arguments import Step
 
-def step(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    moments: list[Tensor],
-    squares: list[Tensor],
-    step: Tensor,
-    averages: list[Tensor],
-    scales: Tensor | None,
-    applied: Tensor | None,
-    average_weight: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+
+def step(given: Step) -> None:
     """See `kernels.adamw`."""
+    scales = given.scales
     if scales is not None:
-        torch._foreach_mul_(gradients, list(scales.unbind()) if scales.ndim else scales)
+        torch._foreach_mul_(given.gradients, list(scales.unbind()) if scales.ndim else scales)
     torch._fused_adamw_(
-        parameters, gradients, moments, squares, [], [step.float() + 1] * len(parameters),
-        lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
-        found_inf=_skips(applied),
+        given.parameters, given.gradients, given.moments, given.squares, [], [given.step.float() + 1] * len(given.parameters),
+        lr=given.lr, beta1=given.beta1, beta2=given.beta2, weight_decay=given.weight_decay, eps=given.eps, amsgrad=False,
+        maximize=False, found_inf=_skips(given.applied),
     )  # fmt: skip
-    if averages:
-        move_averages(averages, parameters, average_weight, applied)
+    if given.averages:
+        move_averages(given.averages, given.parameters, given.average_weight, given.applied)
 
 
 def move_averages(averages: Sequence[Tensor], online: Sequence[Tensor], weight: float, applied: Tensor | None) -> None:

@@ -14,9 +14,9 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 import kernels.interpreter  # noqa: F401
+from kernels.adamw.arguments import Step
 from kernels.compiled import Variant
 
 _BLOCK, _WARPS = 1024, 4
@@ -114,28 +114,14 @@ def _adamw(
         )  # fmt: skip
 
 
-def step(
-    parameters: list[Tensor],
-    gradients: list[Tensor],
-    moments: list[Tensor],
-    squares: list[Tensor],
-    step: Tensor,
-    averages: list[Tensor],
-    scales: Tensor | None,
-    applied: Tensor | None,
-    average_weight: float,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
+def step(given: Step) -> None:
     """See `kernels.adamw`. ValueError for fp64."""
-    if parameters[0].dtype != torch.float32:
-        raise ValueError(f"adamw's Triton pass takes float32, got {parameters[0].dtype}; use reference")
-    lists = [parameters, gradients, moments, squares, averages or parameters]
+    if given.parameters[0].dtype != torch.float32:
+        raise ValueError(f"adamw's Triton pass takes float32, got {given.parameters[0].dtype}; use reference")
+    step, scales, applied = given.step, given.scales, given.applied
+    lists = [given.parameters, given.gradients, given.moments, given.squares, given.averages or given.parameters]
     addresses = [[x.data_ptr() for x in tensors] for tensors in lists]
-    sizes = [x.numel() for x in parameters]
+    sizes = [x.numel() for x in given.parameters]
     firsts, programs = [], 0
     for size in sizes:
         firsts.append(programs)
@@ -147,8 +133,9 @@ def step(
     with torch.cuda.device_of(step):
         _adamw[(programs,)](
             table, step, scales if scales is not None else step, applied if applied is not None else step, len(sizes),
-            average_weight, lr, eps, weight_decay, BETA1=beta1, BETA2=beta2, LOG_BETA1=_log2(beta1), LOG_BETA2=_log2(beta2),
-            HALVINGS=len(sizes).bit_length(), AVERAGED=bool(averages), SCALED=0 if scales is None else 1 + scales.ndim,
+            given.average_weight, given.lr, given.eps, given.weight_decay, BETA1=given.beta1, BETA2=given.beta2,
+            LOG_BETA1=_log2(given.beta1), LOG_BETA2=_log2(given.beta2), HALVINGS=len(sizes).bit_length(),
+            AVERAGED=bool(given.averages), SCALED=0 if scales is None else 1 + scales.ndim,
             GUARDED=applied is not None, BLOCK_E=_BLOCK, num_warps=_WARPS,
         )  # fmt: skip
 

@@ -15,6 +15,7 @@ from torch import Tensor
 import kernels
 from kernels import choice
 from kernels.adamw import cost, reference, triton
+from kernels.adamw.arguments import Step
 from tests.kernels import played_apex
 from tests.kernels.agreement import DEVICES, assert_close_as_plain
 
@@ -68,7 +69,7 @@ def formula(x: Tensors, scales: Tensor | None, applied: bool, weight: float) -> 
 
 def run(x: Tensors, module: ModuleType, scales: Tensor | None, applied: Tensor | None, weight: float) -> None:
     numbers = NUMBERS["lr"], *NUMBERS["betas"], NUMBERS["eps"], NUMBERS["weight_decay"]
-    module.step(*vars(x).values(), scales, applied, weight, *numbers)
+    module.step(Step(*vars(x).values(), scales, applied, weight, *numbers))
 
 
 def scales_of(form: str, device: str = "cpu", count: int = len(SHAPES)) -> Tensor | None:

@@ -67,12 +67,11 @@ def test_an_optimiser_that_is_wrong_in_one_of_its_lists_is_found(forgotten: str,
     monkeypatch.setattr(jobs, "bring", lambda op, name: {"triton": wrong, "reference": reference}[name])
     monkeypatch.setattr(jobs, "usable", lambda *_: "")
 
-    def step(parameters, gradients, moments, squares, step, averages, *others):
-        kept = moments[-1].clone()
-        averages = [x.clone() for x in averages] if forgotten == "average" else averages
-        right(parameters, gradients, moments, squares, step, averages, *others)
+    def step(given):
+        kept = given.moments[-1].clone()
+        right(given._replace(averages=[x.clone() for x in given.averages]) if forgotten == "average" else given)
         if forgotten == "moments of one tensor":
-            moments[-1].copy_(kept)
+            given.moments[-1].copy_(kept)
 
     wrong = SimpleNamespace(step=step)
     monkeypatch.setitem(choice._modules, ("adamw", "triton"), wrong)

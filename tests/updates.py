@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from engine.core.optim import Average
 from engine.methods.base import Method
-from kernels.adamw.reference import move_averages
+from engine.training.optimizers import move
 
 
 def scaled_gradients(
@@ -21,10 +21,8 @@ def scaled_gradients(
     return {p: p.grad * (scales or {}).get(p, 1.0) for p in with_gradient}
 
 
-@torch.no_grad()
 def finish(method: Method, applied: bool = True) -> None:
     """What comes with and after an optimiser's step, without its step."""
     flag = torch.tensor(applied)
-    for average in method.averages():
-        move_averages(*map(list, zip(*average.pairs)), average.weight, flag)
+    move(method.averages(), flag)
     method.after_step(flag)

@@ -59,7 +59,7 @@ class AdamW(torch.optim.Optimizer):
         steps = {id(state["step"]): state["step"] for p, state in self.state.items() if p.grad is not None}
         for step in steps.values():  # a few; torch._foreach_add_ would read the flag on the host
             step += 1 if applied is None else applied
-        _move(others, applied)
+        move(others, applied)
 
     def _members(
         self, group: dict, scales: Scales, followed: Mapping[nn.Parameter, tuple[Tensor, float]]
@@ -123,7 +123,7 @@ class Larc(torch.optim.SGD):
         super().step()
         for group, decay in zip(self.param_groups, decays, strict=True):
             group["weight_decay"] = decay
-        _move(averages, applied)
+        move(averages, applied)
 
     def _scale(self, parameters: list[nn.Parameter], decay: float) -> None:
         if not parameters:
@@ -244,6 +244,14 @@ def load_state_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tens
                 optimizer.state[parameter] = state
 
 
+@torch.no_grad()
+def move(averages: Iterable[Average], applied: Tensor | None) -> None:
+    """Move averages by themselves; nothing where `applied`, bool [] on the device, is false."""
+    for average in averages:
+        if average.pairs:
+            move_averages(*map(list, zip(*average.pairs)), average.weight, applied)
+
+
 def _shared_out(
     averages: Sequence[Average],
 ) -> tuple[dict[nn.Parameter, tuple[Tensor, float]], list[Average]]:
@@ -259,12 +267,6 @@ def _shared_out(
                 followed[parameter] = tensor, average.weight
         others.append(Average(left, average.weight))
     return followed, others
-
-
-def _move(averages: Sequence[Average], applied: Tensor | None) -> None:
-    for average in averages:
-        if average.pairs:
-            move_averages(*map(list, zip(*average.pairs)), average.weight, applied)
 
 
 def _in_order(parameters: list[nn.Parameter], scales: Scales) -> Tensor | None:

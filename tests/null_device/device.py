@@ -11,7 +11,8 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,14 @@ def environment(library: Path, chip: int, scratch: Path) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": str(scratch / f"inductor_{chip}"), "TORCHINDUCTOR_COMPILE_THREADS": "1",
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
+
+
+@contextmanager
+def built() -> Iterator[Callable[..., dict[str, str]]]:
+    """Given a chip, the environment of a process on a device that is built here and, with what is compiled, thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = build(Path(folder))
+        yield lambda chip=90: environment(library, chip, Path(folder))
 
 
 def process(

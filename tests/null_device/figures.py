@@ -8,7 +8,6 @@ purpose (the difference then belongs to what is reviewed), or when torch is anot
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +41,10 @@ def main(names: list[str]) -> int:
             )
             return 2
         figures = {}
-    with tempfile.TemporaryDirectory() as folder:
-        library = device.build(Path(folder))
+    with device.built() as on_device:
         for name in names or methods.names():
             for chip in device.CHIPS:
-                answer = device.answer("steps", [name], device.environment(library, chip, Path(folder)))
+                answer = device.answer("steps", [name], on_device(chip))
                 for stage, report in answer.items():
                     print(f"{name} sm_{chip} {stage}: {'; '.join(report['faults']) or 'sound'}", flush=True)
                 figures.setdefault(name, {})[f"sm_{chip}"] = of_answer(answer)

@@ -12,8 +12,6 @@ Bytes are those asked of the allocator: what it rounds up, and what CUDA itself 
 
 import os
 import sys
-import tempfile
-from pathlib import Path
 
 from tests.null_device import device
 
@@ -21,9 +19,8 @@ from tests.null_device import device
 def main(flags: list[str]) -> int:
     if "NULLCUDA_SM" in os.environ:
         return _count(flags)
-    with tempfile.TemporaryDirectory() as folder:
-        seen = device.environment(device.build(Path(folder)), max(device.CHIPS), Path(folder))
-        done = device.process(["-m", "tests.null_device.peak", *flags], seen)
+    with device.built() as on_device:
+        done = device.process(["-m", "tests.null_device.peak", *flags], on_device())
         print(done.stdout, end="")
         if done.returncode:
             print(done.stderr[-4000:], file=sys.stderr, end="")

@@ -13,12 +13,10 @@ import ctypes
 import json
 import os
 import sys
-import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,18 +28,15 @@ from torch.utils.flop_counter import flop_registry
 from engine.model import depth, vit
 from engine.training import config
 from engine.training.calls import without_data
+from kernels.resources.rates import CHIPS
 from tests.null_device import device
 from tests.null_device.ledger import WARM, recorded
 from tests.null_device.steps import CLASSES, stepping
 
 KINDS = ("launch", "product", "memset", "copy_on_device")  # what of a log's lines a GPU has to start
 PICKING = ("gather", "index", "index_select", "embedding")
-BANDWIDTH, RATE, TF32_RATE, GAP = (
-    4.3e12,
-    790e12,
-    395e12,
-    3e-6,
-)  # of an H200: bytes/s, operations/s in 16 bits, in TF32; s
+# of an H200: bytes/s, operations/s in 16 bits and in TF32; seconds a launch
+BANDWIDTH, RATE, TF32_RATE, GAP = CHIPS["H200"].dram, 790e12, 395e12, 3e-6
 
 
 @dataclass
@@ -213,12 +208,8 @@ def main() -> int:
     if "NULLCUDA_SM" in os.environ:
         print(json.dumps(counted(options)))
         return 0
-    with tempfile.TemporaryDirectory() as folder:
-        library = device.build(Path(folder))
-        show(
-            device.answer("traffic", sys.argv[1:], device.environment(library, options.chip, Path(folder))),
-            options.rows,
-        )
+    with device.built() as on_device:
+        show(device.answer("traffic", sys.argv[1:], on_device(options.chip)), options.rows)
     return 0
 
 

@@ -24,6 +24,7 @@ from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from engine.core.errors import BadInput
+from engine.core.lasting import lasting
 from engine.evals.detection.form import Form
 from engine.model.blocks import Block
 from engine.model.positions import RelativePositions
@@ -49,7 +50,7 @@ class Tiling:
 @lru_cache(maxsize=64)
 def tiling(grid: tuple[int, int], window: int, device: torch.device) -> Tiling:
     """Windows of `window` x `window` patches from the upper left corner on; at the right and lower edge what is left."""
-    with torch.inference_mode(False):  # the cached tensors outlive the mode of their first caller
+    with lasting():
         patches_hw = torch.arange(grid[0] * grid[1], device=device).view(grid)
         orders, sizes = [], []
         for rows, height in _bands(grid[0], window):

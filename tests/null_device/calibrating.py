@@ -14,7 +14,7 @@ from kernels.calibrate import measure, table
 from kernels.calibration.calls import Call
 
 METHODS = ("mae", "maect", "dino", "swav")  # attention; info_nce; soft_cross_entropy; sinkhorn
-OPS = ("packed_attention", "info_nce", "soft_cross_entropy", "sinkhorn")
+OPS = ("packed_attention", "info_nce", "soft_cross_entropy", "sinkhorn", "adamw")
 BATCH = "8"
 
 

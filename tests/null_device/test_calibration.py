@@ -30,7 +30,7 @@ def test_every_candidate_of_attention_and_losses_launches_and_the_child_outlives
         assert kernels, f"{name}: no kernel of ours was launched"
         # an output's surroundings, filled with a pattern, read as zero: nothing is proved here, and the record says so
         assert forms["triton"]["failure"] == "it wrote before one of its outputs"
-        assert sum(launched[name, "reference"].values()) > 0
+        assert (name, "reference") not in launched  # it is proved where something could take its place
     assert not any(seen["refused"] for seen in found["seen"])
     assert "triton" not in {choice for by_class in found["frozen"].values() for choice in by_class.values()}
     attention = next(line for line in found["lines"] if line.startswith("packed_attention_forward"))

@@ -280,6 +280,11 @@ class Method(nn.Module, ABC):
         for block in self.encoder.blocks:
             yield block, "forward"
 
+    def regions_on_gpus(self) -> Iterator[tuple[object, str]]:
+        """Likewise, but where it isn't worth its compilation on a CPU: few operations, which on a GPU are passes over memory."""
+        if isinstance(self.encoder.norm, nn.LayerNorm):
+            yield self.encoder.norm, "forward"
+
     def ragged_regions(self) -> Iterator[tuple[object, str]]:
         """Likewise, but meeting another number of rows at nearly every call, as blocks do of which stochastic depth drops rows:
         compiled once for any number.

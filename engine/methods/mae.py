@@ -82,7 +82,7 @@ class Mae(Method):
     def pixel_loss(self, prediction_BMp: Tensor, images: Tensor, masked_BM: Tensor) -> Tensor:
         """Mean squared error within each masked patch, then over all masked patches (section 3, "Reconstruction target")."""
         return kernels.masked_pixel_loss(
-            prediction_BMp.float(), images, masked_BM, self.encoder.patch_size, self.settings.normalise_pixels
+            prediction_BMp, images, masked_BM, self.encoder.patch_size, self.settings.normalise_pixels
         )
 
     def groups(self, images_per_step: int) -> Iterator[Group]:
@@ -97,6 +97,11 @@ class Mae(Method):
         for block in self.decoder.decoder_blocks:
             yield block, "forward"
         yield self, "pixel_loss"
+
+    def regions_on_gpus(self) -> Iterator[tuple[object, str]]:
+        yield from super().regions_on_gpus()
+        yield self.decoder, "assemble"
+        yield self.decoder, "predict"
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from torch import nn
+
 from engine.core.optim import Average, cosine
 from engine.methods.base import Method
 from engine.model.memory import Teacher
@@ -42,3 +44,8 @@ class Taught(Method):
         yield from super().regions()
         for block in self.teacher.encoder.blocks:
             yield block, "forward"
+
+    def regions_on_gpus(self) -> Iterator[tuple[object, str]]:
+        yield from super().regions_on_gpus()
+        if isinstance(self.teacher.encoder.norm, nn.LayerNorm):
+            yield self.teacher.encoder.norm, "forward"

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import kernels
 from engine.core.errors import BadInput
+from engine.model import residual
 from engine.model.depth import put, take
 from engine.model.recomputing import recomputed
 from kernels.packed_attention import HEAD_DIMS
@@ -135,10 +136,10 @@ class Block(nn.Module):
         fp32, is what each token's branches count under stochastic depth."""
         change_TC = self.attend(x_TC, cu_seqlens, max_seqlen, kv_lengths, bias_HLL)
         if worth_2T1 is None:
-            x_TC = x_TC + change_TC
-            return x_TC + self.feed(x_TC)
-        x_TC = x_TC + (change_TC * worth_2T1[0]).to(x_TC.dtype)
-        return x_TC + (self.feed(x_TC) * worth_2T1[1]).to(x_TC.dtype)
+            x_TC = residual.add(x_TC, change_TC)
+            return residual.add(x_TC, self.feed(x_TC))
+        x_TC = residual.add(x_TC, change_TC * worth_2T1[0])
+        return residual.add(x_TC, self.feed(x_TC) * worth_2T1[1])
 
     def attend(
         self,

@@ -158,6 +158,7 @@ class _Put(torch.autograd.Function):
     def forward(ctx, x_TC, change_RC, rows_R, places_T, worth_T1):
         ctx.save_for_backward(rows_R, worth_T1)
         ctx.dtype = change_RC.dtype
+        # not the sum's format is changed: of a result that `to` gives back as it is, dynamo loses the gradient
         return x_TC + (change_RC.index_select(0, places_T) * worth_T1).to(x_TC.dtype)
 
     @staticmethod

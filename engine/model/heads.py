@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.core import dist
+from engine.model import residual
 from engine.model.blocks import Block, initialise
 from engine.model.positions import sincos_positions
 from engine.model.tokens import Packed
@@ -25,7 +26,12 @@ class Decoder(nn.Module):
         width: encoder width C.
         grid: patches of an image, (rows, columns).
         prefix: tokens before the patches; they pass through the blocks and are dropped at the end.
+
+    Attributes:
+        residual: the stream's number format under autocast, one of `engine.model.residual.DTYPES`.
     """
+
+    residual: str = "fp32"
 
     def __init__(
         self,
@@ -54,7 +60,10 @@ class Decoder(nn.Module):
     def forward(self, latent_BLC: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
         """[B, prefix + V, C] -> predicted pixels [B, M, P*P*3] of the masked patches, in the order of `masked_BM`."""
         packed = Packed.pack([self.assemble(latent_BLC, visible_BV)])
-        tokens_TD, cu_seqlens = packed.tokens_TC, packed.layout.cu_seqlens(latent_BLC.device)
+        tokens_TD, cu_seqlens = (
+            residual.enter(packed.tokens_TC, self.residual),
+            packed.layout.cu_seqlens(latent_BLC.device),
+        )
         for block in self.decoder_blocks:
             tokens_TD = block(tokens_TD, cu_seqlens, packed.layout.max_seqlen)
         return self.predict(tokens_TD, masked_BM)

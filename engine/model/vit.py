@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kernels
 from engine.core.errors import BadInput
-from engine.model import depth
+from engine.model import depth, residual
 from engine.model.architecture import Architecture, candidates, check_overrides, exists, read
 from engine.model.blocks import Block, LayerScale, PatchEmbed, initialise
 from engine.model.positions import RelativePositions, sincos_positions
@@ -83,7 +83,12 @@ class VisionTransformer(nn.Module):
     """A plain ViT (Dosovitskiy et al. 2021) that takes views of any length mixture in one pass. Made by `create`.
 
     A sequence is class token, registers, then its visible patches in the order the view names them.
+
+    Attributes:
+        residual: the stream's number format under autocast, one of `engine.model.residual.DTYPES`.
     """
+
+    residual: str = "fp32"
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -204,7 +209,8 @@ class VisionTransformer(nn.Module):
     ) -> Packed:
         """Blocks start to stop (all by default); with a `generator`, which is on the CPU, and drop_path > 0 under stochastic
         depth: what a call draws is for all its blocks at once."""
-        x_TC, layout, device = packed.tokens_TC, packed.layout, packed.tokens_TC.device
+        layout, device = packed.layout, packed.tokens_TC.device
+        x_TC = residual.enter(packed.tokens_TC, self.residual)
         blocks, rates = self.blocks[start:stop], self.drop_path_rates[start:stop]
         bias_HLL = None if self.rel_pos_bias is None else self.rel_pos_bias()
         thins = generator is not None and any(rates)

@@ -7,7 +7,7 @@ import torch
 
 from engine import methods
 from engine.methods.base import Labels, Method
-from engine.model import recomputing
+from engine.model import recomputing, residual
 from engine.training.parts import Parts
 from engine.training.precision import AUTOCAST
 from engine.training.state import TrainState
@@ -27,6 +27,7 @@ def build(parts: Parts, index: int, earlier: Method | None, *, anew: bool = True
     if anew:
         method.prepare(images, parts.ranks.device)
     recomputing.choose(method, parts.plan.train.recompute)
+    residual.choose(method, parts.plan.train.residual)
     if parts.compiles:
         compile_regions(method)
     update = Update(method, parts.stages[index].total_steps, parts.precision, parts.plan.train.accumulate)
@@ -38,6 +39,8 @@ def compile_regions(method: Method) -> None:
     import torch._dynamo.config
     import torch._inductor.config  # takes seconds, which only a compiled run should spend
 
+    from engine.training.casts import CastsTogether
+
     # Under DDP dynamo would cut a region at every 25 MB of its weights, to send gradients early: a block of ViT-L into three
     # graphs. Blocks are regions of their own, so gradients leave block by block anyway.
     torch._dynamo.config.optimize_ddp = False
@@ -47,7 +50,10 @@ def compile_regions(method: Method) -> None:
     # Its code for CPUs is made for a number of threads, which by default is no part of the key under which it is kept: code made
     # for two, run by one, takes fifteen times as long.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
-    for dynamic, regions in ((False, method.regions()), (True, method.ragged_regions())):
+    torch._inductor.config.post_grad_custom_pre_pass = CastsTogether()
+    on_gpu = next(method.parameters()).device.type == "cuda"
+    static = (*method.regions(), *(method.regions_on_gpus() if on_gpu else ()))
+    for dynamic, regions in ((False, static), (True, method.ragged_regions())):
         for owner, name in regions:
             region = getattr(owner, name)
             if not hasattr(region, "get_compiler_config"):

@@ -15,7 +15,7 @@ from engine.core.flags import read
 from engine.core.short_help import short_help
 from engine.methods.base import StageSettings
 from engine.methods.parts.collapse import CHOICES
-from engine.model import recomputing
+from engine.model import recomputing, residual
 from engine.recipes import small_data
 from engine.training import trackers
 
@@ -35,8 +35,8 @@ HELP = {
         "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
     ),
     "how": (
-        "compile", "precision", "accumulate", "recompute", "kernels", "calibrate", "deterministic", "device", "threads",
-        "seed",
+        "compile", "precision", "residual", "accumulate", "recompute", "kernels", "calibrate", "deterministic", "device",
+        "threads", "seed",
     ),
     "run": (
         "out", "resume", "dry_run", "log_every", "probe_every", "save_every", "keep", "evaluate", "track", "profile", "bad_limit",
@@ -85,6 +85,9 @@ class Train:
     precision: str = "auto"
     """fp32, bf16 or fp16 (with loss scaling); auto is bf16 on GPUs of compute capability 8.0 and above, fp16 on older ones, and
     fp32 on CPUs."""
+    residual: str = "fp32"
+    """Number format of what blocks read and add to, in bf16 training: fp32, as published recipes have it, or bf16, which moves
+    about a tenth fewer bytes through a GPU (docs/speed.md)."""
     compile: str = "auto"
     """Compile blocks and losses with torch.compile: on (also --compile alone), off (also --no-compile), or auto: on GPUs."""
     kernels: str = "auto"
@@ -135,6 +138,7 @@ class Train:
             "collapse": ("", *CHOICES),
             "precision": ("auto", "fp32", "bf16", "fp16"),
             "recompute": recomputing.CHOICES,
+            "residual": tuple(residual.DTYPES),
             "compile": ("auto", "on", "off"),
             "calibrate": ("auto", "again", "never"),
             "device": ("auto", "cpu", "cuda"),

@@ -1,5 +1,6 @@
 """Optimisers, what is done to gradients before them, and their state by parameter name. Nothing here waits for the device."""
 
+import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -173,45 +174,56 @@ def drop_frozen(optimizer: torch.optim.Optimizer, epoch: int) -> None:
                 parameter.grad = None
 
 
-def gradient_norms(optimizer: torch.optim.Optimizer, unscale: Tensor | None = None) -> dict[nn.Parameter, Tensor]:
-    """The L2 norm, a scalar on the device, of every gradient that is there; times `unscale` of one that is scaled."""
+class Norms(NamedTuple):
+    """L2 norms of the gradients that are there.
+
+    values: [n], on the device, without any scaling of the loss.
+    """
+
+    parameters: list[nn.Parameter]
+    values: Tensor
+
+    def total(self) -> Tensor:
+        """Of all gradients together."""
+        return torch.linalg.vector_norm(self.values)
+
+    def among(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Those of some parameters, in their order."""
+        if len(parameters) == len(self.parameters) and all(map(operator.is_, parameters, self.parameters)):
+            return self.values
+        own = dict(zip(self.parameters, self.values.unbind()))
+        return torch.stack([own[parameter] for parameter in parameters])
+
+
+def gradient_norms(optimizer: torch.optim.Optimizer, unscale: Tensor | None = None) -> Norms:
+    """Of gradients that are `unscale` times as large without a scaling of the loss."""
     present = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm([parameter.grad for parameter in present]))
-    return dict(zip(present, (norms if unscale is None else norms * unscale).unbind()))
-
-
-def total_norm(norms: Iterable[Tensor]) -> Tensor:
-    """Of all gradients together, by their own norms."""
-    return torch.linalg.vector_norm(torch.stack(list(norms)))
+    values = torch.stack(torch._foreach_norm([parameter.grad for parameter in present]))
+    return Norms(present, values if unscale is None else values * unscale)
 
 
 def gradient_scales(
-    optimizer: torch.optim.Optimizer,
-    norms: Mapping[nn.Parameter, Tensor],
-    largest: float,
-    over: str,
-    unscale: Tensor | None = None,
+    optimizer: torch.optim.Optimizer, norms: Norms, largest: float, over: str, unscale: Tensor | None = None
 ) -> dict[nn.Parameter, Tensor]:
     """What clips gradients, so that no norm exceeds `largest`, and takes a scaling of the loss back.
 
     Args:
-        norms: of the gradients, as they are without that scaling.
         largest: 0 does not clip.
         over: what a norm is taken over: "all" gradients, each "part" of the method (the encoder, each head), or each "tensor"
             by itself.
         unscale: undoes the scaling; None where there is none.
     """
-    scales = {} if unscale is None else dict.fromkeys(norms, unscale)
+    scales = {} if unscale is None else dict.fromkeys(norms.parameters, unscale)
     if not largest:
         return scales
     members: dict[str, list[nn.Parameter]] = defaultdict(list)
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"]):
-            if group["clips"] and parameter in norms:
+            if group["clips"] and parameter.grad is not None:
                 members[name.partition(".")[0] if over == "part" else ""].append(parameter)
     for parameters in members.values():
-        own = [norms[parameter] for parameter in parameters]
-        factors = (largest / ((torch.stack(own) if over == "tensor" else total_norm(own)) + 1e-6)).clamp(max=1.0)
+        own = norms.among(parameters)
+        factors = (largest / ((own if over == "tensor" else torch.linalg.vector_norm(own)) + 1e-6)).clamp(max=1.0)
         factors = factors if unscale is None else factors * unscale
         scales |= zip(parameters, factors.unbind() if over == "tensor" else [factors] * len(parameters))
     return scales

@@ -97,6 +97,9 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
         same_bits_from_torch(ranks.device)
     if ranks.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+    precision = automatic(ranks.device) if train.precision == "auto" else train.precision
+    if train.residual == "bf16" and precision != "bf16":
+        raise BadInput(f"--residual bf16 belongs to --precision bf16, and this run computes in {precision}.")
     train_images, val_images = _open(train, ranks)
     torch.manual_seed(seed_of(train.seed, "encoder"))
     encoder = vit.create(plan.model, **plan.encoder)
@@ -113,7 +116,7 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
         val_images,
         encoder.to(ranks.device),
         _stages(plan, train_images),
-        automatic(ranks.device) if train.precision == "auto" else train.precision,
+        precision,
         _compiles(train, ranks),
         loaded,
     )

@@ -92,6 +92,8 @@ def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
     how = f"{described(parts.precision, parts.ranks.device)}, {'compiled' if parts.compiles else 'not compiled'}"
     if plan.train.accumulate > 1:
         how += f", {plan.train.accumulate} micro-batches a step"
+    if plan.train.residual != "fp32":
+        how += f", residual stream in {plan.train.residual}"
     if plan.train.recompute != "none":
         how += f", activations computed again: {plan.train.recompute}"
     log.message(f"{ranks.world} x {device}, {how}; run folder {out}")

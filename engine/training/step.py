@@ -19,7 +19,6 @@ from engine.training.optimizers import (
     gradient_scales,
     set_decay,
     set_lr,
-    total_norm,
 )
 from engine.training.precision import AUTOCAST, LossScale
 
@@ -104,7 +103,7 @@ class Update:
         drop_frozen(self.optimizer, moment.epoch)
         unscale = None if self.loss_scale is None else 1 / self.loss_scale.scale
         norms = gradient_norms(self.optimizer, unscale)
-        norm = total_norm(norms.values())
+        norm = norms.total()
         applied = dist.all_true(torch.isfinite(norm) & torch.isfinite(report["loss"]))
         scales = gradient_scales(self.optimizer, norms, self.settings.clip_norm, self.settings.clip_over, unscale)
         self.optimizer.step(applied, scales, [*self.method.averages(), *self.average.averages()])

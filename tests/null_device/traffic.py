@@ -1,11 +1,12 @@
 """What a warm step of a method launches and moves through a GPU's memory, by kernel, on the device that computes nothing.
 
-    python -m tests.null_device.traffic dino vit_large_patch16_224 64 [--eager] [--stage 0] [--drop-path 0.3] [--chip 80]
+    python -m tests.null_device.traffic dino vit_large_patch16_224 64 [--kernels triton] [--residual bf16] [--eager] [--stage 0]
 
-Counted: launches, cuBLAS calls and their operations; bytes that each of aten's operations reads and writes if each tensor that it
-is given or makes crosses memory once (picked rows count, not what they are picked from), and what inductor says of its own
-kernels. cuBLAS's and flash attention's own re-reading is not in it, nor what caches save, nor attention's operations. Modelled,
-from these: milliseconds, of each kernel the longer of bytes / bandwidth and operations / rate, and 3 us a launch.
+Counted: launches, cuBLAS calls and their operations; bytes that each of aten's operations and of our kernels reads and writes if
+each tensor that it is given or makes crosses memory once (picked rows count, not what they are picked from; Sinkhorn reads its
+scores in each iteration), and what inductor says of its own kernels. cuBLAS's and flash attention's own re-reading is not in it,
+nor what caches save, nor attention's operations. Modelled, from these: milliseconds, of each kernel the longer of bytes /
+bandwidth and operations / rate, and 3 us a launch.
 """
 
 import argparse
@@ -25,7 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from engine.model import depth, vit
+import kernels
+from engine.model import depth, residual, vit
 from engine.training import config
 from engine.training.calls import without_data
 from kernels.resources.rates import CHIPS
@@ -78,11 +80,14 @@ class Account(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "tessera":  # seen from inside
-            with self:
-                return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
         before = self.log.nullcuda_count()
-        out = func(*args, **kwargs)
+        if func.namespace == "tessera":  # seen from inside, but for the kernels of our own that it launches
+            attributed = self.attributed()
+            with self:
+                out = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+            before += self.attributed() - attributed
+        else:
+            out = func(*args, **kwargs)
         launches = self.log.nullcuda_count() - before
         if launches:
             wide = all(t.dtype == torch.float32 for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))
@@ -95,6 +100,9 @@ class Account(TorchDispatchMode):
                 rate,
             )
         return out
+
+    def attributed(self) -> int:
+        return sum(of.launches for of in self.found.values())
 
     def add(self, name: str, *what: Any) -> None:
         part = "backward" if torch._C._current_graph_task_id() != -1 else "forward, update"
@@ -116,7 +124,7 @@ def moved(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
             made += touched(tensor) * (key in written)
             place = (tensor.data_ptr(), tensor.shape, tensor.stride())
             only_written = key.startswith("out") or (key == "self" and name in ("copy_", "fill_", "zero_"))
-            read += touched(tensor) * (place not in seen and not only_written)
+            read += touched(tensor) * (place not in seen and not only_written) * given.get("iterations", 1)
             seen.add(place)
     return read + made
 
@@ -143,7 +151,9 @@ def of_inductor(account: Account) -> Iterator[None]:
         largest[id(kernel)] = max(given, largest[id(kernel)])
         share, says = given / largest[id(kernel)], kernel.inductor_meta
         if torch.utils._python_dispatch._get_current_dispatch_mode() is account:
-            account.add(says["kernel_name"], 1, int(1e9 * says["kernel_num_gb"] * share), 0, RATE)
+            # of casts in one launch it doesn't say; they read or write all that they are given
+            moves = int(1e9 * says["kernel_num_gb"] * share) if "kernel_num_gb" in says else given
+            account.add(says["kernel_name"], 1, moves, 0, RATE)
         return run(kernel, *args, **kwargs)
 
     triton_heuristics.CachingAutotuner.run = seen
@@ -159,6 +169,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
     flags = ["--method", options.method, "--model", options.model, "--preset", "plain", "--device", "cuda"]
     plan = config.parse([*flags, "--batch-size", str(options.batch)])
     torch.set_float32_matmul_precision("high")  # as training does
+    kernels.use(options.kernels)
     torch.manual_seed(0)
     if options.drops_from is not None:
         depth.DROPS_FROM["cuda"] = options.drops_from
@@ -166,6 +177,7 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
     encoder = vit.create(plan.model, **(plan.encoder | changes))
     stage = len(plan.stages) - 1 if options.stage is None else options.stage
     method = without_data(*plan.stages[stage], encoder, CLASSES)
+    residual.choose(method, options.residual)
     step, account = stepping(method, not options.eager, stage), Account()
     with of_inductor(account):
         for number in range(WARM):
@@ -174,13 +186,13 @@ def counted(options: argparse.Namespace) -> dict[str, Any]:
         with recorded() as events, account:
             step(WARM)
     launches = sum(event.kind in KINDS for event in events)
-    kernels = sorted(((*key, asdict(of)) for key, of in account.found.items()), key=lambda row: -row[2]["bytes"])
-    return {"launches": launches, "peak": torch.cuda.max_memory_allocated(), "kernels": kernels}
+    rows = sorted(((*key, asdict(of)) for key, of in account.found.items()), key=lambda row: -row[2]["bytes"])
+    return {"launches": launches, "peak": torch.cuda.max_memory_allocated(), "kernels": rows}
 
 
 def show(found: dict[str, Any], rows: int) -> None:
-    kernels = [of for _, _, of in found["kernels"]]
-    total = {key: sum(of[key] for of in kernels) for key in kernels[0]}
+    moving = [of for _, _, of in found["kernels"]]
+    total = {key: sum(of[key] for of in moving) for key in moving[0]}
     counts = f"{found['launches']} launches, {total['launches']} of them attributed, {total['bytes'] / 1e9:.1f} GB"
     print(f"{counts}, {total['flops'] / 1e12:.1f} TF in products, peak {found['peak'] / 2**30:.1f} GiB")
     print(f"{1e3 * total['seconds']:.1f} ms (modelled)")
@@ -197,6 +209,8 @@ def main() -> int:
     parser.add_argument("model")
     parser.add_argument("batch", type=int)
     parser.add_argument("--eager", action="store_true", help="not compiled")
+    parser.add_argument("--kernels", default="reference", help="which form of ours runs, as engine.train takes it")
+    parser.add_argument("--residual", choices=residual.DTYPES, default="fp32")
     parser.add_argument("--stage", type=int, help="of the recipe; the last one where nothing is said")
     parser.add_argument("--drop-path", type=float, help="stochastic depth of the last block, instead of the recipe's")
     parser.add_argument(

@@ -20,6 +20,7 @@ X, Y, ROWS = torch.zeros(8, 4), torch.zeros(8, 4), torch.zeros(3, dtype=torch.in
         (aten.add_.Tensor, (X, Y), {}, 3 * 128),
         (aten.copy_.default, (X, Y), {}, 2 * 128),
         (aten.index_select.default, (X, 0, ROWS), {}, 48 + 48 + 12),
+        (aten.new_zeros.default, (X, (2, 3)), {}, 24),
         (aten.mm.out, (X, Y.t()), {"out": torch.zeros(8, 8)}, 128 + 128 + 256),
     ],
 )

@@ -36,6 +36,7 @@ from tests.null_device.ledger import WARM, recorded
 from tests.null_device.steps import CLASSES, stepping
 
 KINDS = ("launch", "product", "memset", "copy_on_device")  # what of a log's lines a GPU has to start
+MAKING = ("new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like")  # of one for its shape
 PICKING = ("gather", "index", "index_select", "embedding")
 # of an H200: bytes/s, operations/s in 16 bits and in TF32; seconds a launch
 BANDWIDTH, RATE, TF32_RATE, GAP = CHIPS["H200"].dram, 790e12, 395e12, 3e-6
@@ -116,6 +117,8 @@ def moved(func: Any, args: tuple, kwargs: dict, out: Any) -> int:
     written = {a.name for a in arguments if a.alias_info is not None and a.alias_info.is_write}
     made = 0 if written else sum(touched(t) for t in tree_leaves(out) if isinstance(t, Tensor))
     name = func._schema.name.split("::")[1]
+    if name in MAKING:
+        return made
     if name in PICKING:  # of what is picked from, what is picked
         return 2 * made + sum(touched(t) for t in tree_leaves(args[1:]) if isinstance(t, Tensor))
     read, seen = 0, set()

@@ -21,9 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             parts = prepare(plan, ranks)
             return dry_run(parts) if plan.train.dry_run else run(parts, evaluate)
+        except BadInput as error:
+            # any rank may be the only one to see it
+            if dist.first_to_say(str(error)):
+                print(f"error{'' if ranks.first else f' (rank {ranks.rank})'}: {error}", file=sys.stderr, flush=True)
+            return 2
         finally:
             dist.stop()
-    except BadInput as error:
+    except BadInput as error:  # of the flags, the same on every rank
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ A single process is world size 1 of the same code: every function below then ret
 `all_gather` and `all_reduce`; with gradients averaged over ranks (DDP) they add up to those of one large batch.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -201,6 +202,17 @@ def from_first(make: Callable[[], object]) -> object:
     if "failed" in found:
         raise BadInput(f"rank 0 failed: {found['failed']}")
     return found["value"]
+
+
+def first_to_say(sentence: str) -> bool:
+    """Whether no other rank has asked this of that sentence: so that what several ranks would say is said once."""
+    if world_size() == 1:
+        return True
+    key = hashlib.blake2b(sentence.encode("utf-8", "replace"), digest_size=16).hexdigest()
+    try:
+        return td.distributed_c10d._get_default_store().add(f"said-{key}", 1) == 1
+    except RuntimeError:  # the store's process is gone; twice is better than never
+        return True
 
 
 def union(values: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:

@@ -22,6 +22,7 @@ from engine.data.sets import archives, digits, scenes, synthetic
 SCREEN_VERSION = 1  # rises when screening judges differently, so that old verdicts are not reused
 BAD_LIMIT = 0.001
 SHOWN = 3
+EMBEDDED = ("", "digits", "scenes")
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,15 @@ def _synthetic(count: int, split: str) -> ImageSet:
     sizes = np.full((count, 2), synthetic.SIDE, np.int32)
     labels, ids = np.arange(count) % synthetic.CLASSES, np.arange(count)
     return ImageSet(Path(synthetic.NAME), split, synthetic.Names(count), labels, classes, sizes, ids)
+
+
+def located(source: str) -> str:
+    """The source as it is named from any working directory: a folder by its absolute path, others as they are."""
+    if source in EMBEDDED or synthetic.named(source):
+        return source
+    if chosen := archives.named(source):
+        return ":".join((chosen[0], os.path.abspath(Path(chosen[1]).expanduser())))
+    return os.path.abspath(Path(source).expanduser())
 
 
 def has_split(source: str | Path | None, split: Literal["train", "val"]) -> bool:

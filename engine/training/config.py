@@ -13,6 +13,7 @@ from engine import methods, recipes
 from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.core.short_help import short_help
+from engine.data.sources import located
 from engine.methods.base import StageSettings
 from engine.methods.parts.collapse import CHOICES
 from engine.model import recomputing, residual
@@ -21,8 +22,8 @@ from engine.training import trackers
 
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
 RESUME_MAY_CHANGE = (
-    "resume", "out", "compile", "device", "threads", "log_every", "probe_every", "save_every", "keep", "evaluate", "dry_run",
-    "bad_limit", "abort_after", "kernels", "calibrate", "accumulate", "recompute", "track", "profile",
+    "resume", "out", "data", "changed_data", "compile", "device", "threads", "log_every", "probe_every", "save_every", "keep",
+    "evaluate", "dry_run", "bad_limit", "abort_after", "kernels", "calibrate", "accumulate", "recompute", "track", "profile",
 )  # fmt: skip
 
 IN_FULL = ("--help-method", "--help-all")
@@ -39,8 +40,8 @@ HELP = {
         "threads", "seed",
     ),
     "run": (
-        "out", "resume", "dry_run", "log_every", "probe_every", "save_every", "keep", "evaluate", "track", "profile", "bad_limit",
-        "abort_after",
+        "out", "resume", "changed_data", "dry_run", "log_every", "probe_every", "save_every", "keep", "evaluate", "track",
+        "profile", "bad_limit", "abort_after",
     ),
 }  # fmt: skip
 
@@ -107,7 +108,9 @@ class Train:
     out: str = ""
     """The run folder; default runs/METHOD-DATE-TIME."""
     resume: str = ""
-    """Go on with this run folder, from its newest sound checkpoint."""
+    """Go on with this run folder, from its newest sound checkpoint. With --data the images may have moved."""
+    changed_data: bool = False
+    """Let --resume go on though its images are not those that the run began with: by their number, names or classes."""
     dry_run: bool = False
     """Build everything, measure a few steps of each stage, print speed, memory and hours, write no run folder."""
     log_every: int = 10
@@ -220,6 +223,7 @@ def parse(arguments: Sequence[str]) -> Plan:
     wanted += ["--help"] * bool(asked)
     parsed = read(flags, wanted, prog="engine.train", default=default, description=description)
     chosen = Train(**{f.name: getattr(parsed, f.name) for f in fields(Train)})
+    chosen = replace(chosen, data=located(chosen.data))
     stages = tuple((name, getattr(parsed, name)) for name in names)
     for name, settings in stages:
         settings.check(name)

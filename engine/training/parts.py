@@ -15,6 +15,7 @@ from engine.core.draws import Draws, seed_of
 from engine.core.errors import BadInput
 from engine.data import cache
 from engine.data.batch import Batch
+from engine.data.identity import Identity
 from engine.data.pipeline import TrainLoader, each_once
 from engine.data.sources import ImageSet, has_split, open_images
 from engine.data.subsets import few_per_class
@@ -40,6 +41,8 @@ class Parts:
     stages: list[Stage]
     precision: str
     compiles: bool
+    identity: Identity
+    """Of the training images."""
     loaded: str = ""
     """What --weights brought, in words."""
     started: float = field(default_factory=time.monotonic)
@@ -101,6 +104,7 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
     if train.residual == "bf16" and precision != "bf16":
         raise BadInput(f"--residual bf16 belongs to --precision bf16, and this run computes in {precision}.")
     train_images, val_images = _open(train, ranks)
+    identity = _same_on_all_ranks(Identity.of(train_images), ranks)
     torch.manual_seed(seed_of(train.seed, "encoder"))
     encoder = vit.create(plan.model, **plan.encoder)
     for name, settings in plan.stages:
@@ -118,6 +122,7 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
         _stages(plan, train_images),
         precision,
         _compiles(train, ranks),
+        identity,
         loaded,
     )
 
@@ -141,6 +146,16 @@ def _open(train: Train, ranks: dist.Ranks) -> tuple[ImageSet, ImageSet | None]:
             found = open_images(source, "train", train.bad_limit), held_out
         dist.barrier()
     return found
+
+
+def _same_on_all_ranks(own: Identity, ranks: dist.Ranks) -> Identity:
+    first = Identity.from_json(dist.share(own.as_json()))
+    found = own.difference(first)
+    others = dist.union([(f"rank {ranks.rank} has {found}",)] if found else [])
+    if others:
+        told = "; ".join(words for (words,) in others)
+        raise BadInput(f"ranks see other images than rank 0: {told}. Give all of them one folder, or equal copies.")
+    return own
 
 
 def _stages(plan: Plan, images: ImageSet) -> list[Stage]:

@@ -9,7 +9,9 @@ import torch
 
 import kernels
 from engine.core import dist
+from engine.core.errors import BadInput
 from engine.core.gpus import peak_flops
+from engine.data.identity import Identity
 from engine.data.sources import check_bad
 from engine.training import checkpoint, folder, pictures, probe
 from engine.training.build import as_evaluated, build
@@ -57,10 +59,28 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
 def _resumed(parts: Parts, out: Path, log: RunLog) -> TrainState:
     """The state in the newest sound checkpoint."""
     tensors, where = checkpoint.newest(out / "checkpoints", log.message)
+    _check_images(parts, where, log)
     state = build(parts, where["stage"], None, anew=False)
     restore(state, tensors, where)
     log.resume(parts.stages[state.stage].first_step + state.step)
     return state
+
+
+def _check_images(parts: Parts, where: dict, log: RunLog) -> None:
+    """Go on with the images that the checkpoint saw, or knowingly with others."""
+    if "images" not in where:
+        log.message(
+            "this checkpoint is of a version that did not note which images it saw: they are taken as they are."
+        )
+        return
+    changed = parts.identity.difference(Identity.from_json(where["images"]))
+    if changed and not parts.plan.train.changed_data:
+        raise BadInput(
+            f"--resume finds other images in {parts.train_images.root} than this run had: {changed}. Bring them back, name where "
+            "they are by --data, or go on with these by --changed-data."
+        )
+    if changed:
+        log.message(f"going on with other images, as --changed-data says: {changed}.")
 
 
 def _at_stage(parts: Parts, index: int, state: TrainState | None, out: Path) -> TrainState:
@@ -130,7 +150,8 @@ def _save(parts: Parts, state: TrainState, out: Path) -> None:
     step = parts.stages[state.stage].first_step + state.step
     state.bad_files[:] = dist.union(state.bad_files)
     if parts.ranks.first:
-        checkpoint.save(out / "checkpoints", step, to_host(state), position(state), parts.plan.train.keep)
+        where = position(state) | {"images": parts.identity.as_json()}
+        checkpoint.save(out / "checkpoints", step, to_host(state), where, parts.plan.train.keep)
         folder.export(parts, state, out / "export")
         folder.list_bad_files(parts, state, out)
     dist.barrier()

@@ -1,12 +1,15 @@
 """How a state becomes durable: safetensors and JSON, written aside, hashed, then renamed into place.
 
 A folder `checkpoints/step-N` exists only whole: its manifest names every file with its SHA-256. Reading takes the newest
-folder whose files match; a damaged one is named and passed over.
+folder whose files match; a damaged one is named and passed over. What has another name, or is in no manifest, is none of ours: it
+is neither read nor removed.
 """
 
 import hashlib
 import json
+import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +21,8 @@ from engine.core.durable import write_folder
 from engine.core.errors import BadInput
 
 PREFIX = "step-"
-MANIFEST = "manifest.json"
+NAME = re.compile(rf"{PREFIX}\d{{9,}}")
+MANIFEST, STATE = "manifest.json", "state.json"
 
 
 def _sha256(path: Path) -> str:
@@ -27,7 +31,7 @@ def _sha256(path: Path) -> str:
 
 
 def save(folder: Path, global_step: int, tensors: dict[str, dict[str, Tensor]], position: dict, keep: int = 2) -> Path:
-    """Write one checkpoint and remove all but the newest `keep`.
+    """Write one checkpoint, and of it and those before it remove all but the newest `keep`.
 
     Args:
         folder: the run's `checkpoints` folder.
@@ -42,13 +46,14 @@ def save(folder: Path, global_step: int, tensors: dict[str, dict[str, Tensor]], 
     def fill(aside: Path) -> None:
         for stem, named in tensors.items():
             save_file(named, aside / f"{stem}.safetensors")
-        (aside / "state.json").write_text(json.dumps(position, indent=1))
+        (aside / STATE).write_text(json.dumps(position, indent=1))
         hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
         (aside / MANIFEST).write_text(json.dumps(hashes, indent=1))
 
     final = folder / f"{PREFIX}{global_step:09d}"
     write_folder(final, fill)
-    for old in found(folder)[keep:]:
+    # a later one is there where that was damaged, and this run goes on from before it
+    for old in [one for one in found(folder) if _number(one) <= global_step][keep:]:
         shutil.rmtree(old)
     # What a crash left half-written; ours alone writes here.
     for left_over in folder.glob(f".{PREFIX}*"):
@@ -58,17 +63,25 @@ def save(folder: Path, global_step: int, tensors: dict[str, dict[str, Tensor]], 
 
 def found(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first, whether sound or not."""
-    return sorted((path for path in folder.glob(f"{PREFIX}*") if path.is_dir()), reverse=True)
+    ours = (path for path in folder.glob(f"{PREFIX}*") if NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(ours, key=_number, reverse=True)
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix(PREFIX))
 
 
 def damage(checkpoint: Path) -> str:
     """What is wrong with a checkpoint's files; empty when they are as they were written."""
     try:
-        hashes = json.loads((checkpoint / MANIFEST).read_text())
+        hashes = _hashes(checkpoint)
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
     for name, expected in hashes.items():
         try:
+            # a pipe or a device would be read forever
+            if not stat.S_ISREG((checkpoint / name).stat(follow_symlinks=False).st_mode):
+                return f"{name} is no file"
             if _sha256(checkpoint / name) != expected:
                 return f"{name} does not match its SHA-256"
         except OSError:
@@ -76,10 +89,24 @@ def damage(checkpoint: Path) -> str:
     return ""
 
 
+def _hashes(checkpoint: Path) -> dict[str, str]:
+    """What the manifest says, by file. ValueError if it is not what `save` writes."""
+    hashes = json.loads((checkpoint / MANIFEST).read_text())
+    if not isinstance(hashes, dict) or STATE not in hashes:
+        raise ValueError(f"{MANIFEST} names no {STATE}")
+    for name, expected in hashes.items():
+        if Path(name).name != name or not (name == STATE or name.endswith(".safetensors")):
+            raise ValueError(f"{MANIFEST} names {name!r}")
+        if not isinstance(expected, str):
+            raise ValueError(f"{MANIFEST} has no SHA-256 of {name}")
+    return hashes
+
+
 def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """The tensors and the position of one sound checkpoint."""
-    tensors = {path.stem: load_file(path) for path in checkpoint.glob("*.safetensors")}
-    return tensors, json.loads((checkpoint / "state.json").read_text())
+    names = [name for name in _hashes(checkpoint) if name != STATE]
+    tensors = {Path(name).stem: load_file(checkpoint / name) for name in names}
+    return tensors, json.loads((checkpoint / STATE).read_text())
 
 
 def newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, dict[str, Tensor]], dict]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.core.errors import BadInput
 from engine.methods.base import Method
 from engine.training.optimizers import load_state_tensors, state_tensors
 from engine.training.step import Update
@@ -88,8 +89,23 @@ def to_host(state: TrainState) -> dict[str, dict[str, Tensor]]:
 
 @torch.no_grad()
 def restore(state: TrainState, tensors: dict[str, dict[str, Tensor]], where: dict) -> None:
-    """Put a checkpoint's content back into a freshly built state."""
-    for name, field in fields(state).items():
-        field.put(tensors[name])
+    """Put a checkpoint's content back into a freshly built state.
+
+    Raises:
+        BadInput: it is that of another method, model or version.
+    """
+    wanted = fields(state)
+    if tensors.keys() != wanted.keys():
+        raise BadInput(
+            f"the checkpoint holds {', '.join(sorted(tensors))}, and this run needs {', '.join(sorted(wanted))}."
+        )
+    for name, field in wanted.items():
+        try:
+            field.put(tensors[name])
+        except (KeyError, RuntimeError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise BadInput(
+                f"the checkpoint's {name} does not fit this run ({first}); resume it by the version that wrote it."
+            ) from error
     state.stage, state.step = where["stage"], where["step"]
     state.bad_files[:] = [tuple(entry) for entry in where["bad_files"]]

@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from engine.core.errors import BadInput
-from engine.training import checkpoint
+from engine.methods.mae import Mae, Settings
+from engine.model import vit
+from engine.training import checkpoint, state
+from engine.training.step import Update
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +56,87 @@ def test_a_damaged_file_falls_back_and_says_so(tmp_path: Path, file: str, fault:
     assert position == {"step": 1}
     assert len(said) == 1
     assert "step-000000002 is damaged" in said[0]
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [
+        "{}",
+        "[]",
+        "3",
+        '{"state.json": 3}',
+        '{"model.safetensors": "00"}',
+        '{"state.json": "00", "../step-000000001/state.json": "00"}',
+    ],
+)
+def test_a_manifest_that_save_did_not_write_is_no_proof(tmp_path: Path, manifest: str):
+    write(tmp_path, 1, 2)
+    (tmp_path / "step-000000002" / "manifest.json").write_text(manifest)
+    said = []
+    assert checkpoint.newest(tmp_path, said.append)[1] == {"step": 1}
+    assert "step-000000002 is damaged" in said[0]
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link"])
+def test_a_name_that_is_no_file_is_not_read(tmp_path: Path, kind: str):
+    write(tmp_path, 1, 2)
+    victim = tmp_path / "step-000000002" / "model.safetensors"
+    aside = victim.rename(tmp_path / "aside")
+    if kind == "pipe":
+        os.mkfifo(victim)
+    else:
+        victim.symlink_to(aside if kind == "link" else "/dev/zero")
+    said = []
+    assert checkpoint.newest(tmp_path, said.append)[1] == {"step": 1}
+    assert "model.safetensors is no file" in said[0]
+
+
+def test_what_save_did_not_name_is_neither_read_nor_removed(tmp_path: Path):
+    write(tmp_path, 1)
+    for name in ("step-best", "step-9", "step-00000000x"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step-000000001" / ".DS_Store").write_text("x")
+    (tmp_path / "step-000000001" / "foreign.safetensors").write_bytes(b"x")
+    write(tmp_path, 2, 3, keep=1)
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-000000003"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "step-000000003",
+        "step-00000000x",
+        "step-9",
+        "step-best",
+    ]
+    assert checkpoint.newest(tmp_path, print)[1] == {"step": 3}
+
+
+def test_a_damaged_later_one_does_not_cost_what_was_just_written(tmp_path: Path):
+    write(tmp_path, 10, 30)
+    (tmp_path / "step-000000030" / "state.json").unlink()
+    assert checkpoint.newest(tmp_path, lambda _: None)[1] == {"step": 10}
+    write(tmp_path, 20, keep=1)
+    assert checkpoint.newest(tmp_path, lambda _: None)[1] == {"step": 20}
+
+
+def test_of_more_steps_than_nine_digits_the_newest_is_the_newest(tmp_path: Path):
+    write(tmp_path, 999_999_999, 1_000_000_000, keep=1)
+    assert checkpoint.newest(tmp_path, print)[1] == {"step": 1_000_000_000}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda tensors: tensors.pop("average"), "holds guard, model, optimizer, and this run needs average, guard"),
+        (lambda tensors: tensors["guard"].pop("skipped"), "the checkpoint's guard does not fit this run"),
+        (lambda tensors: tensors["model"].popitem(), "the checkpoint's model does not fit this run"),
+    ],
+)
+def test_what_does_not_fit_is_told_in_a_sentence(change, words: str):
+    method = Mae(vit.create("vit_micro_patch8_32", depth=1), Settings(decoder_dim=64, decoder_depth=1, decoder_heads=2))
+    one = state.TrainState(method, Update(method, 10), 0, 0, [])
+    tensors, where = state.to_host(one), state.position(one)
+    state.restore(one, tensors, where)
+    change(tensors)
+    with pytest.raises(BadInput, match=words):
+        state.restore(one, tensors, where)
 
 
 def test_nothing_sound_is_a_clear_refusal(tmp_path: Path):

@@ -7,16 +7,17 @@ from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
 from sklearn.decomposition import PCA
 from sklearn.manifold import TSNE
 
+from engine.core.plotting import Figure
 from engine.evals.features import Features, as_numpy, threads_for
 from engine.training.curves import COLOURS
 
 MAPS = {"pca": "principal components", "tsne": "t-SNE"}
 _SIZE = (6, 5.2)
 _MAP_POINTS = 5000  # t-SNE and the eye gain nothing from more
+_FEWEST_ON_A_MAP = 4  # neither method has anything to say of fewer, and each refuses some of them
 _PERPLEXITY = 30.0  # scikit-learn's default; it must be less than the points
 _NAMED_CLASSES = 20  # beyond this, class names would overlap
 
@@ -45,6 +46,10 @@ def feature_map(test: Features, kind: str = "pca") -> Figure:
     rows = np.unique(np.linspace(0, len(test.values) - 1, min(len(test.values), _MAP_POINTS)).round().astype(int))
     values_nC, labels_n = test.values.cpu().numpy()[rows], as_numpy(test.labels)[rows]
     perplexity = min(_PERPLEXITY, (len(rows) - 1) / 3)
+    if len(rows) < _FEWEST_ON_A_MAP:
+        figure = Figure(figsize=_SIZE)
+        figure.text(0.5, 0.5, f"a map wants {_FEWEST_ON_A_MAP} images or more, and there are {len(rows)}", ha="center")
+        return figure
     reduce = PCA(2, random_state=0) if kind == "pca" else TSNE(2, init="pca", perplexity=perplexity, random_state=0)
     with threads_for(2 * values_nC.size):
         xy_n2 = reduce.fit_transform(values_nC)

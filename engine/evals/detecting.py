@@ -11,13 +11,13 @@ from itertools import islice
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 
 from engine.core import optim
 from engine.core.draws import seed_of
 from engine.core.errors import BadInput
+from engine.core.plotting import Figure
 from engine.data.annotated import dense
 from engine.data.annotated.jitter import Example, Jitter, back, fit, jittered
 from engine.data.annotated.objects import ObjectSet

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 import matplotlib
 import numpy as np
 from matplotlib.colors import ListedColormap
-from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from sklearn.decomposition import PCA
 
+from engine.core.plotting import Figure
 from engine.data.annotated.objects import BACKGROUND, VOID
 
 _NAMED = 20  # classes beyond this would overlap in a legend

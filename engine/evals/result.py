@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+
+from engine.core.plotting import Figure
 
 BEST_EPOCH, LAST_EPOCH = "best-epoch", "last-epoch"
 _DRAWS = 2000

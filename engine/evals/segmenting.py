@@ -8,13 +8,13 @@ from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from tyro.conf import Suppress
 
 from engine.core import optim
 from engine.core.draws import seed_of
 from engine.core.errors import BadInput
+from engine.core.plotting import Figure
 from engine.data.annotated import crops, dense
 from engine.data.annotated.objects import VOID, ObjectSet, SemanticSet
 from engine.evals import charts, label_maps, training

@@ -132,10 +132,15 @@ def export(
     an earlier export is replaced. Raises BadInput if `folder` holds anything but an export.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or {path.name for path in folder.iterdir()} - _EXPORTED):
+    if folder.exists() and (not folder.is_dir() or _foreign(folder)):
         raise BadInput(f"{folder} holds something else than an exported model: choose a new or empty folder")
     write_folder(folder, lambda aside: _save(model, aside, extra, classifier, classes))
     return folder
+
+
+def _foreign(folder: Path) -> set[str]:
+    """Names in it that no export has; hidden ones don't count, which file managers and mounts leave anywhere."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(".")} - _EXPORTED
 
 
 def _save(

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import LogLocator, NullLocator
 
 from engine.core.durable import write_file
 from engine.core.pictures import DPI, FAINT, INK
+from engine.core.plotting import Figure
 from engine.training.metrics import read_metrics
 
 COLOURS = ("#3b6fb6", "#c8553d", "#4a9c6d", "#8e6bb0", "#c08a2e")  # one per stage

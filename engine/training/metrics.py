@@ -21,7 +21,7 @@ KINDS = ("train", "probe", "event")
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl, oldest first; a line torn by a crash, or still being written, is left out."""
+    """The records of a metrics.jsonl, oldest first, without lines that are torn by a crash, still being written, or not ours."""
     return [record for record in map(_parsed, path.read_bytes().splitlines()) if record is not None]
 
 
@@ -90,4 +90,6 @@ def _parsed(line: bytes) -> dict | None:
         record = json.loads(line)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    fields = {"step": int, "stage": str, "kind": str}
+    ours = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in fields.items())
+    return record if ours else None

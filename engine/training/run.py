@@ -10,6 +10,7 @@ import torch
 import kernels
 from engine.core import dist
 from engine.core.errors import BadInput
+from engine.core.extras import Extras
 from engine.core.gpus import peak_flops
 from engine.data.identity import Identity
 from engine.data.sources import check_bad
@@ -29,7 +30,11 @@ Evaluate = Callable[[Parts, Path, Callable[[str], None]], dict[str, dict[str, fl
 
 
 def run(parts: Parts, evaluate: Evaluate) -> int:
-    """Train all stages, evaluate, leave the run folder. A stop request ends it early with a saved state."""
+    """Train all stages, evaluate, leave the run folder. A stop request ends it early with a saved state.
+
+    Returns:
+        The exit status: 0, or 1 where the training is whole and something that came after it is missing, which was told.
+    """
     out = Path(dist.share(str(folder.of_run(parts.plan))))
     train, ranks = parts.plan.train, parts.ranks
     log = RunLog(out if ranks.first else None, rank=ranks.rank, peak_flops=_peak_flops(ranks), track=train.track)
@@ -40,20 +45,23 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
     choose(parts, out, log.message)
     log.message("kernels: " + "; ".join(" ".join(line.split()) for line in kernels.describe(ranks.device).splitlines()))
     state = _resumed(parts, out, log) if train.resume else None
+    extras = Extras(log.message)
     with log, StopRequest() as stop:
         try:
             for index in range(state.stage if state else 0, len(parts.stages)):
                 state = _at_stage(parts, index, state, out)
                 _train(parts, state, out, log, stop, profile)
-                _finish(parts, state, out)
+                _finish(parts, state, out, extras)
         except Stopped:
             log.message(f"stopped and saved; go on with: python -m engine.train --resume {out}")
             return 0
         log.close()
         if ranks.first:
-            log.close(_summary(parts, state, out, evaluate, log.message))
+            summary = _summary(parts, state, out, extras)
+            log.close(summary)  # what was trained stands, whatever becomes of what follows
+            log.close(summary | _judged(parts, out, evaluate, extras, log.message))
         dist.barrier()
-    return 0
+    return 1 if extras.left_out else 0
 
 
 def _resumed(parts: Parts, out: Path, log: RunLog) -> TrainState:
@@ -187,21 +195,22 @@ def _probe(parts: Parts, state: TrainState, out: Path) -> Callable[[], dict[str,
     return measure
 
 
-def _finish(parts: Parts, state: TrainState, out: Path) -> None:
+def _finish(parts: Parts, state: TrainState, out: Path, extras: Extras) -> None:
     """Keep the stage's encoder and draw what it learned."""
     if parts.ranks.first:
         folder.export(parts, state, folder.of_stage(out, parts.stages[state.stage]))
         if state.method.trains_encoder:
-            pictures.draw(parts, state, out / "pictures")
+            with extras.of(f"pictures of stage {parts.stages[state.stage].name}"):
+                pictures.draw(parts, state, out / "pictures")
     dist.barrier()
 
 
-def _summary(parts: Parts, state: TrainState, out: Path, evaluate: Evaluate, say: Callable[[str], None]) -> dict:
-    """What summary.json holds; evaluates the stages on the way."""
-    from engine.training import curves  # brings matplotlib
-
-    curves.draw(out / "pictures" / "curves.png", out / "metrics.jsonl")
-    summary = {
+def _summary(parts: Parts, state: TrainState, out: Path, extras: Extras) -> dict:
+    """What summary.json holds of the training."""
+    probes: list[dict] = []
+    with extras.of("probes in summary.json"):
+        probes = [record for record in read_metrics(out / "metrics.jsonl") if record["kind"] == "probe"]
+    return {
         "method": parts.plan.train.method,
         "model": parts.plan.model,
         "source": parts.plan.source,
@@ -209,8 +218,25 @@ def _summary(parts: Parts, state: TrainState, out: Path, evaluate: Evaluate, say
         "skipped_updates_of_last_stage": int(state.update.skipped),
         "unreadable_images": len(parts.train_images.bad) + len(state.bad_files),
         "export": str(out / "export"),
-        "probes": [record for record in read_metrics(out / "metrics.jsonl") if record["kind"] == "probe"],
+        "probes": probes,
+        "seconds_of_this_process": round(time.monotonic() - parts.started, 1),
     }
+
+
+def _judged(parts: Parts, out: Path, evaluate: Evaluate, extras: Extras, say: Callable[[str], None]) -> dict:
+    """What summary.json holds besides: how the stages were judged, and what could not be had."""
+    found: dict = {}
+    with extras.of("pictures/curves.png"):
+        from engine.training import curves  # brings matplotlib
+
+        curves.draw(out / "pictures" / "curves.png", out / "metrics.jsonl")
     if parts.plan.train.evaluate:
-        summary["evaluation"] = evaluate(parts, out, say)
-    return summary | {"seconds_of_this_process": round(time.monotonic() - parts.started, 1)}
+        with extras.of("evaluation"):
+            found["evaluation"] = evaluate(parts, out, say)
+    if extras.left_out:
+        found["left_out"] = extras.left_out
+        say(
+            f"the training is whole, and {len(extras.left_out)} of what comes after it is missing; judge it again by python -m "
+            f"engine.eval --weights {out}"
+        )
+    return found | {"seconds_of_this_process": round(time.monotonic() - parts.started, 1)}

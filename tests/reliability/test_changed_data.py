@@ -13,29 +13,9 @@ from PIL import Image
 
 from engine.train import main
 from engine.training import checkpoint
+from tests.reliability.images import FLAGS, folder_of_images
 
 ROOT = Path(__file__).parents[2]
-FLAGS = (
-    "--method",
-    "mae",
-    "--device",
-    "cpu",
-    "--epochs",
-    "2",
-    "--batch-size",
-    "4",
-    "--probe-every",
-    "0",
-    "--no-evaluate",
-)
-
-
-def folder_of_images(root: Path, classes: tuple[str, ...] = ("cat", "dog"), per_class: int = 4) -> Path:
-    for shade, name in enumerate(classes):
-        (root / "train" / name).mkdir(parents=True)
-        for index in range(per_class):
-            Image.new("RGB", (40, 36), (index * 9, 50 * shade, 99)).save(root / "train" / name / f"{index}.png")
-    return root
 
 
 @pytest.fixture(scope="module")

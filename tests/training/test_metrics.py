@@ -76,7 +76,8 @@ for step in range(1, 10**9):
     assert [json.loads(line)["step"] for line in text.splitlines()] == list(range(1, text.count("\n") + 1))
 
 
-def test_a_line_with_lost_bytes_is_left_out(tmp_path):
+def test_a_line_with_lost_bytes_or_of_somebody_else_is_left_out(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1, "loss": 2.0}\n\0\0\0\0\n[1, 2]\n{"step": 2, "loss": 1.0}\n{"step": 3')
+    lines = [b'{"step": %d, "stage": "mae", "kind": "train", "loss": 2.0}' % step for step in (1, 2, 3)]
+    path.write_bytes(b"\n".join((lines[0], b"\0\0\0\0", b"[1, 2]", b'{"step": 7}', lines[1], lines[2][:-9])))
     assert [record["step"] for record in read_metrics(path)] == [1, 2]

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.model_selection import KFold, StratifiedKFold
 from sklearn.svm import LinearSVC
@@ -27,6 +26,7 @@ from torch import Tensor
 from tyro.conf import Suppress
 
 from engine.core.errors import BadInput
+from engine.core.plotting import Figure
 from engine.evals import logistic
 from engine.evals.features import Features, as_numpy
 from engine.evals.metrics.average_precision import average_precision, class_mean, curve

@@ -23,13 +23,13 @@ from typing import Literal
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy.ndimage import distance_transform_edt
 from skimage.filters import threshold_otsu
 from torch import Tensor
 from tyro.conf import Suppress
 
 from engine.core.errors import BadInput
+from engine.core.plotting import Figure
 from engine.data.annotated import dense
 from engine.data.annotated.dense import Frame
 from engine.data.annotated.objects import ObjectSet

@@ -26,7 +26,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -35,6 +34,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from engine.core.errors import BadInput
+from engine.core.plotting import Figure
 from engine.data.annotated import dense
 from engine.data.annotated.davis import Video, VideoSet
 from engine.data.views import IMAGENET_STD

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.nn import functional as F
 from tyro.conf import Suppress
 
 from engine.core.errors import BadInput
+from engine.core.plotting import Figure
 from engine.data.annotated import dense
 from engine.data.annotated.objects import VOID, SemanticSet
 from engine.evals import label_maps, logistic, segmenting, semantic_patches

@@ -17,11 +17,11 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import Tensor
 from tyro.conf import Suppress
 
 from engine.core.errors import BadInput
+from engine.core.plotting import Figure
 from engine.data.annotated.objects import ObjectSet
 from engine.evals import patches
 from engine.evals.metrics.overlap import BIN, Scores, auroc, d_prime, equal_error, histogram, overlap

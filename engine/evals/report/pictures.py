@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib.figure import Figure
-
+from engine.core.plotting import Figure
 from engine.evals.charts import MAPS, feature_map
 from engine.evals.features import Features
 from engine.evals.result import Result

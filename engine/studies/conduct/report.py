@@ -10,11 +10,11 @@ from textwrap import fill
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from engine.core.durable import write_file
+from engine.core.plotting import Figure
 from engine.studies import Study
 
 # Okabe and Ito's palette, which people who confuse colours can tell apart; each with a marker and a label of its own.

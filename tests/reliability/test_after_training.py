@@ -1,0 +1,74 @@
+"""What comes after training cannot take its results away: it is named, left out, and the exit status tells."""
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from engine import train
+from engine.core.extras import Extras
+from engine.training import pictures
+from tests.reliability.images import FLAGS, folder_of_images
+
+
+def run(folder: Path, *flags: str) -> tuple[int, dict]:
+    status = train.main([*FLAGS, "--data", str(folder / "images"), "--out", str(folder / "run"), *flags])
+    return status, json.loads((folder / "run" / "summary.json").read_text())
+
+
+def test_what_fails_afterwards_is_named_and_the_rest_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    def fails(*_) -> None:
+        raise ZeroDivisionError("no picture")
+
+    folder_of_images(tmp_path / "images")
+    monkeypatch.setattr(pictures, "draw", fails)
+    status, summary = run(tmp_path)
+    assert status == 1
+    assert summary["left_out"].keys() == {"pictures of stage mae"}
+    assert summary["left_out"]["pictures of stage mae"].startswith("ZeroDivisionError: no picture (")
+    assert summary["steps"] == 4 and summary["probes"]
+    for left in ("export/model.safetensors", "stages/1-mae/model.safetensors", "pictures/curves.png"):
+        assert (tmp_path / "run" / left).is_file(), left
+    told = capsys.readouterr().out
+    assert "pictures of stage mae left out: ZeroDivisionError: no picture" in told
+    assert "the training is whole" in told
+
+
+def test_the_summary_is_there_before_the_run_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen = []
+
+    def stops(parts, folder: Path, say) -> dict:
+        seen.append(json.loads((folder / "summary.json").read_text()))
+        raise KeyboardInterrupt
+
+    folder_of_images(tmp_path / "images")
+    monkeypatch.setattr(train, "evaluate", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "--evaluate")
+    assert seen[0]["steps"] == 4 and "evaluation" not in seen[0]
+
+
+def test_names_and_files_that_are_in_the_way_are_not(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Class names that are formulas, a val split of one image, a foreign line in the metrics, a stray file in the export."""
+    folder = tmp_path / "images"
+    folder_of_images(folder, (r"$\frac{", "a_{b$"))
+    (folder / "val" / "a_{b$").mkdir(parents=True)
+    Image.new("RGB", (40, 36)).save(folder / "val" / "a_{b$" / "one.png")
+    assert run(tmp_path)[0] == 0
+    (tmp_path / "run" / "export" / ".DS_Store").write_text("x")
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3}\nnonsense\n')
+    (tmp_path / "run" / "summary.json").unlink()
+    assert train.main(["--resume", str(tmp_path / "run"), "--evaluate"]) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert "left_out" not in summary and summary["evaluation"]
+
+
+def test_a_stop_request_is_not_an_error_of_a_part():
+    extras = Extras(print)
+    with pytest.raises(KeyboardInterrupt), extras.of("report"):
+        raise KeyboardInterrupt
+    assert extras.left_out == {}

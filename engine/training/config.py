@@ -21,8 +21,8 @@ from engine.training import trackers
 
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
 RESUME_MAY_CHANGE = (
-    "resume", "out", "compile", "device", "threads", "log_every", "probe_every", "save_every", "keep", "evaluate", "dry_run",
-    "bad_limit", "abort_after", "kernels", "calibrate", "accumulate", "recompute", "track", "profile",
+    "resume", "out", "compile", "graphs", "device", "threads", "log_every", "probe_every", "save_every", "keep", "evaluate",
+    "dry_run", "bad_limit", "abort_after", "kernels", "calibrate", "accumulate", "recompute", "track", "profile",
 )  # fmt: skip
 
 IN_FULL = ("--help-method", "--help-all")
@@ -35,7 +35,7 @@ HELP = {
         "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
     ),
     "how": (
-        "compile", "precision", "accumulate", "recompute", "kernels", "calibrate", "deterministic", "device", "threads",
+        "compile", "graphs", "precision", "accumulate", "recompute", "kernels", "calibrate", "deterministic", "device", "threads",
         "seed",
     ),
     "run": (
@@ -87,6 +87,9 @@ class Train:
     fp32 on CPUs."""
     compile: str = "auto"
     """Compile blocks and losses with torch.compile: on (also --compile alone), off (also --no-compile), or auto: on GPUs."""
+    graphs: str = "auto"
+    """Replay forward and backward of a step from a CUDA graph, by one launch: on, off, or auto: on one GPU, where the method's
+    step is known to be the same at every replay. What keeps a step from it is said as a run begins."""
     kernels: str = "auto"
     """Which form of the kernels runs: auto, reference, plain, triton, cuda or another of docs/kernels.md, for all ops that have
     it, or by op, as in packed_attention=cuda,sinkhorn=triton."""
@@ -136,6 +139,7 @@ class Train:
             "precision": ("auto", "fp32", "bf16", "fp16"),
             "recompute": recomputing.CHOICES,
             "compile": ("auto", "on", "off"),
+            "graphs": ("auto", "on", "off"),
             "calibrate": ("auto", "again", "never"),
             "device": ("auto", "cpu", "cuda"),
         }

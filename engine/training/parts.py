@@ -21,6 +21,7 @@ from engine.data.subsets import few_per_class
 from engine.data.views import Augmentation
 from engine.methods.base import StageSettings
 from engine.model import vit, weights
+from engine.training import graphs
 from engine.training.config import Plan, Train
 from engine.training.loop import Stage
 from engine.training.precision import AUTOCAST, automatic
@@ -46,6 +47,10 @@ class Parts:
 
     def settings(self, index: int) -> StageSettings:
         return self.plan.stages[index][1]
+
+    def ungraphed(self, index: int) -> str:
+        """Why the steps of stage `index` are not replayed from a CUDA graph; "" where they are."""
+        return graphs.obstacle(self.plan.train, self.settings(index), self.encoder, self.ranks)
 
     def seed(self, *purpose: int | str) -> int:
         return seed_of(self.plan.train.seed, *purpose)
@@ -104,6 +109,7 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
         settings.check_encoder(name, encoder)
         if settings.labelled and train_images.labels is None:
             raise BadInput(f"stage {name} learns from classes, but {train_images.root} has none: give train/CLASS/*.")
+        graphs.check(train, name, settings, encoder, ranks)
         _check_batch(name, settings, plan, ranks, len(_stage_images(train_images, settings, train.seed)))
     loaded = str(weights.load(encoder, train.weights)) if train.weights and not train.resume else ""
     return Parts(

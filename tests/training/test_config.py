@@ -45,6 +45,8 @@ def folder_of_images(root: Path, per_class: int = 4) -> Path:
         (["--method", "dinov2", "--dinov2.local-size", "20"], ["--dinov2.local-size is 20", "8"]),
         (["--precision", "fp17"], ["fp17", "fp32", "bf16"]),
         (["--recompute", "all"], ["--recompute is 'all'", "none, selective, blocks"]),
+        (["--graphs", "both"], ["--graphs is 'both'", "auto, on, off"]),
+        (["--device", "cpu", "--graphs", "on"], ["--graphs on cannot be had in stage mae", "graphs are for GPUs"]),
         (["--kernels", "metal"], ["metal", "auto", "reference"]),
         (["--kernels", "cuda"], ["--kernels cuda cannot be had", "CUDA kernels are not built"]),
         (["--device", "tpu"], ["tpu", "cpu", "cuda"]),
@@ -150,8 +152,8 @@ def test_the_command_line_is_what_was_agreed():
     """A flag that is added or renamed is a decision about the public surface: it is made here, too."""
     assert set(config.Train.__dataclass_fields__) == {
         "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
-        "accumulate", "recompute", "precision", "compile", "kernels", "calibrate", "deterministic", "device", "threads", "seed",
-        "out", "resume", "dry_run",
+        "accumulate", "recompute", "precision", "compile", "graphs", "kernels", "calibrate", "deterministic", "device", "threads",
+        "seed", "out", "resume", "dry_run",
         "log_every", "probe_every", "save_every", "keep", "track", "profile", "evaluate", "bad_limit", "abort_after",
     }  # fmt: skip
 

@@ -22,11 +22,17 @@ class _Listing(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Callable[..., Any], tuple, dict, Any]] = []
+        self.outside: list[Tensor] = []
+        self._made: set[int] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func in WAITING and _asking() not in LOOKING_ON_CPUS:
             raise RuntimeError(f"{func} waits for the device")
+        places = {x: x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        self.outside += [x for x, place in places.items() if place not in self._made]
         out = func(*args, **(kwargs or {}))
+        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        self._made |= {x.untyped_storage().data_ptr() for x in made} - set(places.values())
         self.calls.append((func, args, kwargs or {}, out))
         return out
 
@@ -46,7 +52,8 @@ class Played:
     """A recorder of `engine.training.graphs`.
 
     It does work once while it captures, as a device would not: work must change nothing in place but what it made itself. Memory
-    that work frees is not used again, so tensors that nobody keeps stay as they were, which on a device they would not.
+    that work frees is not used again, so tensors that nobody keeps stay as they were, which on a device they would not: `outside`
+    has those that work read and had not made.
     """
 
     def warm_up(self, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -55,7 +62,7 @@ class Played:
     def capture(self, work: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
         with _Listing() as listing:
             report = work()
-        self.calls = listing.calls
+        self.calls, self.outside = listing.calls, listing.outside
         return report
 
     @torch.no_grad()

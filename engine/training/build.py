@@ -31,7 +31,7 @@ def build(parts: Parts, index: int, earlier: Method | None, *, anew: bool = True
         compile_regions(method)
     update = Update(
         method, parts.stages[index].total_steps, parts.precision, parts.plan.train.accumulate,
-        graphs=not parts.ungraphed(index),
+        graphs=not parts.ungraphed()[index][1],
     )  # fmt: skip
     return TrainState(method, update, index, 0, [])
 

@@ -10,7 +10,7 @@ outside of it, launch by launch, and why the settings of a method say whether it
 What a replay writes holds until the next one: what is reported, gradients, and what modules keep for `Method.after_step`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -29,12 +29,16 @@ Report = dict[str, Tensor]
 Backward = Callable[[tuple[Tensor, ...], Tensor, dict[str, Tensor]], Report]
 
 
-def obstacle(train: Train, settings: StageSettings, encoder: VisionTransformer, ranks: dist.Ranks) -> str:
-    """Why a stage's steps are not replayed, in words; "" where they are. What --graphs says is left out of it but for off."""
+def obstacle(
+    train: Train, settings: StageSettings, encoder: VisionTransformer, ranks: dist.Ranks, precision: str
+) -> str:
+    """Why a stage's steps are not replayed, in words; "" where they are."""
     if train.graphs == "off":
         return "--graphs off"
     if ranks.device.type != "cuda":
         return "graphs are for GPUs"
+    if precision == "fp32" or torch.cuda.get_device_capability(ranks.device) < (8, 0):
+        return "attention in fp32, or before sm_80, may read lengths on the host"
     if ranks.world > 1:
         return "not under several processes yet"
     if checks_values(ranks.device):
@@ -46,19 +50,21 @@ def obstacle(train: Train, settings: StageSettings, encoder: VisionTransformer, 
     return settings.ungraphed(encoder)
 
 
-def check(train: Train, stage: str, settings: StageSettings, encoder: VisionTransformer, ranks: dist.Ranks) -> None:
-    """Raise BadInput where graphs are asked for and cannot be had."""
-    why = obstacle(train, settings, encoder, ranks)
-    if train.graphs == "on" and why:
-        raise BadInput(f"--graphs on cannot be had in stage {stage}: {why}; auto takes graphs where they can be had.")
+def check(graphs: str, obstacles: Sequence[tuple[str, str]]) -> None:
+    """Raise BadInput where graphs are asked for and a stage, by its name, has an obstacle."""
+    for stage, why in obstacles:
+        if graphs == "on" and why:
+            raise BadInput(
+                f"--graphs on cannot be had in stage {stage}: {why}; auto takes graphs where they can be had."
+            )
 
 
-def described(obstacles: list[tuple[str, str]]) -> str:
-    """In a line, of each stage by its name."""
-    words = {stage: f"no CUDA graph: {why}" if why else "steps replayed from a CUDA graph" for stage, why in obstacles}
-    if len(set(words.values())) == 1:
-        return next(iter(words.values()))
-    return "; ".join(f"{stage}: {said}" for stage, said in words.items())
+def described(obstacles: Sequence[tuple[str, str]]) -> str:
+    """In a line, of all stages."""
+    words = [f"no CUDA graph: {why}" if why else "steps replayed from a CUDA graph" for _, why in obstacles]
+    if len(set(words)) == 1:
+        return words[0]
+    return "; ".join(f"{stage}: {said}" for (stage, _), said in zip(obstacles, words, strict=True))
 
 
 class Recorder(Protocol):
@@ -107,12 +113,15 @@ class Replayed:
         method: whose modules keep tensors for `after_step` in a list `pending`, if they keep any.
         trained: the parameters whose gradients backward leaves.
         recorder: a `CudaGraph`, but in tests.
+
+    Attributes:
+        buffers: where images, ids and draws are read, on the device, by name.
     """
 
     def __init__(self, method: nn.Module, trained: list[nn.Parameter], recorder: Recorder):
         self.method, self.trained, self.recorder = method, trained, recorder
         self._warm = 0
-        self._buffers: dict[str, Tensor] = {}
+        self.buffers: dict[str, Tensor] = {}
         self._report: Report | None = None
 
     def __call__(self, backward: Backward, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Report:
@@ -128,7 +137,7 @@ class Replayed:
         given = {"ids": ids} | {f"view {i}": view for i, view in enumerate(images)}
         given |= {f"drawn {name}": x for name, x in drawn.items()}
         self._fill(given, device)
-        buffers = self._buffers
+        buffers = self.buffers
         views = tuple(buffers[f"view {i}"] for i in range(len(images)))
         inputs = views, buffers["ids"], {name: buffers[f"drawn {name}"] for name in drawn}
         if self._warm < WARM_UP:
@@ -145,13 +154,13 @@ class Replayed:
 
     def _fill(self, given: dict[str, Tensor], device: torch.device) -> None:
         """Copy a step's tensors to where the graph reads them; those of the host go to the device, which isn't waited for."""
-        if not self._buffers:
-            self._buffers = {name: torch.empty(x.shape, dtype=x.dtype, device=device) for name, x in given.items()}
+        if not self.buffers:
+            self.buffers = {name: torch.empty(x.shape, dtype=x.dtype, device=device) for name, x in given.items()}
         shapes = {name: (x.shape, x.dtype) for name, x in given.items()}
-        if shapes != {name: (x.shape, x.dtype) for name, x in self._buffers.items()}:
+        if shapes != {name: (x.shape, x.dtype) for name, x in self.buffers.items()}:
             raise ValueError(f"a replayed step's tensors must keep names, shapes and dtypes, and are {shapes}")
         for name, x in given.items():
-            self._buffers[name].copy_(x, non_blocking=True)
+            self.buffers[name].copy_(x, non_blocking=True)
 
     def _capture(self, work: Callable[[], Report]) -> None:
         # without gradients there, backward leaves its own tensors in them instead of adding to what is there

@@ -48,9 +48,12 @@ class Parts:
     def settings(self, index: int) -> StageSettings:
         return self.plan.stages[index][1]
 
-    def ungraphed(self, index: int) -> str:
-        """Why the steps of stage `index` are not replayed from a CUDA graph; "" where they are."""
-        return graphs.obstacle(self.plan.train, self.settings(index), self.encoder, self.ranks)
+    def ungraphed(self) -> list[tuple[str, str]]:
+        """By stage its name, and why its steps are not replayed from a CUDA graph; "" where they are."""
+        return [
+            (name, graphs.obstacle(self.plan.train, settings, self.encoder, self.ranks, self.precision))
+            for name, settings in self.plan.stages
+        ]
 
     def seed(self, *purpose: int | str) -> int:
         return seed_of(self.plan.train.seed, *purpose)
@@ -109,10 +112,9 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
         settings.check_encoder(name, encoder)
         if settings.labelled and train_images.labels is None:
             raise BadInput(f"stage {name} learns from classes, but {train_images.root} has none: give train/CLASS/*.")
-        graphs.check(train, name, settings, encoder, ranks)
         _check_batch(name, settings, plan, ranks, len(_stage_images(train_images, settings, train.seed)))
     loaded = str(weights.load(encoder, train.weights)) if train.weights and not train.resume else ""
-    return Parts(
+    parts = Parts(
         plan,
         ranks,
         train_images,
@@ -123,6 +125,8 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
         _compiles(train, ranks),
         loaded,
     )
+    graphs.check(train.graphs, parts.ungraphed())
+    return parts
 
 
 def _choose_kernels(train: Train, ranks: dist.Ranks) -> None:

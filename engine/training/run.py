@@ -96,7 +96,7 @@ def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
         how += f", activations computed again: {plan.train.recompute}"
     log.message(f"{ranks.world} x {device}, {how}; run folder {out}")
     if ranks.device.type == "cuda":
-        log.message(graphs.described([(stage.name, parts.ungraphed(stage.index)) for stage in parts.stages]))
+        log.message(graphs.described(parts.ungraphed()))
     if parts.loaded:
         log.message(parts.loaded)
     bad = parts.train_images.bad

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 # what the host reads, or what has a shape that hangs on content: a device would have to be waited for
@@ -33,8 +33,13 @@ class _Listing(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
         self._made |= {x.untyped_storage().data_ptr() for x in made} - set(places.values())
-        self.calls.append((func, args, kwargs or {}, out))
+        self.calls.append(tree_map(_where_it_lies, (func, args, kwargs or {}, out)))
         return out
+
+
+def _where_it_lies(x: Any) -> Any:
+    """The memory that a tensor has now, which its owner may exchange."""
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def _asking() -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 import gc
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from functools import _lru_cache_wrapper
 
@@ -17,10 +18,11 @@ from engine.data.sources import open_images
 from engine.methods.base import RAGGED, Labels, Method, StageSettings
 from engine.model import vit
 from engine.training import config, graphs
+from engine.training.build import compile_regions
 from engine.training.config import Train
 from engine.training.graphs import WARM_UP, Replayed
 from engine.training.step import Update
-from tests.methods.small import small
+from tests.methods.small import CONSTANT, REPLAYED, small
 from tests.played import Played
 from tests.saved import content
 
@@ -30,24 +32,16 @@ RISES = "the targets' temperature rises in the first epochs"
 MIXES = "mixup and CutMix go by numbers that the host reads"
 QUEUE = "the queue of keys comes into use after some epochs"
 NOISE = "the noise in place of pixels is drawn from seeds that the host reads"
-CONSTANT = {"target_temperature_start": 0.04, "target_temperature": 0.04, "target_temperature_epochs": 0}
-# of every method a form that can be replayed, if it has one, as settings over those of small.py
-REPLAYED = {
-    "mae": {"crops": 2}, "simmim": {}, "relvit": {"permute": True, "mega_patches": 2, "class_weight": 1.0},
-    "supervised": {"mixup": 0.0, "cutmix": 0.0, "erase": 0.5}, "mocov3": {}, "nnclr": {"patch_keep": 0.5},
-    "maect": {"weight_ema": 0.9}, "dino": CONSTANT, "msn": CONSTANT, "swav": {"queue_size": 0}, "mim_heads": {},
-    "mim_refiner": {}, "mim_cluster": CONSTANT, "mmc": CONSTANT | {"distil": "cls_to_patch"},
-}  # fmt: skip
-# and what has none
+# what has no form that can be replayed
 REFUSED = {"beit": RAGGED, "ibot": RAGGED, "dinov2": RAGGED}
 
 
-def make(name: str, drop_path: float = 0.0, **others: object) -> Method:
+def make(name: str, encoder: dict[str, object] | None = None, **others: object) -> Method:
     torch.manual_seed(0)
     kind = methods.get(name)
     settings = replace(kind.Settings(**small(kind.Settings, epochs=4)), **others)
     known = (Labels(torch.arange(BATCH) % 3, ("one", "two", "three")),) if settings.labelled else ()
-    method = kind(vit.create("vit_micro_patch8_32", depth=2, drop_path=drop_path), settings, *known)
+    method = kind(vit.create("vit_micro_patch8_32", depth=2, **(encoder or {})), settings, *known)
     if name == "beit":
         method.prepare(open_images(None, "train"), torch.device("cpu"))
     return method
@@ -60,13 +54,24 @@ def updating(method: Method, replays: bool, accumulate: int = 1) -> Update:
     return update
 
 
-def train(method: Method, update: Update) -> dict[str, torch.Tensor]:
-    """All that a checkpoint would hold after some updates, and what each of them reported."""
-    reports, ids = {}, torch.arange(BATCH)
+def probe(method: Method, update: Update) -> None:
+    """As between two steps: averaged weights are put in the place of the others, and back."""
+    with update.average.in_place(), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        method.eval().features(torch.zeros(2, 3, 32, 32, device=update.skipped.device))
+    method.train()
+
+
+def train(method: Method, update: Update, between: Callable[[Method, Update], None] = probe) -> dict[str, torch.Tensor]:
+    """All that a checkpoint would hold after some updates, and what each of them reported; there is one replay before what
+    comes between two of them, and others behind."""
+    reports, device = {}, update.skipped.device
+    ids = torch.arange(BATCH, device=device)
     for step in range(STEPS):
+        if step == WARM_UP + 2:
+            between(method, update)
         generator = torch.Generator().manual_seed(step)
-        images = tuple(torch.randn(BATCH, 3, *view.size, generator=generator) for view in method.views())
-        drawn = method.draw(Draws(0, step, batch=BATCH, rows=slice(None), device=torch.device("cpu")))
+        images = tuple(torch.randn(BATCH, 3, *view.size, generator=generator).to(device) for view in method.views())
+        drawn = method.draw(Draws(0, step, batch=BATCH, rows=slice(None), device=device))
         report = update(step, images, ids.roll(step), drawn)
         reports |= {f"{step}/{name}": torch.as_tensor(value).clone() for name, value in report.items()}
     return reports | content(method, update)
@@ -134,11 +139,11 @@ def test_what_python_computes_with_would_be_frozen(name: str, settings: dict, wh
 
 
 @pytest.mark.parametrize(
-    ("name", "drop_path", "settings", "why"),
-    [("simmim", 0.1, {}, DEPTH), ("ibot", 0.0, CONSTANT, RAGGED), ("beit", 0.0, {}, RAGGED)],
+    ("name", "encoder", "settings", "why"),
+    [("simmim", {"drop_path": 0.1}, {}, DEPTH), ("ibot", {}, CONSTANT, RAGGED), ("beit", {}, {}, RAGGED)],
 )
-def test_what_waits_for_a_device_cannot_be_captured(name: str, drop_path: float, settings: dict, why: str):
-    method = make(name, drop_path, **settings)
+def test_what_waits_for_a_device_cannot_be_captured(name: str, encoder: dict, settings: dict, why: str):
+    method = make(name, encoder, **settings)
     assert method.settings.ungraphed(method.encoder) == why
     with pytest.raises(
         BadInput, match=r"could not be captured as a CUDA graph \(.* waits for the device\); go on with"
@@ -167,6 +172,21 @@ def test_a_step_s_tensors_that_bypass_the_buffers_would_be_stale():
     assert torch.equal(plain["0/loss"], replayed["0/loss"])
 
 
+def test_weights_that_move_elsewhere_would_be_stale():
+    """That the comparison sees this, too: nobody may give a parameter other memory for good."""
+
+    def move(method: Method, update: Update) -> None:
+        for parameter in method.parameters():
+            parameter.data = parameter.data.clone()
+
+    method = make("mae")
+    plain = train(method, updating(method, False), move)
+    method = make("mae")
+    replayed = train(method, updating(method, True), move)
+    assert torch.equal(plain[f"{WARM_UP + 1}/loss"], replayed[f"{WARM_UP + 1}/loss"])
+    assert not torch.equal(plain[f"{WARM_UP + 3}/loss"], replayed[f"{WARM_UP + 3}/loss"])
+
+
 def test_shapes_may_not_change():
     method = make("mae")
     update = updating(method, True)
@@ -180,6 +200,25 @@ def test_shapes_may_not_change():
 def test_a_method_that_says_nothing_is_not_replayed():
     encoder = vit.create("vit_micro_patch8_32", depth=1)
     assert "nobody has shown" in StageSettings().ungraphed(encoder)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("name", "compiles"), [*((name, False) for name in REPLAYED), ("mae", True), ("mocov3", True)])
+def test_on_a_gpu_replayed_updates_are_those_that_are_not_bit_for_bit(name: str, compiles: bool):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)  # sums by atomics differ from run to run, replayed or not
+    try:
+        ends = []
+        for replays in (False, True):
+            method = make(name, {"positions": "sincos"}, **REPLAYED[name]).to("cuda")  # none to interpolate, by atomics
+            if compiles:
+                compile_regions(method)
+            ends.append(train(method, Update(method, 8, "bf16", graphs=replays)))
+    finally:
+        torch.use_deterministic_algorithms(before)
+    plain, replayed = ends
+    assert plain.keys() == replayed.keys()
+    assert [key for key, value in plain.items() if not torch.equal(value.cpu(), replayed[key].cpu())] == []
 
 
 GPU = dist.Ranks(0, 1, torch.device("cuda", 0))

@@ -1,4 +1,4 @@
-"""On the device that computes nothing: steps that are captured and replayed, as JSON.
+"""Steps that are captured and replayed, as JSON: on the device that computes nothing, which is built where it isn't there.
 
 python -m tests.null_device.graphs counted eager|compiled METHOD ...   stages of published recipes, as steps.py has them
 python -m tests.null_device.graphs forms                               every form that is replayed, small, eager
@@ -7,6 +7,7 @@ python -m tests.null_device.graphs planted                             faults in
 
 import ctypes
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from engine.training import config
 from engine.training.calls import without_data
 from engine.training.graphs import WARM_UP
 from tests.methods.small import REPLAYED, small
+from tests.null_device import device
 from tests.null_device.ledger import Event, faults_of_capture, recorded
 from tests.null_device.steps import CLASSES, MODEL, flags_of, stepping
 
@@ -187,8 +189,12 @@ def bare() -> dict[str, list[int]]:
     return found | {"legacy stream": errors}
 
 
-if __name__ == "__main__":
-    what, *others = sys.argv[1:]
+def main(arguments: list[str]) -> int:
+    if "NULLCUDA_SM" not in os.environ:
+        with device.built() as on_device:
+            print(json.dumps(device.answer("graphs", arguments, on_device())))
+        return 0
+    what, *others = arguments
     if what == "counted":
         found = {name: counted(name, others[0] == "compiled") for name in others[1:]}
     elif what == "forms":
@@ -196,3 +202,8 @@ if __name__ == "__main__":
     else:
         found = {plant.__name__: planted(plant) for plant in PLANTS} | {"bare": bare()}
     print(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

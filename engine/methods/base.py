@@ -107,6 +107,17 @@ class StageSettings:
     def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
         """Raise BadInput for a value that does not fit the encoder."""
 
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        """Why forward and backward of a step can't be captured once and then replayed (`engine.training.graphs`), in words; ""
+        where they can.
+
+        They can where all that differs from step to step lies in tensors, of shapes that stay: images, ids and draws, which are
+        copied to the device before; weights and buffers, which change in place; a module's list `pending`, which may pass tensors
+        on to `after_step`. The host reads none of them, and no number of Python that changes by the step is computed with. A
+        method says so itself; unless it does, it can't.
+        """
+        return "nobody has shown that this method's step is the same at every replay"
+
     @property
     def splits(self) -> bool:
         """Whether the mean over micro-batches of their losses is the batch's loss: not where its images are compared, for which
@@ -146,6 +157,14 @@ class LabelledSettings(StageSettings):
     @property
     def shots(self) -> int:
         return self.labels_per_class
+
+
+RAGGED = "how many patches are masked differs from step to step"
+
+
+def depth_on_host(encoder: VisionTransformer) -> str:
+    """What `StageSettings.ungraphed` says of a step that encodes under stochastic depth."""
+    return "stochastic depth is drawn on the host" if any(encoder.drop_path_rates) else ""
 
 
 Rows = dict[str, list[Tensor]]

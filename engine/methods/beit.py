@@ -18,7 +18,7 @@ from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.sources import ImageSet
 from engine.data.views import Augmentation
-from engine.methods.base import Method, StageSettings
+from engine.methods.base import RAGGED, Method, StageSettings
 from engine.methods.ibot import TRIES_AT_ONCE, Masked
 from engine.methods.parts.collapse import usage
 from engine.methods.parts.tokenizers import Codebook, DiscreteVae
@@ -92,6 +92,9 @@ class Settings(StageSettings):
             raise BadInput(
                 f"--{stage}.codes is {self.codes}, but --{stage}.{flag} {file} has {given}; set --{stage}.codes {given}."
             )
+
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return RAGGED
 
 
 def masked_of(settings: Settings, grid: tuple[int, int]) -> int:

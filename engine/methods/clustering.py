@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.core.optim import Group, ramp, scaled_lr, with_decay
-from engine.methods.base import Rows, StageSettings
+from engine.methods.base import Rows, StageSettings, depth_on_host
 from engine.methods.crops import CropSettings, MultiCrop
 from engine.methods.parts.collapse import CHOICES, Collapse, Targets
 from engine.methods.teaching import Taught, TeacherSettings
@@ -69,6 +69,11 @@ class ClusteringSettings(CropSettings, StageSettings):
     @property
     def splits(self) -> bool:
         return self.collapse in ("centring", "none")
+
+    def on_host(self, encoder: VisionTransformer) -> str:
+        """What `ungraphed` says of stochastic depth and of targets' temperatures that change."""
+        rises = self.target_temperature_epochs > 1 and self.target_temperature_start != self.target_temperature
+        return depth_on_host(encoder) or ("the targets' temperature rises in the first epochs" if rises else "")
 
 
 class Clustering(MultiCrop):

@@ -21,6 +21,9 @@ from engine.model.vit import VisionTransformer
 class Settings(DistillationSettings):
     """DINO; the defaults are the released recipe's (see engine/recipes/dino.py for sources)."""
 
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return self.on_host(encoder)
+
 
 class Dino(Distillation):
     """Every crop predicts the prototypes that the teacher gives the other large crops."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine.core import masking
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
-from engine.methods.base import Rows
+from engine.methods.base import RAGGED, Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import usage
 from engine.model.heads import DinoHead, head_flops
@@ -81,6 +81,9 @@ class Settings(DistillationSettings):
             raise BadInput(
                 f"--{stage}.masking is blocks; that needs a grid of at least 2 x 2 patches, and this one has {rows} x {columns}."
             )
+
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return RAGGED
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ class Settings(StageSettings):
             "decoder-heads": (divides, f"a divisor of the decoder's width {self.decoder_dim}"),
         }
 
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return ""
+
 
 class Mae(Method):
     """Predict the pixels of masked patches from the visible ones."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.core.optim import Average, Group, scaled_lr
-from engine.methods.base import Method
+from engine.methods.base import Method, depth_on_host
 from engine.methods.nnclr import DroppingSettings, Nnclr
 from engine.methods.parts.tuning import TuningSettings, encoder_groups, freeze
 from engine.model.heads import head_flops
@@ -48,6 +48,9 @@ class Settings(TuningSettings, DroppingSettings):
     def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
         super().check_encoder(stage, encoder)
         self.check_tuning(stage, encoder)
+
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return depth_on_host(encoder)
 
 
 class Maect(Nnclr):

@@ -73,6 +73,9 @@ class Settings(DistillationSettings, CorruptionSettings):
         super().check_encoder(stage, encoder)
         self.check_corruption(stage, encoder.img_size)
 
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return self.on_host(encoder) or self.noise_on_host()
+
 
 class MimCluster(Distillation):
     """The student sees large crops with corrupted pixels, and small crops. Every crop predicts the prototypes that the teacher,

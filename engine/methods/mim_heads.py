@@ -17,7 +17,7 @@ from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
-from engine.methods.base import Method, Rows
+from engine.methods.base import Method, Rows, depth_on_host
 from engine.methods.crops import CropSettings, MultiCrop
 from engine.methods.nnclr import NeighbourSettings
 from engine.methods.parts.contrast import own_places
@@ -60,6 +60,9 @@ class Settings(CropSettings, NeighbourSettings):
             ),
         }
         return super().rules() | self.crop_rules() | own
+
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return depth_on_host(encoder)
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         """The blocks with a head, counted from 1, of an encoder of so many."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.core import dist
 from engine.core.draws import Draws
-from engine.methods.base import Rows
+from engine.methods.base import RAGGED, Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.ibot import Masked
 from engine.methods.parts.contrast import pick_own
@@ -78,6 +78,10 @@ class Settings(CorruptionSettings, DistillationSettings):
     def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
         super().check_encoder(stage, encoder)
         self.check_corruption(stage, encoder.img_size)
+
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        ragged = RAGGED if self.distil_weight and self.distil == "patch_same" else ""
+        return ragged or self.on_host(encoder) or self.noise_on_host()
 
     @property
     def splits(self) -> bool:

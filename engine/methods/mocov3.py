@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.core import dist
 from engine.core.optim import Group, cosine, scaled_lr
 from engine.data.views import Augmentation, two_views
-from engine.methods.base import Comparing, Rows, StageSettings
+from engine.methods.base import Comparing, Rows, StageSettings, depth_on_host
 from engine.methods.parts.contrast import pick_own
 from engine.methods.teaching import Taught, TeacherSettings
 from engine.model.heads import head_flops, normed_mlp
@@ -57,6 +57,9 @@ class Settings(TeacherSettings, StageSettings):
     @property
     def splits(self) -> bool:
         return False
+
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return depth_on_host(encoder)
 
 
 class Mocov3(Taught, Comparing):

@@ -71,6 +71,9 @@ class Settings(DistillationSettings):
                 f"--{stage}.patch-drop is {self.patch_drop}, which leaves none of {patches} patches; choose a smaller share."
             )
 
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return self.on_host(encoder)
+
     @property
     def splits(self) -> bool:
         return False  # the heads' batch norm compares images, whatever keeps the prototypes apart

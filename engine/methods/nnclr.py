@@ -18,7 +18,7 @@ from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.batch import Batch
 from engine.data.views import Augmentation, two_views
-from engine.methods.base import Comparing, Method, Rows, StageSettings
+from engine.methods.base import Comparing, Method, Rows, StageSettings, depth_on_host
 from engine.methods.parts.contrast import pick_own
 from engine.model.heads import head_flops, predictor, projector
 from engine.model.memory import Queue
@@ -87,6 +87,9 @@ class Settings(DroppingSettings):
     def rules(self) -> dict[str, tuple[bool, str]]:
         fits = self.reuse >= 0 and (self.patch_keep == 1 or not self.reuse)
         return super().rules() | {"reuse": (fits, "a whole number from 0, and 0 where patch-keep is below 1")}
+
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return depth_on_host(encoder)
 
 
 class Nnclr(Comparing):

@@ -13,7 +13,7 @@ from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.views import Augmentation, minimal
-from engine.methods.base import LabelledSettings, Labels, Method
+from engine.methods.base import LabelledSettings, Labels, Method, depth_on_host
 from engine.methods.parts.patch_augmentation import PatchSettings, arrange, draw_patches
 from engine.methods.parts.relations import DirectionHead, MapHead, PlaceHead, angles, distances
 from engine.model.heads import Classifier, head_flops
@@ -76,6 +76,9 @@ class Settings(PatchSettings, LabelledSettings):
             raise BadInput(
                 f"--{stage}.add-class-token needs a model that has one, which {encoder.architecture.name} has not."
             )
+
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return depth_on_host(encoder)
 
 
 class Relvit(Method):

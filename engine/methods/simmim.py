@@ -16,7 +16,7 @@ from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.views import Augmentation, minimal
-from engine.methods.base import Method, StageSettings
+from engine.methods.base import Method, StageSettings, depth_on_host
 from engine.model.heads import PixelDecoder, head_flops
 from engine.model.tokens import View, random_masking
 from engine.model.vit import VisionTransformer
@@ -59,6 +59,9 @@ class Settings(StageSettings):
                 f"--{stage}.mask-ratio is {self.mask_ratio}; of the image's {units} squares of {unit} pixels that hides all: "
                 f"choose less, or a smaller --{stage}.mask-unit."
             )
+
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        return depth_on_host(encoder)
 
     def hidden_of(self, units: int) -> int:
         """How many of so many squares are hidden."""

@@ -13,7 +13,7 @@ from engine.core.draws import Draws
 from engine.core.optim import Group, by_layer, decays_as_listed, scaled_lr
 from engine.data.augment import MAX_OPERATIONS
 from engine.data.views import Augmentation, minimal
-from engine.methods.base import LabelledSettings, Labels, Method
+from engine.methods.base import LabelledSettings, Labels, Method, depth_on_host
 from engine.methods.parts import mixing
 from engine.model.heads import Classifier, MultiLabelClassifier, head_flops
 from engine.model.tokens import View
@@ -72,6 +72,10 @@ class Settings(LabelledSettings):
             "erase": (0 <= self.erase <= 1, "a probability from 0 to 1"),
             "head-std": (self.head_std > 0, "a number above 0"),
         }
+
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        mixes = "mixup and CutMix go by numbers that the host reads" if self.mixup or self.cutmix else ""
+        return depth_on_host(encoder) or mixes
 
 
 class Supervised(Method):

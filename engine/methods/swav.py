@@ -61,6 +61,10 @@ class Settings(ClusteringSettings):
     def splits(self) -> bool:
         return False  # the projector's batch norm compares images, whatever keeps the prototypes apart
 
+    def ungraphed(self, encoder: VisionTransformer) -> str:
+        queue = "the queue of keys comes into use after some epochs" if self.queue_size else ""
+        return self.on_host(encoder) or queue
+
 
 class Swav(Clustering):
     """Every crop predicts the prototypes that the other large crops of its image were assigned, all by one network."""

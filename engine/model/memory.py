@@ -46,7 +46,7 @@ class Queue(nn.Module):
         self.register_buffer("keys", F.normalize(torch.randn(size, features), dim=-1))
         self.register_buffer("ids", torch.full((size,), -1))
         self.register_buffer("pointer", torch.tensor(0))
-        self.offered: tuple[Tensor, Tensor] | None = None
+        self.pending: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
     def lookup(self, queries_bC: Tensor, ids_b: Tensor, choice_b: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,13 +62,13 @@ class Queue(nn.Module):
 
     def offer(self, keys_bC: Tensor, ids_b: Tensor) -> None:
         """Hand in this rank's new keys, [b, C]."""
-        self.offered = dist.all_gather(keys_bC.detach().float()), dist.all_gather(ids_b)
+        self.pending[:] = [(dist.all_gather(keys_bC.detach().float()), dist.all_gather(ids_b))]
 
     @torch.no_grad()
     def commit(self, applied: Tensor) -> None:
         """Write the offered keys over the oldest ones, if the update was applied."""
-        keys_BC, ids_B = self.offered
-        self.offered = None
+        ((keys_BC, ids_B),) = self.pending
+        self.pending.clear()
         slots_B = (self.pointer + torch.arange(len(keys_BC), device=keys_BC.device)) % len(self.keys)
         self.keys[slots_B] = torch.where(applied, keys_BC, self.keys[slots_B])
         self.ids[slots_B] = torch.where(applied, ids_B, self.ids[slots_B])

@@ -3,7 +3,7 @@
 Shapes: H heads, L tokens of a sequence, N patches of an image.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,7 @@ class RelativePositions(nn.Module):
         return table[_offsets(self.grid, table.device)].permute(2, 0, 1).contiguous()
 
 
-@lru_cache(maxsize=64)
+@cache  # a captured step reads them where they lie
 def _offsets(grid: tuple[int, int], device: torch.device) -> Tensor:
     """Int64 [L, L]: which entry of the table belongs to two tokens. One tensor per grid and device, to read only."""
     height, width = grid

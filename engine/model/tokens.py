@@ -5,7 +5,7 @@ Shapes: T packed tokens, S sequences, L sequence length, C channels, B batch, N 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import accumulate, chain, repeat
 
 import torch
@@ -53,7 +53,7 @@ class Layout:
         return _cu_seqlens(self, torch.device(device))
 
 
-@lru_cache(maxsize=256)
+@cache  # a captured step reads them where they lie
 def _cu_seqlens(layout: Layout, device: torch.device) -> Tensor:
     lengths = chain.from_iterable(repeat(g.length, g.sequences) for g in layout.groups)
     with lasting():

@@ -30,7 +30,10 @@ def build(parts: Parts, index: int, earlier: Method | None, *, anew: bool = True
     residual.choose(method, parts.plan.train.residual)
     if parts.compiles:
         compile_regions(method)
-    update = Update(method, parts.stages[index].total_steps, parts.precision, parts.plan.train.accumulate)
+    update = Update(
+        method, parts.stages[index].total_steps, parts.precision, parts.plan.train.accumulate,
+        graphs=not parts.ungraphed()[index][1],
+    )  # fmt: skip
     return TrainState(method, update, index, 0, [])
 
 

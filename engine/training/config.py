@@ -22,8 +22,9 @@ from engine.training import trackers
 
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
 RESUME_MAY_CHANGE = (
-    "resume", "out", "data", "changed_data", "compile", "device", "threads", "log_every", "probe_every", "save_every", "keep",
-    "evaluate", "dry_run", "bad_limit", "abort_after", "kernels", "calibrate", "accumulate", "recompute", "track", "profile",
+    "resume", "out", "data", "changed_data", "compile", "graphs", "device", "threads", "log_every", "probe_every", "save_every",
+    "keep", "evaluate", "dry_run", "bad_limit", "abort_after", "kernels", "calibrate", "accumulate", "recompute", "track",
+    "profile",
 )  # fmt: skip
 
 IN_FULL = ("--help-method", "--help-all")
@@ -36,8 +37,8 @@ HELP = {
         "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
     ),
     "how": (
-        "compile", "precision", "residual", "accumulate", "recompute", "kernels", "calibrate", "deterministic", "device",
-        "threads", "seed",
+        "compile", "graphs", "precision", "residual", "accumulate", "recompute", "kernels", "calibrate", "deterministic",
+        "device", "threads", "seed",
     ),
     "run": (
         "out", "resume", "changed_data", "dry_run", "log_every", "probe_every", "save_every", "keep", "evaluate", "track",
@@ -91,6 +92,9 @@ class Train:
     about a tenth fewer bytes through a GPU (docs/speed.md)."""
     compile: str = "auto"
     """Compile blocks and losses with torch.compile: on (also --compile alone), off (also --no-compile), or auto: on GPUs."""
+    graphs: str = "auto"
+    """Replay forward and backward of a step from a CUDA graph, by one launch: on, off, or auto: on one GPU, where the method's
+    step is known to be the same at every replay. What keeps a step from it is said as a run begins."""
     kernels: str = "auto"
     """Which form of the kernels runs: auto, reference, plain, triton, cuda or another of docs/kernels.md, for all ops that have
     it, or by op, as in packed_attention=cuda,sinkhorn=triton."""
@@ -143,6 +147,7 @@ class Train:
             "recompute": recomputing.CHOICES,
             "residual": tuple(residual.DTYPES),
             "compile": ("auto", "on", "off"),
+            "graphs": ("auto", "on", "off"),
             "calibrate": ("auto", "again", "never"),
             "device": ("auto", "cpu", "cuda"),
         }

@@ -22,6 +22,7 @@ from engine.data.subsets import few_per_class
 from engine.data.views import Augmentation
 from engine.methods.base import StageSettings
 from engine.model import vit, weights
+from engine.training import graphs
 from engine.training.config import Plan, Train
 from engine.training.loop import Stage
 from engine.training.precision import AUTOCAST, automatic
@@ -49,6 +50,13 @@ class Parts:
 
     def settings(self, index: int) -> StageSettings:
         return self.plan.stages[index][1]
+
+    def ungraphed(self) -> list[tuple[str, str]]:
+        """By stage its name, and why its steps are not replayed from a CUDA graph; "" where they are."""
+        return [
+            (name, graphs.obstacle(self.plan.train, settings, self.encoder, self.ranks, self.precision))
+            for name, settings in self.plan.stages
+        ]
 
     def seed(self, *purpose: int | str) -> int:
         return seed_of(self.plan.train.seed, *purpose)
@@ -113,7 +121,7 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
             raise BadInput(f"stage {name} learns from classes, but {train_images.root} has none: give train/CLASS/*.")
         _check_batch(name, settings, plan, ranks, len(_stage_images(train_images, settings, train.seed)))
     loaded = str(weights.load(encoder, train.weights)) if train.weights and not train.resume else ""
-    return Parts(
+    parts = Parts(
         plan,
         ranks,
         train_images,
@@ -125,6 +133,8 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
         identity,
         loaded,
     )
+    graphs.check(train.graphs, parts.ungraphed())
+    return parts
 
 
 def _choose_kernels(train: Train, ranks: dist.Ranks) -> None:

@@ -14,7 +14,7 @@ from engine.core.extras import Extras
 from engine.core.gpus import peak_flops
 from engine.data.identity import Identity
 from engine.data.sources import check_bad
-from engine.training import checkpoint, folder, pictures, probe
+from engine.training import checkpoint, folder, graphs, pictures, probe
 from engine.training.build import as_evaluated, build
 from engine.training.choosing import choose
 from engine.training.log import RunLog
@@ -125,6 +125,8 @@ def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
     if plan.train.recompute != "none":
         how += f", activations computed again: {plan.train.recompute}"
     log.message(f"{ranks.world} x {device}, {how}; run folder {out}")
+    if ranks.device.type == "cuda":
+        log.message(graphs.described(parts.ungraphed()))
     if parts.loaded:
         log.message(parts.loaded)
     bad = parts.train_images.bad

@@ -11,6 +11,7 @@ from engine.core.optim import Average, Moment, cosine, share_of_peak
 from engine.methods.base import Method
 from engine.training import gradient_cache
 from engine.training.gradient_cache import micro_batches
+from engine.training.graphs import CudaGraph, Replayed
 from engine.training.optimizers import (
     AdamW,
     Larc,
@@ -62,12 +63,16 @@ class Update:
         precision: one of `engine.training.precision.AUTOCAST`.
         accumulate: micro-batches per update. Where the settings say that the batch does not split, they are represented by
             themselves and compared together (`engine.training.gradient_cache`).
+        graphs: replay forward and backward from a CUDA graph (`engine.training.graphs`); what an update reports then holds until
+            the next one.
 
     Attributes:
         skipped, skipped_in_a_row: int64 scalars on the device: updates left out because loss or gradients were not finite.
     """
 
-    def __init__(self, method: Method, total_steps: int, precision: str = "fp32", accumulate: int = 1):
+    def __init__(
+        self, method: Method, total_steps: int, precision: str = "fp32", accumulate: int = 1, *, graphs: bool = False
+    ):
         self.method, self.settings = method, method.settings
         self.total_steps, self.accumulate = round(self.settings.horizon * total_steps), accumulate
         self.steps_per_epoch = max(1, total_steps // self.settings.epochs)
@@ -86,6 +91,7 @@ class Update:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.loss_scale = LossScale(device) if precision == "fp16" else None
+        self.replayed = Replayed(method, self.trained, CudaGraph(device)) if graphs else None
 
     def __call__(
         self, step: int, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]
@@ -99,7 +105,10 @@ class Update:
         moment = Moment(step, self.total_steps, self.steps_per_epoch)
         self.method.begin(moment)
         rates = self._set_rates(step)
-        report = self._backward(images, ids, drawn)
+        if self.replayed is None:
+            report = self._backward(images, ids, drawn)
+        else:
+            report = self.replayed(self._backward, images, ids, drawn)
         drop_frozen(self.optimizer, moment.epoch)
         unscale = None if self.loss_scale is None else 1 / self.loss_scale.scale
         norms = gradient_norms(self.optimizer, unscale)

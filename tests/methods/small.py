@@ -1,4 +1,5 @@
-"""Sizes at which any method runs in a moment, by the names of settings; a method takes those that it has."""
+"""Sizes at which any method runs in a moment, by the names of settings; a method takes those that it has. And of every method a
+form whose steps can be replayed from a CUDA graph, if it has one."""
 
 from dataclasses import fields
 from typing import Any
@@ -23,6 +24,14 @@ SIZES: dict[str, Any] = {
     "mask_unit": 8,
     "codes": 48,
 }
+CONSTANT = {"target_temperature_start": 0.04, "target_temperature": 0.04, "target_temperature_epochs": 0}
+# settings over those of `small`, for an encoder without stochastic depth
+REPLAYED: dict[str, dict[str, Any]] = {
+    "mae": {"crops": 2}, "simmim": {}, "relvit": {"permute": True, "mega_patches": 2, "class_weight": 1.0},
+    "supervised": {"mixup": 0.0, "cutmix": 0.0, "erase": 0.5}, "mocov3": {}, "nnclr": {"patch_keep": 0.5},
+    "maect": {"weight_ema": 0.9}, "dino": CONSTANT, "msn": CONSTANT, "swav": {"queue_size": 0}, "mim_heads": {},
+    "mim_refiner": {}, "mim_cluster": CONSTANT, "mmc": CONSTANT | {"distil": "cls_to_patch"},
+}  # fmt: skip
 
 
 def small(kind: type[StageSettings], **others: Any) -> dict[str, Any]:

@@ -97,7 +97,7 @@ def test_loss_looks_up_with_the_averaged_projector():
         + F.cross_entropy(found[0] @ predicted[1].T / t, targets)
     ) / 2
     assert loss.item() == pytest.approx(expected.item(), abs=1e-5)
-    torch.testing.assert_close(method.queue.offered[0], queries[0])
+    torch.testing.assert_close(method.queue.pending[0][0], queries[0])
 
 
 def test_projector_average_follows_with_its_momentum_and_copies_statistics():

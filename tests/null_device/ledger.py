@@ -26,6 +26,9 @@ class Event(NamedTuple):
     all in a batch, summands), load (registers, bytes of stack frame); malloc, memset, copy_to_device, copy_from_device,
     copy_on_device, copy_on_host, collective (bytes of a rank); wait. text: the kernel, the cuBLAS or NCCL call, for copies from
     or to the host "pinned" or "pageable", the call that waits.
+
+    Of graphs: capture ("begins" or "ends"; nodes, and launches and products among them); what is captured in between, as above
+    with captured_ before the kind; refused_in_capture (the call, and CUDA's error); replay (nodes, launches and products).
     """
 
     kind: str
@@ -100,6 +103,26 @@ def examine(step: Callable[[int], object], spills: int = 0) -> Report:
     if waits:
         report.faults.append(f"waits for the device: {dict(waits)}, {_place(step)}")
     return report
+
+
+def faults_of_capture(events: list[Event]) -> list[str]:
+    """Of a step that was captured: what a replay would not do again as it should, or a driver refuses."""
+    bounds = [place for place, event in enumerate(events) if event.kind == "capture"]
+    if len(bounds) != 2:
+        return [f"captured {len(bounds) / 2:g} times"]
+    inside = events[bounds[0] + 1 : bounds[1]]
+    refused = [event.text for event in inside if event.kind == "refused_in_capture"]
+    from_host = Counter(e.kind.removeprefix("captured_") for e in inside if e.kind in _WITH_HOST)
+    # the allocator takes new memory for the graph, which happens once and not in the graph
+    others = Counter(e.kind for e in inside if not e.kind.startswith(("captured_", "refused_in_capture", "malloc")))
+    return (
+        [f"refused while capturing: {', '.join(refused)}"] * bool(refused)
+        + [f"between host and device in a graph: {dict(from_host)}"] * bool(from_host)
+        + [f"not captured: {dict(others)}"] * bool(others)
+    )
+
+
+_WITH_HOST = ("captured_copy_to_device", "captured_copy_from_device", "captured_copy_on_host", "captured_host_function")
 
 
 def _figures(events: list[Event]) -> dict[str, int]:

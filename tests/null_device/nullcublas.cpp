@@ -11,18 +11,28 @@ struct __nv_bfloat16;
 
 #include <cstdio>
 #include <cstring>
+#include <mutex>
+#include <unordered_map>
 
-extern "C" void nullcuda_note(const char* kind, const char* text, long a, long b, long c);
+extern "C" int nullcuda_put(cudaStream_t s, const char* kind, const char* text, long a, long b, long c);
 extern "C" void nullcuda_new_handle(void** h);
 
 #define BLAS_OK(declaration) cublasStatus_t declaration { return CUBLAS_STATUS_SUCCESS; }
 
 namespace {
-cublasStatus_t product(const char* call, long m, long n, long k, long batch) {
+std::mutex lock;
+std::unordered_map<cublasHandle_t, cudaStream_t>& streams() {
+  static auto* m = new std::unordered_map<cublasHandle_t, cudaStream_t>;
+  return *m;
+}
+cudaStream_t stream_of(cublasHandle_t h) {
+  std::lock_guard<std::mutex> guard(lock);
+  return streams()[h];
+}
+cublasStatus_t product(cudaStream_t s, const char* call, long m, long n, long k, long batch) {
   char text[64];
   snprintf(text, sizeof text, "%s x%ld", call, batch);
-  nullcuda_note("product", text, m, n * batch, k);
-  return CUBLAS_STATUS_SUCCESS;
+  return nullcuda_put(s, "product", text, m, n * batch, k) ? CUBLAS_STATUS_EXECUTION_FAILED : CUBLAS_STATUS_SUCCESS;
 }
 using Op = cublasOperation_t;
 struct Layout { long rows, columns; int batch = 1; };
@@ -32,7 +42,11 @@ struct Description { int transposes_a = 0; };
 extern "C" {
 cublasStatus_t cublasCreate_v2(cublasHandle_t* h) { nullcuda_new_handle((void**)h); return CUBLAS_STATUS_SUCCESS; }
 BLAS_OK(cublasDestroy_v2(cublasHandle_t))
-BLAS_OK(cublasSetStream_v2(cublasHandle_t, cudaStream_t))
+cublasStatus_t cublasSetStream_v2(cublasHandle_t h, cudaStream_t s) {
+  std::lock_guard<std::mutex> guard(lock);
+  streams()[h] = s;
+  return CUBLAS_STATUS_SUCCESS;
+}
 BLAS_OK(cublasSetWorkspace_v2(cublasHandle_t, void*, size_t))
 BLAS_OK(cublasSetMathMode(cublasHandle_t, cublasMath_t))
 cublasStatus_t cublasGetMathMode(cublasHandle_t, cublasMath_t* m) { *m = CUBLAS_DEFAULT_MATH; return CUBLAS_STATUS_SUCCESS; }
@@ -41,35 +55,35 @@ cublasStatus_t cublasGetPointerMode_v2(cublasHandle_t, cublasPointerMode_t* m) {
   *m = CUBLAS_POINTER_MODE_HOST;
   return CUBLAS_STATUS_SUCCESS;
 }
-cublasStatus_t cublasGemmEx(cublasHandle_t, Op, Op, int m, int n, int k, const void*, const void*, cudaDataType, int,
+cublasStatus_t cublasGemmEx(cublasHandle_t h, Op, Op, int m, int n, int k, const void*, const void*, cudaDataType, int,
     const void*, cudaDataType, int,
                             const void*, void*, cudaDataType, int, cublasComputeType_t, cublasGemmAlgo_t) {
-  return product("GemmEx", m, n, k, 1);
+  return product(stream_of(h), "GemmEx", m, n, k, 1);
 }
-cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t, Op, Op, int m, int n, int k, const void*, const void*,
+cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t h, Op, Op, int m, int n, int k, const void*, const void*,
     cudaDataType, int, long long, const void*,
                                           cudaDataType, int, long long, const void*, void*, cudaDataType, int, long long,
     int batch,
                                           cublasComputeType_t, cublasGemmAlgo_t) {
-  return product("GemmStridedBatchedEx", m, n, k, batch);
+  return product(stream_of(h), "GemmStridedBatchedEx", m, n, k, batch);
 }
-cublasStatus_t cublasSgemm_v2(cublasHandle_t, Op, Op, int m, int n, int k, const float*, const float*, int, const float*,
+cublasStatus_t cublasSgemm_v2(cublasHandle_t h, Op, Op, int m, int n, int k, const float*, const float*, int, const float*,
     int, const float*, float*, int) {
-  return product("Sgemm", m, n, k, 1);
+  return product(stream_of(h), "Sgemm", m, n, k, 1);
 }
-cublasStatus_t cublasDgemm_v2(cublasHandle_t, Op, Op, int m, int n, int k, const double*, const double*, int, const double*,
+cublasStatus_t cublasDgemm_v2(cublasHandle_t h, Op, Op, int m, int n, int k, const double*, const double*, int, const double*,
     int, const double*, double*, int) {
-  return product("Dgemm", m, n, k, 1);
+  return product(stream_of(h), "Dgemm", m, n, k, 1);
 }
-cublasStatus_t cublasSgemmStridedBatched(cublasHandle_t, Op, Op, int m, int n, int k, const float*, const float*, int,
+cublasStatus_t cublasSgemmStridedBatched(cublasHandle_t h, Op, Op, int m, int n, int k, const float*, const float*, int,
     long long, const float*, int,
                                          long long, const float*, float*, int, long long, int batch) {
-  return product("SgemmStridedBatched", m, n, k, batch);
+  return product(stream_of(h), "SgemmStridedBatched", m, n, k, batch);
 }
-cublasStatus_t cublasDgemmStridedBatched(cublasHandle_t, Op, Op, int m, int n, int k, const double*, const double*, int,
+cublasStatus_t cublasDgemmStridedBatched(cublasHandle_t h, Op, Op, int m, int n, int k, const double*, const double*, int,
     long long, const double*, int,
                                          long long, const double*, double*, int, long long, int batch) {
-  return product("DgemmStridedBatched", m, n, k, batch);
+  return product(stream_of(h), "DgemmStridedBatched", m, n, k, batch);
 }
 size_t cublasLtGetVersion() { return 130000; }
 cublasStatus_t cublasLtMatrixLayoutCreate(cublasLtMatrixLayout_t* l, cudaDataType, uint64_t rows, uint64_t columns, int64_t) {
@@ -111,9 +125,9 @@ cublasStatus_t cublasLtMatmul(cublasLtHandle_t, cublasLtMatmulDesc_t d, const vo
     const void*, cublasLtMatrixLayout_t,
                               const void*, const void*, cublasLtMatrixLayout_t, void*, cublasLtMatrixLayout_t out,
     const cublasLtMatmulAlgo_t*, void*, size_t,
-                              cudaStream_t) {
+                              cudaStream_t s) {
   auto *left = (Layout*)a, *result = (Layout*)out;
   long k = ((Description*)d)->transposes_a ? left->rows : left->columns;
-  return product("LtMatmul", result->rows, result->columns, k, result->batch);
+  return product(s, "LtMatmul", result->rows, result->columns, k, result->batch);
 }
 }

@@ -1,10 +1,13 @@
 // A CUDA device that computes nothing. Preloaded into a process, it answers for libcudart, libcuda (that is its SONAME) and,
-// in files of their own, for cuBLAS and NCCL: it hands out address space and writes down every launch, product, copy, allocation and wait.
-// Whatever is read from it is zero. As a driver would, it reads registers and stack frames out of the machine code that it is
+// in files of their own, for cuBLAS and NCCL: it hands out address space and writes down every launch, product, copy, allocation
+// and wait. Whatever is read from it is zero. As a driver would, it reads registers and stack frames out of the machine code that it is
 // given, and refuses code for another chip and launches that no chip takes.
 //
-// NULLCUDA_SM: 90, an H200 (the default), or 80, an A100 of 80 GB. Not answered yet: graphs (capture is said to be off), cuDNN, a
-// second device. A library of its own, like cuBLAS, belongs into a file of its own, which writes with nullcuda_note.
+// What a stream captures is written down as captured, and a replay as one launch of so many nodes; what a driver refuses while a
+// stream captures is refused, and breaks the capture.
+//
+// NULLCUDA_SM: 90, an H200 (the default), or 80, an A100 of 80 GB. Not answered yet: cuDNN, a second device. A library of its
+// own, like cuBLAS, belongs into a file of its own, which writes with nullcuda_put.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -18,7 +21,9 @@
 #include <iterator>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
+#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -66,14 +71,14 @@ int attribute(int which) {
 }
 
 // ---- the log: kind, text, three numbers
-struct Event { const char* kind; std::string text; long a, b, c; };
+struct Event { std::string kind, text; long a, b, c; };
 std::mutex lock;
 std::vector<Event> events;
 bool recording = false;
-void note(const char* kind, std::string text, long a = 0, long b = 0, long c = 0) {
+void note(std::string kind, std::string text, long a = 0, long b = 0, long c = 0) {
   if (!recording) return;
   std::lock_guard<std::mutex> guard(lock);
-  events.push_back({kind, std::move(text), a, b, c});
+  events.push_back({std::move(kind), std::move(text), a, b, c});
 }
 
 // ---- memory
@@ -94,12 +99,109 @@ template <class Handle> void new_handle(Handle* h) {
   *h = (Handle)(last += 16);
 }
 
+// ---- capture, as the CUDA programming guide has it (CUDA Graphs, creating a graph by stream capture)
+struct Graph { long nodes = 0, launches = 0; };
+struct Capture {
+  unsigned long long id;
+  cudaStream_t origin;
+  cudaStreamCaptureMode mode;
+  std::thread::id thread;
+  Graph graph;
+  std::set<cudaStream_t> streams, unjoined;
+  bool broken = false;
+};
+std::map<unsigned long long, Capture>& captures() { static auto* m = new std::map<unsigned long long, Capture>; return *m; }
+struct Recorded { unsigned long long capture; cudaStream_t stream; };
+std::map<cudaEvent_t, Recorded>& recorded() { static auto* m = new std::map<cudaEvent_t, Recorded>; return *m; }
+thread_local cudaStreamCaptureMode strictness = cudaStreamCaptureModeGlobal;
+thread_local cudaError_t last_error = cudaSuccess;
+
+// Of a stream, the capture that it takes part in; all of this under `lock`.
+Capture* capture_of(cudaStream_t s) {
+  for (auto& [id, capture] : captures())
+    if (capture.streams.count(s)) return &capture;
+  return nullptr;
+}
+// What is called, refused with the driver's own error; a null capture is the only one there is, or all of them.
+cudaError_t refuse(Capture* capture, const char* call, cudaError_t error) {
+  for (auto& [id, open] : captures())
+    if (!capture || capture == &open) open.broken = true;
+  if (recording) events.push_back({"refused_in_capture", call, (long)error, 0, 0});
+  return last_error = error;
+}
+// Calls that may wait or allocate, which no thread may make that captures, unless it has said that it knows what it does.
+cudaError_t unsafe(const char* call) {
+  std::lock_guard<std::mutex> guard(lock);
+  for (auto& [id, capture] : captures()) {
+    bool own = capture.thread == std::this_thread::get_id() && capture.mode != cudaStreamCaptureModeRelaxed;
+    bool others = strictness == cudaStreamCaptureModeGlobal && capture.mode == cudaStreamCaptureModeGlobal;
+    if (strictness != cudaStreamCaptureModeRelaxed && (own || others))
+      return refuse(&capture, call, cudaErrorStreamCaptureUnsupported);
+  }
+  return cudaSuccess;
+}
+// Waits for all that the device does, whoever asked for it.
+cudaError_t wait_for_all(const char* call) {
+  {
+    std::lock_guard<std::mutex> guard(lock);
+    if (!captures().empty()) return refuse(nullptr, call, cudaErrorStreamCaptureUnsupported);
+  }
+  note("wait", call);
+  return cudaSuccess;
+}
+cudaError_t wait_for(cudaStream_t s, const char* call) {
+  {
+    std::lock_guard<std::mutex> guard(lock);
+    if (Capture* capture = capture_of(s)) return refuse(capture, call, cudaErrorStreamCaptureUnsupported);
+  }
+  note("wait", call);
+  return cudaSuccess;
+}
+cudaError_t look_at(cudaEvent_t e, const char* call) {
+  {
+    std::lock_guard<std::mutex> guard(lock);
+    auto of_capture = recorded().find(e);
+    if (of_capture != recorded().end() && captures().count(of_capture->second.capture))
+      return refuse(&captures()[of_capture->second.capture], call, cudaErrorCapturedEvent);
+  }
+  return unsafe(call);
+}
+// Work in a stream: done, or captured.
+cudaError_t put(cudaStream_t s, const char* kind, std::string text, long a = 0, long b = 0, long c = 0) {
+  {
+    std::lock_guard<std::mutex> guard(lock);
+    if (Capture* capture = capture_of(s)) {
+      if (capture->broken) return last_error = cudaErrorStreamCaptureInvalidated;
+      capture->graph.nodes++;
+      capture->graph.launches += !strcmp(kind, "launch") || !strcmp(kind, "product");
+      if (s != capture->origin) capture->unjoined.insert(s);
+      if (recording) events.push_back({std::string("captured_") + kind, std::move(text), a, b, c});
+      return cudaSuccess;
+    }
+  }
+  note(kind, std::move(text), a, b, c);
+  return cudaSuccess;
+}
+bool captures_now(cudaStream_t s) {
+  std::lock_guard<std::mutex> guard(lock);
+  return capture_of(s) != nullptr;
+}
+
 // The device's memory is zero and stays so: whoever reads it gets the same at every run, and nothing of it becomes real.
-cudaError_t copy(void* to, const void* from, size_t n, bool waits) {
+cudaError_t copy(void* to, const void* from, size_t n, cudaStream_t s, bool waits) {
   bool down = inside(on_device(), from), up = inside(on_device(), to);
   const void* host = down ? to : from;
   const char* how = down && up ? "" : inside(pinned(), host) ? "pinned" : "pageable";
-  note(down ? (up ? "copy_on_device" : "copy_from_device") : (up ? "copy_to_device" : "copy_on_host"), how, (long)n);
+  const char* kind = down ? (up ? "copy_on_device" : "copy_from_device") : (up ? "copy_to_device" : "copy_on_host");
+  if (waits)
+    if (cudaError_t error = unsafe("cudaMemcpy")) return error;
+  if (captures_now(s) && !strcmp(how, "pageable")) {
+    std::lock_guard<std::mutex> guard(lock);
+    return refuse(capture_of(s), "cudaMemcpyAsync of pageable memory", cudaErrorStreamCaptureUnsupported);
+  }
+  bool captured = captures_now(s);
+  if (cudaError_t error = put(s, kind, how, (long)n)) return error;
+  if (captured) return cudaSuccess;
   if (down && !up) memset(to, 0, n);
   if (!down && !up) memcpy(to, from, n);
   if (waits) note("wait", "cudaMemcpy");
@@ -156,18 +258,16 @@ Kernel& known(const void* host_function) {
 }
 
 // What a driver refuses is refused here.
-bool launch(const Kernel& k, dim3 g, dim3 b, size_t shared) {
+cudaError_t launch(const Kernel& k, dim3 g, dim3 b, size_t shared, cudaStream_t s) {
   size_t threads = (size_t)b.x * b.y * b.z, blocks = (size_t)g.x * g.y * g.z;
   bool fits = threads && threads <= THREADS && b.z <= 64 && blocks && g.x <= 2147483647u && g.y <= GRID_Y && g.z <= GRID_Y;
   fits = fits && (int)shared <= k.shared_allowed && (size_t)k.registers * ((threads + 31) / 32 * 32) <= REGISTERS;
-  note(fits ? "launch" : "refused", k.name, (long)blocks, (long)threads, (long)shared);
-  return fits;
+  if (fits) return put(s, "launch", k.name, (long)blocks, (long)threads, (long)shared);
+  note("refused", k.name, (long)blocks, (long)threads, (long)shared);
+  return cudaErrorInvalidValue;
 }
-cudaError_t run(const Kernel& k, dim3 g, dim3 b, size_t shared) {
-  return launch(k, g, b, shared) ? cudaSuccess : cudaErrorInvalidValue;
-}
-CUresult drive(CUfunction f, dim3 g, dim3 b, size_t shared) {
-  return launch(*(Kernel*)f, g, b, shared) ? CUDA_SUCCESS : CUDA_ERROR_INVALID_VALUE;
+CUresult drive(CUfunction f, dim3 g, dim3 b, size_t shared, CUstream s) {  // the driver's errors have the runtime's numbers
+  return (CUresult)launch(*(Kernel*)f, g, b, shared, s);
 }
 
 }  // namespace
@@ -178,6 +278,9 @@ CUresult drive(CUfunction f, dim3 g, dim3 b, size_t shared) {
 extern "C" {
 // ---- for the other files here
 void nullcuda_note(const char* kind, const char* text, long a, long b, long c) { note(kind, text, a, b, c); }
+int nullcuda_put(cudaStream_t s, const char* kind, const char* text, long a, long b, long c) {
+  return put(s, kind, text, a, b, c);
+}
 void nullcuda_new_handle(void** h) { new_handle(h); }
 
 // ---- for ledger.py and traffic.py
@@ -193,7 +296,7 @@ long nullcuda_count() {
 void nullcuda_write(const char* path) {
   std::lock_guard<std::mutex> guard(lock);
   FILE* f = fopen(path, "w");
-  for (auto& e : events) fprintf(f, "%s\t%s\t%ld\t%ld\t%ld\n", e.kind, e.text.c_str(), e.a, e.b, e.c);
+  for (auto& e : events) fprintf(f, "%s\t%s\t%ld\t%ld\t%ld\n", e.kind.c_str(), e.text.c_str(), e.a, e.b, e.c);
   fclose(f);
 }
 
@@ -220,9 +323,9 @@ cudaError_t cudaDeviceGetAttribute(int* v, cudaDeviceAttr a, int) { *v = attribu
 cudaError_t cudaDeviceGetPCIBusId(char* s, int n, int) { snprintf(s, n, "0000:00:00.0"); return cudaSuccess; }
 cudaError_t cudaDeviceCanAccessPeer(int* v, int, int) { *v = 0; return cudaSuccess; }
 cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) { *least = 0; *greatest = -5; return cudaSuccess; }
-cudaError_t cudaDeviceSynchronize() { note("wait", "cudaDeviceSynchronize"); return cudaSuccess; }
-OK(cudaGetLastError())
-OK(cudaPeekAtLastError())
+cudaError_t cudaDeviceSynchronize() { return wait_for_all("cudaDeviceSynchronize"); }
+cudaError_t cudaGetLastError() { cudaError_t error = last_error; last_error = cudaSuccess; return error; }
+cudaError_t cudaPeekAtLastError() { return last_error; }
 OK(cudaProfilerStart())
 OK(cudaProfilerStop())
 
@@ -230,6 +333,7 @@ OK(cudaProfilerStop())
 cudaError_t cudaMemGetInfo(size_t* f, size_t* t) { *t = chip().memory; *f = *t - held; return cudaSuccess; }
 cudaError_t cudaMalloc(void** p, size_t n) {
   constexpr size_t page = 2u << 20;
+  if (cudaError_t error = unsafe("cudaMalloc")) return error;
   std::lock_guard<std::mutex> guard(lock);
   if (held + n > chip().memory) return cudaErrorMemoryAllocation;
   size_t whole = ((n + page - 1) & ~(page - 1)) + page;
@@ -242,6 +346,7 @@ cudaError_t cudaMalloc(void** p, size_t n) {
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* p) {
+  if (cudaError_t error = unsafe("cudaFree")) return error;
   std::lock_guard<std::mutex> guard(lock);
   auto it = on_device().find((char*)p);
   if (it == on_device().end()) return p ? cudaErrorInvalidValue : cudaSuccess;
@@ -251,12 +356,14 @@ cudaError_t cudaFree(void* p) {
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void** p, size_t n, unsigned) {
+  if (cudaError_t error = unsafe("cudaHostAlloc")) return error;
   *p = aligned_alloc(4096, (n + 4095) & ~4095ull);
   std::lock_guard<std::mutex> guard(lock);
   pinned()[(char*)*p] = n;
   return cudaSuccess;
 }
 cudaError_t cudaFreeHost(void* p) {
+  if (cudaError_t error = unsafe("cudaFreeHost")) return error;
   std::lock_guard<std::mutex> guard(lock);
   pinned().erase((char*)p);
   free(p);
@@ -272,11 +379,16 @@ cudaError_t cudaHostUnregister(void* p) {
   pinned().erase((char*)p);
   return cudaSuccess;
 }
-cudaError_t cudaMemcpy(void* d, const void* s, size_t n, cudaMemcpyKind) { return copy(d, s, n, true); }
-cudaError_t cudaMemcpyAsync(void* d, const void* s, size_t n, cudaMemcpyKind, cudaStream_t) { return copy(d, s, n, false); }
+cudaError_t cudaMemcpy(void* d, const void* s, size_t n, cudaMemcpyKind) { return copy(d, s, n, nullptr, true); }
+cudaError_t cudaMemcpyAsync(void* d, const void* s, size_t n, cudaMemcpyKind, cudaStream_t stream) {
+  return copy(d, s, n, stream, false);
+}
 OK(cudaMemcpyToSymbol(const void*, const void*, size_t, size_t, cudaMemcpyKind))
-cudaError_t cudaMemset(void*, int, size_t n) { note("memset", "", (long)n); return cudaSuccess; }
-cudaError_t cudaMemsetAsync(void*, int, size_t n, cudaStream_t) { note("memset", "", (long)n); return cudaSuccess; }
+cudaError_t cudaMemset(void*, int, size_t n) {
+  if (cudaError_t error = unsafe("cudaMemset")) return error;
+  return put(nullptr, "memset", "", (long)n);
+}
+cudaError_t cudaMemsetAsync(void*, int, size_t n, cudaStream_t s) { return put(s, "memset", "", (long)n); }
 cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* a, const void* p) {
   memset(a, 0, sizeof *a);
   a->type = inside(on_device(), p) ? cudaMemoryTypeDevice : cudaMemoryTypeUnregistered;
@@ -292,26 +404,124 @@ cudaError_t cudaStreamCreate(cudaStream_t* s) { new_handle(s); return cudaSucces
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* s, unsigned, int) { new_handle(s); return cudaSuccess; }
 OK(cudaStreamDestroy(cudaStream_t))
 cudaError_t cudaStreamGetPriority(cudaStream_t, int* p) { *p = 0; return cudaSuccess; }
-OK(cudaStreamQuery(cudaStream_t))
-cudaError_t cudaStreamSynchronize(cudaStream_t) { note("wait", "cudaStreamSynchronize"); return cudaSuccess; }
-OK(cudaStreamWaitEvent(cudaStream_t, cudaEvent_t, unsigned))
+cudaError_t cudaStreamQuery(cudaStream_t s) {
+  std::lock_guard<std::mutex> guard(lock);
+  Capture* capture = capture_of(s);
+  return capture ? refuse(capture, "cudaStreamQuery", cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t s) { return wait_for(s, "cudaStreamSynchronize"); }
+cudaError_t cudaStreamWaitEvent(cudaStream_t s, cudaEvent_t e, unsigned) {
+  std::lock_guard<std::mutex> guard(lock);
+  auto found = recorded().find(e);
+  bool of_capture = found != recorded().end() && captures().count(found->second.capture);
+  Capture* waiting = capture_of(s);
+  if (waiting && (!of_capture || found->second.capture != waiting->id))
+    return refuse(waiting, "cudaStreamWaitEvent", cudaErrorStreamCaptureIsolation);
+  if (of_capture) {
+    Capture& capture = captures()[found->second.capture];
+    capture.streams.insert(s);
+    capture.unjoined.erase(found->second.stream);
+    if (s != capture.origin) capture.unjoined.insert(s);
+  }
+  return cudaSuccess;
+}
 cudaError_t cudaStreamAddCallback(cudaStream_t s, cudaStreamCallback_t f, void* u, unsigned) {
+  if (captures_now(s)) return wait_for(s, "cudaStreamAddCallback");
   f(s, cudaSuccess, u);
   return cudaSuccess;
 }
-cudaError_t cudaLaunchHostFunc(cudaStream_t, cudaHostFn_t f, void* u) { f(u); return cudaSuccess; }
-cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* s) {
-  *s = cudaStreamCaptureStatusNone;
+cudaError_t cudaLaunchHostFunc(cudaStream_t s, cudaHostFn_t f, void* u) {
+  if (captures_now(s)) return put(s, "host_function", "");
+  f(u);
   return cudaSuccess;
 }
-OK(cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode*))
+
+// ---- runtime: capture and graphs
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* m) { std::swap(*m, strictness); return cudaSuccess; }
+cudaError_t cudaStreamBeginCapture(cudaStream_t s, cudaStreamCaptureMode mode) {
+  static unsigned long long last = 0;
+  std::lock_guard<std::mutex> guard(lock);
+  if (!s) return last_error = cudaErrorStreamCaptureUnsupported;  // the legacy stream cannot
+  if (capture_of(s)) return last_error = cudaErrorIllegalState;
+  last++;
+  captures()[last] = {last, s, mode, std::this_thread::get_id(), {}, {s}, {}};
+  if (recording) events.push_back({"capture", "begins", 0, 0, 0});
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t s, cudaGraph_t* g) {
+  std::lock_guard<std::mutex> guard(lock);
+  *g = nullptr;
+  Capture* capture = capture_of(s);
+  if (!capture || capture->origin != s) return last_error = cudaErrorIllegalState;
+  Capture ended = *capture;
+  captures().erase(ended.id);
+  if (recording) events.push_back({"capture", "ends", ended.graph.nodes, ended.graph.launches, 0});
+  if (ended.mode != cudaStreamCaptureModeRelaxed && ended.thread != std::this_thread::get_id())
+    return last_error = cudaErrorStreamCaptureWrongThread;
+  if (ended.broken) return last_error = cudaErrorStreamCaptureInvalidated;
+  if (!ended.unjoined.empty()) return last_error = cudaErrorStreamCaptureUnjoined;
+  *g = (cudaGraph_t) new Graph(ended.graph);
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t s, cudaStreamCaptureStatus* status) {
+  std::lock_guard<std::mutex> guard(lock);
+  Capture* capture = capture_of(s);
+  *status = !capture          ? cudaStreamCaptureStatusNone
+            : capture->broken ? cudaStreamCaptureStatusInvalidated
+                              : cudaStreamCaptureStatusActive;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t s, cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t* g,
+    const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges, size_t* count) {
+  cudaStreamIsCapturing(s, status);
+  std::lock_guard<std::mutex> guard(lock);
+  Capture* capture = capture_of(s);
+  if (id && capture) *id = capture->id;
+  if (g) *g = capture ? (cudaGraph_t)&capture->graph : nullptr;
+  if (nodes) *nodes = nullptr;
+  if (edges) *edges = nullptr;
+  if (count) *count = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphGetNodes(cudaGraph_t g, cudaGraphNode_t* nodes, size_t* count) {
+  if (nodes) return cudaErrorNotSupported;  // how many there are is known, not which
+  *count = (size_t)((Graph*)g)->nodes;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiateWithFlags(cudaGraphExec_t* e, cudaGraph_t g, unsigned long long) {
+  if (cudaError_t error = unsafe("cudaGraphInstantiate")) return error;
+  *e = (cudaGraphExec_t) new Graph(*(Graph*)g);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t e, cudaStream_t s) {
+  if (captures_now(s)) return wait_for(s, "cudaGraphLaunch");
+  note("replay", "", ((Graph*)e)->nodes, ((Graph*)e)->launches);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t g) { delete (Graph*)g; return cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t e) { delete (Graph*)e; return cudaSuccess; }
+
+// ---- runtime: events
 cudaError_t cudaEventCreate(cudaEvent_t* e) { new_handle(e); return cudaSuccess; }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* e, unsigned) { new_handle(e); return cudaSuccess; }
-OK(cudaEventDestroy(cudaEvent_t))
-OK(cudaEventQuery(cudaEvent_t))
-OK(cudaEventRecord(cudaEvent_t, cudaStream_t))
-OK(cudaEventRecordWithFlags(cudaEvent_t, cudaStream_t, unsigned))
-cudaError_t cudaEventSynchronize(cudaEvent_t) { note("wait", "cudaEventSynchronize"); return cudaSuccess; }
+cudaError_t cudaEventDestroy(cudaEvent_t e) {
+  std::lock_guard<std::mutex> guard(lock);
+  recorded().erase(e);
+  return cudaSuccess;
+}
+cudaError_t cudaEventQuery(cudaEvent_t e) { return look_at(e, "cudaEventQuery"); }
+cudaError_t cudaEventRecord(cudaEvent_t e, cudaStream_t s) {
+  std::lock_guard<std::mutex> guard(lock);
+  recorded().erase(e);
+  if (Capture* capture = capture_of(s)) recorded()[e] = {capture->id, s};
+  return cudaSuccess;
+}
+cudaError_t cudaEventRecordWithFlags(cudaEvent_t e, cudaStream_t s, unsigned) { return cudaEventRecord(e, s); }
+cudaError_t cudaEventSynchronize(cudaEvent_t e) {
+  if (cudaError_t error = look_at(e, "cudaEventSynchronize")) return error;
+  note("wait", "cudaEventSynchronize");
+  return cudaSuccess;
+}
 cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t, cudaEvent_t) { *ms = 1.0f; return cudaSuccess; }
 
 // ---- runtime: kernels that were compiled into a library
@@ -335,14 +545,14 @@ cudaError_t __cudaPopCallConfiguration(dim3* g, dim3* b, size_t* shared, void* s
   return cudaSuccess;
 }
 cudaError_t __cudaGetKernel(cudaKernel_t* k, const void* f) { *k = (cudaKernel_t)f; return cudaSuccess; }
-cudaError_t __cudaLaunchKernel(cudaKernel_t f, dim3 g, dim3 b, void**, size_t shared, cudaStream_t) {
-  return run(known((void*)f), g, b, shared);
+cudaError_t __cudaLaunchKernel(cudaKernel_t f, dim3 g, dim3 b, void**, size_t shared, cudaStream_t s) {
+  return launch(known((void*)f), g, b, shared, s);
 }
-cudaError_t cudaLaunchKernel(const void* f, dim3 g, dim3 b, void**, size_t shared, cudaStream_t) {
-  return run(known(f), g, b, shared);
+cudaError_t cudaLaunchKernel(const void* f, dim3 g, dim3 b, void**, size_t shared, cudaStream_t s) {
+  return launch(known(f), g, b, shared, s);
 }
 cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* c, const void* f, void**) {
-  return run(known(f), c->gridDim, c->blockDim, c->dynamicSmemBytes);
+  return launch(known(f), c->gridDim, c->blockDim, c->dynamicSmemBytes, c->stream);
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* a, const void* f) {
   memset(a, 0, sizeof *a);
@@ -379,8 +589,8 @@ CUresult cuCtxPopCurrent_v2(CUcontext* c) { *c = context; return CUDA_SUCCESS; }
 CUresult cuCtxGetDevice(CUdevice* d) { *d = 0; return CUDA_SUCCESS; }
 CUresult cuCtxGetLimit(size_t* v, CUlimit) { *v = 0; return CUDA_SUCCESS; }
 DRIVER_OK(cuCtxSetLimit(CUlimit, size_t))
-CUresult cuCtxSynchronize() { note("wait", "cuCtxSynchronize"); return CUDA_SUCCESS; }
-CUresult cuStreamSynchronize(CUstream) { note("wait", "cuStreamSynchronize"); return CUDA_SUCCESS; }
+CUresult cuCtxSynchronize() { return (CUresult)wait_for_all("cuCtxSynchronize"); }
+CUresult cuStreamSynchronize(CUstream s) { return (CUresult)wait_for(s, "cuStreamSynchronize"); }
 CUresult cuGetErrorString(CUresult, const char** s) { *s = "refused by the null device"; return CUDA_SUCCESS; }
 CUresult cuGetErrorName(CUresult, const char** s) { *s = "refused by the null device"; return CUDA_SUCCESS; }
 CUresult cuModuleLoadData(CUmodule* m, const void* image) { return read_module(m, (const char*)image); }
@@ -418,15 +628,16 @@ DRIVER_OK(cuFuncSetCacheConfig(CUfunction, CUfunc_cache))
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int* n, CUfunction, int, size_t) { *n = 2; return CUDA_SUCCESS; }
 CUresult cuOccupancyMaxActiveClusters(int* n, CUfunction, const CUlaunchConfig*) { *n = 2; return CUDA_SUCCESS; }
 CUresult cuLaunchKernel(CUfunction f, unsigned x, unsigned y, unsigned z, unsigned a, unsigned b, unsigned c,
-    unsigned shared, CUstream, void**, void**) {
-  return drive(f, {x, y, z}, {a, b, c}, shared);
+    unsigned shared, CUstream s, void**, void**) {
+  return drive(f, {x, y, z}, {a, b, c}, shared, s);
 }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* c, CUfunction f, void**, void**) {
-  return drive(f, {c->gridDimX, c->gridDimY, c->gridDimZ}, {c->blockDimX, c->blockDimY, c->blockDimZ}, c->sharedMemBytes);
+  return drive(f, {c->gridDimX, c->gridDimY, c->gridDimZ}, {c->blockDimX, c->blockDimY, c->blockDimZ}, c->sharedMemBytes,
+      c->hStream);
 }
 CUresult cuLaunchCooperativeKernel(CUfunction f, unsigned x, unsigned y, unsigned z, unsigned a, unsigned b, unsigned c,
-    unsigned shared, CUstream, void**) {
-  return drive(f, {x, y, z}, {a, b, c}, shared);
+    unsigned shared, CUstream s, void**) {
+  return drive(f, {x, y, z}, {a, b, c}, shared, s);
 }
 CUresult cuPointerGetAttribute(void* v, CUpointer_attribute a, CUdeviceptr p) {
   if (!inside(on_device(), (void*)p)) return CUDA_ERROR_INVALID_VALUE;

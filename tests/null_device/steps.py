@@ -52,13 +52,15 @@ def reports(flags: Sequence[str], compiles: bool) -> Iterator[tuple[str, Report]
         yield f"{index} {kind}, {'compiled' if compiles else 'eager'}", examine(step, ACCEPTED_SPILLS.get(kind, 0))
 
 
-def stepping(method: Method, compiles: bool, stage: int = 0, accumulate: int = 1) -> Callable[[int], None]:
+def stepping(
+    method: Method, compiles: bool, stage: int = 0, accumulate: int = 1, *, graphs: bool = False
+) -> Callable[[int], None]:
     """The engine's update of a method as the loop calls it, with that step's draws."""
     device, batch = torch.device("cuda", 0), method.settings.batch_size
     method.to(device).train()
     if compiles:
         compile_regions(method)
-    update = Update(method, 1000, "bf16", accumulate)
+    update = Update(method, 1000, "bf16", accumulate, graphs=graphs)
     images = tuple(torch.empty(batch, 3, *view.size, device=device) for view in method.views())
     ids = torch.arange(batch, device=device)
 

@@ -47,6 +47,8 @@ def folder_of_images(root: Path, per_class: int = 4) -> Path:
         (["--recompute", "all"], ["--recompute is 'all'", "none, selective, blocks"]),
         (["--residual", "fp16"], ["--residual is 'fp16'", "fp32, bf16"]),
         (["--residual", "bf16", "--precision", "fp32"], ["--residual bf16", "--precision bf16", "computes in fp32"]),
+        (["--graphs", "both"], ["--graphs is 'both'", "auto, on, off"]),
+        (["--device", "cpu", "--graphs", "on"], ["--graphs on cannot be had in stage mae", "graphs are for GPUs"]),
         (["--kernels", "metal"], ["metal", "auto", "reference"]),
         (["--kernels", "cuda"], ["--kernels cuda cannot be had", "CUDA kernels are not built"]),
         (["--device", "tpu"], ["tpu", "cpu", "cuda"]),
@@ -152,7 +154,7 @@ def test_the_command_line_is_what_was_agreed():
     """A flag that is added or renamed is a decision about the public surface: it is made here, too."""
     assert set(config.Train.__dataclass_fields__) == {
         "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
-        "accumulate", "recompute", "residual", "precision", "compile", "kernels", "calibrate", "deterministic", "device",
+        "accumulate", "recompute", "residual", "precision", "compile", "graphs", "kernels", "calibrate", "deterministic", "device",
         "threads", "seed", "out", "resume", "changed_data", "dry_run",
         "log_every", "probe_every", "save_every", "keep", "track", "profile", "evaluate", "bad_limit", "abort_after",
     }  # fmt: skip

@@ -18,7 +18,7 @@ Shapes: G rows with targets, R rows of the student (images or patches, of this r
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ class Targets:
         return Targets(torch.cat([part._centred() for part in parts]), temperature)
 
 
-@lru_cache(maxsize=16)
+@cache  # a captured step reads them where they lie
 def _meetings(
     target_views: int, student_views: int, images: int, skip_same: bool, device: torch.device
 ) -> tuple[Tensor, int]:

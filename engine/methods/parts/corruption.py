@@ -47,6 +47,10 @@ class CorruptionSettings:
             "block-align": (self.block_align >= 1, "a whole number from 1"),
         }
 
+    def noise_on_host(self) -> str:
+        """What `ungraphed` of the method's settings says of it."""
+        return "the noise in place of pixels is drawn from seeds that the host reads" if self.fill == "noise" else ""
+
     def check_corruption(self, stage: str, size: tuple[int, int]) -> None:
         """Raise BadInput where blocks do not fit into crops of this size (height, width)."""
         if any(side % self.block_align for side in size):

@@ -7,7 +7,7 @@ U uniform numbers of a patch.
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -159,7 +159,7 @@ def _resizing(lines: Tensor, patch_size: int, pixels: int) -> Tensor:
     return (weights * (within >= 0)[:, :, None]).flatten(1, 2)
 
 
-@lru_cache(maxsize=16)
+@cache  # a captured step reads them where they lie
 def _weights_of_widths(patch_size: int, most: int, device: torch.device) -> Tensor:
     """fp32 [K, P, K * P]: what each pixel of a patch takes from those of a cell 1 to K = `most` patches wide, then zeros."""
     with lasting():
@@ -189,7 +189,7 @@ def zoomed_side(side: int, zoom: float) -> int:
     return max(1, round(side / zoom))
 
 
-@lru_cache(maxsize=16)
+@cache  # a captured step reads them where they lie
 def _weights_of_places(side: int, cut: int, device: torch.device) -> Tensor:
     """fp32 [side - cut + 1, side, side]: enlarges the `cut` pixels from each place on to `side`."""
     with lasting():
@@ -224,7 +224,7 @@ def recolour(settings: PatchSettings, patches: Tensor, uniforms_BNU: Tensor) -> 
     return ((changed.clamp(0, 1) - mean) / std).view_as(patches)
 
 
-@lru_cache(maxsize=16)
+@cache  # a captured step reads them where they lie
 def _colour_maps(device: torch.device) -> tuple[Tensor, ...]:
     """fp32 [3, 3] each, of RGB columns: its grey, its chroma, and its chroma turned by a quarter of the circle of I and Q; then
     ImageNet's mean and standard deviation [3, 1]."""

@@ -248,7 +248,8 @@ class Method(nn.Module, ABC):
             drawn: what `draw` returned.
 
         Returns:
-            "loss", to be minimised, and further detached scalars to be logged.
+            "loss", to be minimised, and further detached scalars to be logged. What is computed for these alone is left out where
+            `self.moment.logged` is false; outside compiled regions, which would compile again.
         """
 
     @abstractmethod

@@ -170,8 +170,10 @@ class Beit(Method):
         (tokens_MC,) = masked.rows_of(self.encode([view], drawn))
         codes_M = self.tokenizer(pixels, masked.patches)
         loss, right = self.code_loss(tokens_MC, codes_M, masked.weights)
-        used = usage(codes_M, self.settings.codes) if len(codes_M) else loss.new_zeros(())
-        return {"loss": loss, "code_accuracy": right.detach(), "code_usage": used}
+        report = {"loss": loss, "code_accuracy": right.detach()}
+        if self.moment.logged:
+            report["code_usage"] = usage(codes_M, self.settings.codes) if len(codes_M) else loss.new_zeros(())
+        return report
 
     def code_loss(self, tokens_MC: Tensor, codes_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sums over masked patches of the cross-entropy of their codes (equation 2), and of how many are right."""

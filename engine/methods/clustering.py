@@ -139,7 +139,11 @@ class Clustering(MultiCrop):
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """`predict` of the images' prototypes by all views, with what is to be logged in place of the targets."""
         loss, spread, targets = self.predict(self.collapse, scores_GK, student_RK, views=views, skip_same=skip_same)
-        return loss, spread, self.collapse.health(targets)
+        return loss, spread, self.health(targets)
+
+    def health(self, targets: Targets) -> dict[str, Tensor]:
+        """Of the images' prototypes, where the update will be logged; else nothing, for it forms every target [G, K]."""
+        return self.collapse.health(targets) if self.moment.logged else {}
 
     def scores(self, features: Tensor) -> Tensor:
         """Scores [n, K] of pooled features [n, C] of the evaluated encoder."""

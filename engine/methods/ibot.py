@@ -203,14 +203,15 @@ class Ibot(Distillation):
         patch_loss, patch_spread, _ = self.predict(
             self.patch_collapse, scores_MK, student_MK, weights_R=masked.weights, followed=followed
         )
-        used = class_loss.new_zeros(())  # where chance masked nothing
-        if len(scores_MK):
-            used = usage(self.patch_collapse.choose(scores_MK), self.patch_collapse.prototypes)
+        if self.moment.logged:
+            used = class_loss.new_zeros(())  # where chance masked nothing
+            if len(scores_MK):
+                used = usage(self.patch_collapse.choose(scores_MK), self.patch_collapse.prototypes)
+            health = {"patch_prototype_usage": used} | health
         return {
             "loss": s.class_weight * (class_loss + spread) + s.patch_weight * (patch_loss + patch_spread),
             "class_loss": class_loss.detach(),
             "patch_loss": patch_loss.detach(),
-            "patch_prototype_usage": used,
         } | health
 
     def ragged_regions(self) -> Iterator[tuple[object, str]]:

@@ -162,8 +162,9 @@ class MimCluster(Distillation):
                 scores_MK = self.teacher.patch_last_layer(taught[-1])
             patch_loss, spread, _ = self.predict(self.patch_collapse, scores_MK, student_MK)
             loss = loss + s.patch_weight * (patch_loss + spread)
-            used = usage(self.patch_collapse.choose(scores_MK), s.patch_prototypes)
-            report |= {"patch_loss": patch_loss.detach(), "patch_prototype_usage": used}
+            report["patch_loss"] = patch_loss.detach()
+            if self.moment.logged:
+                report["patch_prototype_usage"] = usage(self.patch_collapse.choose(scores_MK), s.patch_prototypes)
         return loss, report
 
     def pixel_loss(self, prediction_BNp: Tensor, images: Tensor, corrupted_BHW: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ class Mmc(Distillation):
         with torch.no_grad():
             scores_RK = self.scores(taught_RC)
         loss, spread, targets = self.predict(self.collapse, scores_RK, student_RK)
-        return loss + spread, self.collapse.health(targets)
+        return loss + spread, self.health(targets)
 
     def flops_per_image(self) -> float:
         s, (rows, columns) = self.settings, self.encoder.grid

@@ -62,7 +62,7 @@ def _measure(parts: Parts, state: TrainState) -> tuple[float, float]:
         for step in range(WARM_UP + MEASURED):
             batch = next(loader)
             drawn = state.method.draw(parts.draws(stage.index, step))
-            state.update(step, batch.images, batch.ids.to(ranks.device), drawn)
+            state.update(step, batch.images, batch.ids.to(ranks.device), drawn, logged=False)  # as most steps are
             if step in (0, WARM_UP - 1, WARM_UP + MEASURED - 1):
                 if ranks.device.type == "cuda":
                     torch.cuda.synchronize()

@@ -107,11 +107,12 @@ def run_stage(
         with watch():
             batch = next(batches)
             images, ids = batch.images, batch.ids.to(state.update.skipped.device, non_blocking=True)
-            report = state.update(state.step, images, ids, state.method.draw(draws(state.step)))
+            drawn, done = state.method.draw(draws(state.step)), stage.first_step + state.step + 1
+            last = state.step + 1 == stage.total_steps
+            logs = last or (state.step + 1) % cadence.log_every == 0
+            report = state.update(state.step, images, ids, drawn, logs)
             state.step += 1
-            done, last = stage.first_step + state.step, state.step == stage.total_steps
             log.tick(done)
-            logs = last or state.step % cadence.log_every == 0
             if logs:
                 log.log(done, _read(report, state, batch, labels))
                 _check_guard(state, stage, cadence)

@@ -5,7 +5,7 @@ Its equations and numbers were not found. Contrast and pixels follow SiT of the 
 vIsion Transformer", arXiv 2104.03602), distillation iBOT (Zhou et al., ICLR 2022); how they are put together is ours.
 
 Shapes: b images of this rank, B of all ranks, H and W of a crop, N patches of a crop, P patch size, L tokens of a crop, C encoder
-width, R rows (both crops, b each), M masked patches of all crops, E embedding width, K prototypes.
+width, R rows (both crops, b each), P rows of the masked patches of all crops and of padding, E embedding width, K prototypes.
 """
 
 from collections.abc import Iterator
@@ -150,7 +150,7 @@ class Mmc(Distillation):
         return rows
 
     def masked(self, drawn: dict[str, Tensor], device: torch.device) -> Masked:
-        return Masked.of(drawn["masks"], self.encoder.num_prefix_tokens, device)
+        return Masked.of(drawn["masks"], self.encoder.num_prefix_tokens, device, self.masked_share())
 
     def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         s, terms, health = self.settings, {}, {}
@@ -161,10 +161,12 @@ class Mmc(Distillation):
         if s.distil_weight and s.distil == "cls_to_patch":
             terms["distil"], health = self.cls_to_patch(torch.cat(rows["mean_patches"]), torch.cat(rows["taught"]))
         elif s.distil_weight:
+            masked = self.masked(drawn, ids.device)
             student, taught = (
-                torch.cat([*rows[a], *rows[b]]) for a, b in (("pooled", "masked"), ("taught", "taught_masked"))
+                torch.cat([*rows[a], masked.padded(rows[b])])
+                for a, b in (("pooled", "masked"), ("taught", "taught_masked"))
             )
-            terms["distil"], health = self.patch_same(student, taught, self.masked(drawn, ids.device))
+            terms["distil"], health = self.patch_same(student, taught, masked)
         loss = sum(getattr(s, f"{name}_weight") * term for name, term in terms.items())
         return {"loss": loss} | {f"{name}_loss": term.detach() for name, term in terms.items()} | health
 
@@ -192,16 +194,18 @@ class Mmc(Distillation):
         """iBOT's two losses, weighted alike, of one head: that of crops carries what they mean to the prototypes of patches.
 
         Args:
-            student: [R + M, C], the pooled features of both crops and then their masked patches.
+            student: [R + P, C], the pooled features of both crops and then their masked patches with padding.
             taught: the teacher's, likewise.
         """
-        s, crops = self.settings, len(student) - len(masked.patches)
+        s, crops = self.settings, len(student) - len(masked.weights)
         student = self.head(student)
         with torch.no_grad():
             scores = self.scores(taught)
-        student_RK, student_MK, scores_RK, scores_MK = student[:crops], student[crops:], scores[:crops], scores[crops:]
+        student_RK, student_PK, scores_RK, scores_PK = student[:crops], student[crops:], scores[:crops], scores[crops:]
         class_loss, spread, health = self.predict_views(scores_RK, student_RK, (s.global_crops,) * 2)
-        patch_loss, patch_spread, _ = self.predict(self.patch_collapse, scores_MK, student_MK, weights_R=masked.weights)
+        patch_loss, patch_spread, _ = self.predict(
+            self.patch_collapse, scores_PK, student_PK, weights_R=masked.weights, count=masked.count
+        )
         report = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
         return class_loss + patch_loss + (spread + patch_spread), report | health
 

@@ -119,6 +119,7 @@ class Beit(Method):
 
     name = "beit"
     Settings = Settings
+    draws_ahead = True
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from engine.core import masking
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
+from engine.core.host_memory import to_device
 from engine.methods.base import Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import usage
@@ -125,12 +126,9 @@ class Masked:
         tokens_M = crops_M % images * (prefix + patches) + prefix + patches_M % patches
         missing = padded_rows(len(patches_M), share * masks_VbN.numel()) - len(patches_M)
 
-        def put(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
-
-        tokens = put(tokens_M).split(counts_Vb.sum(1).tolist())
-        patches_P, weights_P = (put(F.pad(x_M, (0, missing))) for x_M in (patches_M, weights_M))
-        return Masked(list(put(masks_VbN)), list(tokens), len(patches_M), patches_P, weights_P)
+        tokens = to_device(tokens_M, device).split(counts_Vb.sum(1).tolist())
+        patches_P, weights_P = (to_device(F.pad(x_M, (0, missing)), device) for x_M in (patches_M, weights_M))
+        return Masked(list(to_device(masks_VbN, device)), list(tokens), len(patches_M), patches_P, weights_P)
 
     def rows_of(self, views: Sequence[Tensor]) -> list[Tensor]:
         """Their tokens [m, C] of each view, out of those of the large crops [b, L, C]."""
@@ -167,6 +165,7 @@ class Ibot(Distillation):
 
     name = "ibot"
     Settings = Settings
+    draws_ahead = True
     last_layers = ("head.last_layer.", "patch_head.last_layer.")
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.core.draws import Draws
+from engine.core.host_memory import to_device
 from engine.data.views import Augmentation
 from engine.methods.base import Rows
 from engine.methods.clustering import Distillation, DistillationSettings
@@ -84,6 +85,7 @@ class MimCluster(Distillation):
 
     name = "mim_cluster"
     Settings = Settings
+    draws_ahead = True
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
@@ -112,7 +114,7 @@ class MimCluster(Distillation):
 
     def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
         s, large = self.settings, images[: self.settings.global_crops]
-        drawn = drawn | {"corrupted": drawn["corrupted"].to(large[0].device, non_blocking=True)}
+        drawn = drawn | {"corrupted": to_device(drawn["corrupted"], large[0].device)}
         views = [*corrupt(s, large, drawn), *images[len(large) :]]
         seen = self.encode([View(view) for view in views], drawn)
         rows = self._read(self.encoder, seen)

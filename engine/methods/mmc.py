@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.core import dist
 from engine.core.draws import Draws
+from engine.core.host_memory import to_device
 from engine.methods.base import Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.ibot import Masked
@@ -96,6 +97,7 @@ class Mmc(Distillation):
 
     name = "mmc"
     Settings = Settings
+    draws_ahead = True
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
@@ -124,7 +126,7 @@ class Mmc(Distillation):
 
     def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
         s, device, rows = self.settings, images[0].device, {}
-        there = drawn | {"corrupted": drawn["corrupted"].to(device, non_blocking=True)}
+        there = drawn | {"corrupted": to_device(drawn["corrupted"], device)}
         seen = self.encode([View(view) for view in corrupt(s, images, there)], drawn)
         patches = [tokens_bLC[:, self.encoder.num_prefix_tokens :] for tokens_bLC in seen]
         if s.contrast_weight or s.distil_weight:

@@ -64,6 +64,17 @@ def test_a_skipped_update_changes_nothing_and_a_sound_one_does(name: str):
     assert trained <= moved and update.skipped == 1
 
 
+@pytest.mark.parametrize("name", methods.names())
+def test_what_is_drawn_ahead_asks_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Another thread must launch nothing, and what is drawn on the device need not be drawn ahead."""
+    method, asked = make(name), []
+    generator = Draws.generator.func
+    monkeypatch.setattr(Draws, "generator", property(lambda draws: asked.append(draws) or generator(draws)))
+    method.draw(Draws(0, 1, batch=8, rows=slice(None), device=torch.device("cpu")))
+    assert not (method.draws_ahead and asked)
+    assert method.draws_ahead == (name in ("ibot", "dinov2", "mmc", "mim_cluster", "beit"))
+
+
 class Operations(TorchDispatchMode):
     """Counts what torch is asked to compute while it is the mode."""
 

@@ -14,6 +14,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from engine.data.subsets import subset
 from engine.methods.base import StageSettings
 from engine.training import checkpoint, config
 from engine.training.build import build
+from engine.training.drawing import drawing
 from engine.training.parts import Parts, prepare
 from engine.training.state import TrainState, position, restore, to_host
 from tests.methods.small import small
@@ -82,18 +84,18 @@ def fresh(parts: Parts, seed: int, anew: bool = True) -> TrainState:
 def steps(parts: Parts, state: TrainState, last: int, poison: bool, log_every: int) -> list[dict]:
     ranks, record, loader = parts.ranks, [], parts.loader(state)
     first = state.step
-    for step in range(first, last):
-        # Whatever a stage compiles, it compiles in its first two steps.
-        torch._dynamo.config.error_on_recompile = parts.compiles and step >= first + 2
-        batch = next(loader)
-        images = batch.images
-        if poison and step == POISONED_STEP:
-            images = tuple(view.fill_(float("nan")) for view in images)
-        drawn, logged = state.method.draw(parts.draws(state.stage, step)), (step + 1) % log_every == 0
-        report = state.update(step, images, batch.ids, drawn, logged)
-        loss = dist.all_reduce(report["loss"].detach()) / ranks.world
-        record.append({"step": step, "ids": dist.all_gather(batch.ids).tolist(), "loss": loss.item().hex()})
-        state.step += 1
+    with drawing(state.method, partial(parts.draws, state.stage), first, last) as drawn:
+        for step in range(first, last):
+            # Whatever a stage compiles, it compiles in its first two steps.
+            torch._dynamo.config.error_on_recompile = parts.compiles and step >= first + 2
+            batch = next(loader)
+            images = batch.images
+            if poison and step == POISONED_STEP:
+                images = tuple(view.fill_(float("nan")) for view in images)
+            report = state.update(step, images, batch.ids, drawn(step), (step + 1) % log_every == 0)
+            loss = dist.all_reduce(report["loss"].detach()) / ranks.world
+            record.append({"step": step, "ids": dist.all_gather(batch.ids).tolist(), "loss": loss.item().hex()})
+            state.step += 1
     torch._dynamo.config.error_on_recompile = False
     loader.close()
     return record

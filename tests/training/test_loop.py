@@ -1,5 +1,6 @@
-"""The loop of a stage: what it tells the update beforehand of what it logs."""
+"""The loop of a stage: what it tells the update beforehand of what it logs, and where it takes from what is drawn."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,11 +14,13 @@ from engine.data.batch import Batch
 from engine.methods.mae import Mae
 from engine.methods.mae import Settings as MaeSettings
 from engine.model import vit
+from engine.training.drawing import drawing
 from engine.training.log import RunLog
-from engine.training.loop import Cadence, Stage, StopRequest, run_stage
+from engine.training.loop import Cadence, Stage, Stopped, StopRequest, run_stage
 from engine.training.metrics import read_metrics
 from engine.training.state import TrainState
 from engine.training.step import Update
+from tests.saved import content
 
 IMAGES, STEPS = 4, 8
 CPU = torch.device("cpu")
@@ -41,10 +44,15 @@ def new_state() -> TrainState:
     return TrainState(method, Update(method, STEPS), 0, 0, [])
 
 
-def train(state: TrainState, folder: Path, log_every: int = 3) -> None:
-    with RunLog(folder, quiet=True) as log, StopRequest() as stop:
+def train(state: TrainState, folder: Path, log_every: int = 3, stops: bool = False) -> None:
+    with (
+        RunLog(folder, quiet=True) as log,
+        StopRequest() as stop,
+        drawing(state.method, draws, state.step, STEPS) as drawn,
+    ):
+        stop.raised = stops
         run_stage(
-            state, Stage("mae", 0, 1, 0, STEPS, STEPS, IMAGES), batches(), draws, log, Cadence(log_every, 0, 0, 10), stop,
+            state, Stage("mae", 0, 1, 0, STEPS, STEPS, IMAGES), batches(), drawn, log, Cadence(log_every, 0, 0, 10), stop,
             watch=nullcontext, probe=dict, save=lambda: None, labels=None,
         )  # fmt: skip
 
@@ -64,3 +72,23 @@ def test_an_update_is_told_that_it_is_logged_where_the_loop_reads_it(log_every: 
     assert [moment.step for moment in told] == list(range(STEPS))
     assert [moment.step + 1 for moment in told if moment.logged] == logged
     assert logged[-1] == STEPS
+
+
+def test_steps_that_are_drawn_ahead_are_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found = []
+    for ahead in (False, True):
+        monkeypatch.setattr(Mae, "draws_ahead", ahead)
+        state = new_state()
+        train(state, tmp_path / str(ahead))
+        found.append(content(state.method, state.update))
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+def test_a_stopped_stage_leaves_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(Mae, "draws_ahead", True)
+    before, state = set(threading.enumerate()), new_state()
+    with pytest.raises(Stopped):
+        train(state, tmp_path, stops=True)
+    assert state.step == 1 and set(threading.enumerate()) <= before

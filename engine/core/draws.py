@@ -5,6 +5,7 @@ process would, each keeping its own rows.
 """
 
 import hashlib
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -27,8 +28,12 @@ class Draws:
     """
 
     def __init__(self, *seed_keys: int | str, batch: int, rows: slice, device: torch.device):
-        self.generator = torch.Generator(device).manual_seed(seed_of(*seed_keys))
         self.seed_keys, self.batch, self.rows, self.device = seed_keys, batch, rows, device
+
+    @cached_property
+    def generator(self) -> torch.Generator:
+        """Of the device, which what is drawn on the host never asks for."""
+        return torch.Generator(self.device).manual_seed(seed_of(*self.seed_keys))
 
     def uniform(self, *shape: int) -> Tensor:
         """fp32 [b, *shape] in [0, 1)."""

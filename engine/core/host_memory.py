@@ -1,7 +1,11 @@
-"""How this process's allocator treats memory that a CPU step frees and asks for again a moment later."""
+"""Host memory: how this process's allocator treats what a CPU step frees and asks for again a moment later, and how a GPU is
+given what lies there."""
 
 import ctypes
 import sys
+
+import torch
+from torch import Tensor
 
 # of glibc's malloc.h
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -22,3 +26,11 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and all(
         mallopt(name, value) == 1 for name, value in ((_MMAP_THRESHOLD, 2**30), (_TRIM_THRESHOLD, 2**31 - 1))
     )
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device, without the host waiting for the copy: a GPU reads it from pinned memory, which torch gives to
+    another tensor only after that. Call it where the copy's stream is the current one."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()  # what lies there already stays
+    return tensor.to(device, non_blocking=True)

@@ -15,17 +15,19 @@ SCHEDULES = ("cosine", "quarter-cosine", "steps")
 
 @dataclass(frozen=True)
 class Moment:
-    """Where in its stage an update lies: all that a schedule depends on.
+    """Where in its stage an update lies: all that a schedule depends on; and whether someone will look.
 
     Attributes:
         step: updates of the stage before this one.
         total_steps: where schedules end; past the stage's own end where its horizon is above 1.
         steps_per_epoch: of the data.
+        logged: whether what the update reports will be read. Nothing that is trained or kept may depend on it.
     """
 
     step: int = 0
     total_steps: int = 1
     steps_per_epoch: int = 1
+    logged: bool = True
 
     @property
     def epoch(self) -> int:

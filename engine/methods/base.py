@@ -193,6 +193,8 @@ class Method(nn.Module, ABC):
         name: the file's name, and the name on the command line.
         Settings: the dataclass of its settings.
         trains_encoder: whether the encoder differs after the stage.
+        draws_ahead: whether `draw` is work for the host: then each step's is done in another thread while the step before trains,
+            and must ask neither for the device nor for anything that an update changes.
         neighbours: dataset ids int64 [b] that the last step's lookup found for its images, -1 for none; else None.
         prototype_count: how many prototypes the images are shared out to; 0 where the method does not cluster.
         classifier: scores of the classes from `features`, where the method learns them: judged by every probe, averaged with the
@@ -203,6 +205,7 @@ class Method(nn.Module, ABC):
     name: ClassVar[str]
     Settings: ClassVar[type[StageSettings]]
     trains_encoder: ClassVar[bool] = True
+    draws_ahead: ClassVar[bool] = False
 
     def __init__(self, encoder: VisionTransformer, settings: StageSettings):
         super().__init__()
@@ -267,7 +270,8 @@ class Method(nn.Module, ABC):
             drawn: what `draw` returned.
 
         Returns:
-            "loss", to be minimised, and further detached scalars to be logged.
+            "loss", to be minimised, and further detached scalars to be logged. What is computed for these alone is left out where
+            `self.moment.logged` is false; outside compiled regions, which would compile again.
         """
 
     @abstractmethod

@@ -1,6 +1,7 @@
 """BEiT (Bao et al., "BEiT: BERT Pre-Training of Image Transformers", ICLR 2022).
 
-Shapes: b images of this rank, N patches of an image, L tokens, C encoder width, M masked patches of all images, K codes.
+Shapes: b images of this rank, N patches of an image, L tokens, C encoder width, M masked patches of all images, P rows of these
+and of padding, K codes.
 """
 
 from collections.abc import Iterator
@@ -121,6 +122,7 @@ class Beit(Method):
 
     name = "beit"
     Settings = Settings
+    draws_ahead = True
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
@@ -168,19 +170,24 @@ class Beit(Method):
 
     def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         (pixels,) = images
-        masked = Masked.of(drawn["masks"][:, None], self.encoder.num_prefix_tokens, pixels.device)
+        patches = self.encoder.grid[0] * self.encoder.grid[1]
+        share = masked_of(self.settings, self.encoder.grid) / patches
+        masked = Masked.of(drawn["masks"][:, None], self.encoder.num_prefix_tokens, pixels.device, share)
         view = View(pixels, hidden=masked.hidden[0], blank=self.mask_token[0])
-        (tokens_MC,) = masked.rows_of(self.encode([view], drawn))
-        codes_M = self.tokenizer(pixels, masked.patches)
-        loss, right = self.code_loss(tokens_MC, codes_M, masked.weights)
-        used = usage(codes_M, self.settings.codes) if len(codes_M) else loss.new_zeros(())
-        return {"loss": loss, "code_accuracy": right.detach(), "code_usage": used}
+        tokens_PC = masked.padded(masked.rows_of(self.encode([view], drawn)))
+        codes_P = self.tokenizer(pixels, masked.patches)
+        loss, right = self.code_loss(tokens_PC, codes_P, masked.weights)
+        report = {"loss": loss, "code_accuracy": right.detach()}
+        if self.moment.logged:
+            codes_M = codes_P[: masked.count]
+            report["code_usage"] = usage(codes_M, self.settings.codes) if masked.count else loss.new_zeros(())
+        return report
 
-    def code_loss(self, tokens_MC: Tensor, codes_M: Tensor, weights_M: Tensor) -> tuple[Tensor, Tensor]:
+    def code_loss(self, tokens_PC: Tensor, codes_P: Tensor, weights_P: Tensor) -> tuple[Tensor, Tensor]:
         """Weighted sums over masked patches of the cross-entropy of their codes (equation 2), and of how many are right."""
-        scores_MK = self.head(tokens_MC).float()
-        losses_M = F.cross_entropy(scores_MK, codes_M, reduction="none")
-        return (weights_M * losses_M).sum(), (weights_M * (scores_MK.argmax(1) == codes_M)).sum()
+        scores_PK = self.head(tokens_PC).float()
+        losses_P = F.cross_entropy(scores_PK, codes_P, reduction="none")
+        return (weights_P * losses_P).sum(), (weights_P * (scores_PK.argmax(1) == codes_P)).sum()
 
     def groups(self, images_per_step: int) -> Iterator[Group]:
         peak_lr, decay = scaled_lr(self.settings.base_lr, images_per_step), self.settings.weight_decay

@@ -105,9 +105,9 @@ class Clustering(MultiCrop):
         s = self.settings
         return ramp(self.moment.epoch, s.target_temperature_epochs, s.target_temperature_start, s.target_temperature)
 
-    def targets(self, collapse: Collapse, scores_GK: Tensor) -> Targets:
-        """What these scores say, at this step's temperature."""
-        return collapse.targets(scores_GK, self.target_temperature)
+    def targets(self, collapse: Collapse, scores_GK: Tensor, count: int | None = None) -> Targets:
+        """What these scores say, at this step's temperature; past the first `count` they are padding."""
+        return collapse.targets(scores_GK, self.target_temperature, count)
 
     def predict(
         self,
@@ -119,6 +119,7 @@ class Clustering(MultiCrop):
         skip_same: bool = True,
         weights_R: Tensor | None = None,
         followed: Tensor | None = None,
+        count: int | None = None,
     ) -> tuple[Tensor, Tensor, Targets]:
         """What a student learns of the targets that these scores make, of crops or of patches.
 
@@ -127,24 +128,29 @@ class Clustering(MultiCrop):
             views, skip_same: as for `engine.methods.parts.collapse.Collapse.across_views`; without views, row meets row.
             weights_R: of the rows that meet, as for `engine.methods.parts.collapse.Collapse.cross_entropy`.
             followed: the scores [n, K] that the centre follows, where not those of the targets.
+            count: rows of both that are meant, where others, which have weights of 0, follow as padding.
 
         Returns:
             The cross-entropy, what is added to the loss against collapse, and the targets.
         """
-        temperature, targets = self.settings.student_temperature, self.targets(collapse, scores_GK)
+        temperature, targets = self.settings.student_temperature, self.targets(collapse, scores_GK, count)
         if views is None:
             loss = collapse.cross_entropy(targets, student_RK, temperature, weights_R=weights_R)
         else:
             loss = collapse.across_views(targets, student_RK, temperature, views, skip_same=skip_same)
-        collapse.observe(scores_GK if followed is None else followed)
-        return loss, collapse.regulariser(student_RK, temperature), targets
+        collapse.observe(scores_GK[:count] if followed is None else followed)
+        return loss, collapse.regulariser(student_RK, temperature, count), targets
 
     def predict_views(
         self, scores_GK: Tensor, student_RK: Tensor, views: tuple[int, int], *, skip_same: bool = True
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """`predict` of the images' prototypes by all views, with what is to be logged in place of the targets."""
         loss, spread, targets = self.predict(self.collapse, scores_GK, student_RK, views=views, skip_same=skip_same)
-        return loss, spread, self.collapse.health(targets)
+        return loss, spread, self.health(targets)
+
+    def health(self, targets: Targets) -> dict[str, Tensor]:
+        """Of the images' prototypes, where the update will be logged; else nothing, for it forms every target [G, K]."""
+        return self.collapse.health(targets) if self.moment.logged else {}
 
     def scores(self, features: Tensor) -> Tensor:
         """Scores [n, K] of pooled features [n, C] of the evaluated encoder."""

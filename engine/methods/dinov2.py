@@ -1,7 +1,7 @@
 """DINOv2 (Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", TMLR 2024).
 
-Shapes: b images of this rank, V large crops, L tokens of a view, C encoder width, M masked patches of all large crops, R masks,
-K prototypes.
+Shapes: b images of this rank, V large crops, L tokens of a view, C encoder width, P rows of the masked patches of all large crops
+and of padding, R masks, K prototypes.
 """
 
 from collections import defaultdict
@@ -103,9 +103,9 @@ class Dinov2(Ibot):
         return masked.rows_of(taught)
 
     def patch_scores(self, patches: list[Tensor], masked: Masked) -> tuple[Tensor, Tensor]:
-        """The teacher's scores [M, K] of the masked patches, which are also those that the centre follows."""
-        scores_MK = self._patch_head(self.teacher)(torch.cat(patches))
-        return scores_MK, scores_MK
+        """The teacher's scores [P, K] of the masked patches and of padding; the centre follows the former."""
+        scores_PK = self._patch_head(self.teacher)(masked.padded(patches))
+        return scores_PK, scores_PK[: masked.count]
 
     def taught_patch_flops(self, masked: float) -> float:
         return masked * head_flops(self._patch_head(self))

@@ -1,20 +1,23 @@
 """iBOT (Zhou et al., "iBOT: Image BERT Pre-Training with Online Tokenizer", ICLR 2022).
 
 Shapes: b images of this rank, V large crops, N patches of one, L tokens of a view, C encoder width, M masked patches of all
-large crops, G rows of the teacher and R of the student (view by view, b each), K prototypes.
+large crops, P rows of these and of padding, G rows of the teacher and R of the student (view by view, b each), K prototypes.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import ceil
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.core import masking
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
+from engine.core.host_memory import to_device
 from engine.methods.base import RAGGED, Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import usage
@@ -25,6 +28,7 @@ from engine.model.vit import VisionTransformer
 
 MASKINGS = ("blocks", "random")
 TRIES_AT_ONCE = 8
+SIZES, ALIGNMENT = 10, 16  # rows are padded to a multiple of the expected number's tenth, which is one of 16
 
 
 @dataclass(frozen=True)
@@ -93,19 +97,29 @@ class Masked:
     Attributes:
         hidden: bool [b, N] of each view.
         tokens: int64 [m] of each view: the hidden patches among its b * L tokens.
-        patches: int64 [M], the same among the V * b * N patches of all views.
-        weights: fp32 [M]: 1 / (hidden patches of its crop * V * b). Their sum is the share of crops that are masked.
+        count: M.
+        patches: int64 [P], the same among the V * b * N patches of all views; 0 from M on.
+        weights: fp32 [P]: 1 / (hidden patches of its crop * V * b), and 0 from M on. Their sum is the share of crops that are
+            masked.
     """
 
     hidden: list[Tensor]
     tokens: list[Tensor]
+    count: int
     patches: Tensor
     weights: Tensor
 
     @staticmethod
     @lru_cache(maxsize=1)  # the parts of a step ask one after the other, with one tensor
-    def of(masks_bVN: Tensor, prefix: int, device: torch.device) -> "Masked":
-        """Made of masks bool [b, V, N] on the CPU, for tokens that begin with `prefix` others; lies on `device`."""
+    def of(masks_bVN: Tensor, prefix: int, device: torch.device, share: float) -> "Masked":
+        """Made of masks bool [b, V, N] on the CPU, for tokens that begin with `prefix` others; lies on `device`.
+
+        How many patches are hidden differs at every step. So that what is made of them has few sizes, which an allocator finds
+        again, rows are padded up to `padded_rows`.
+
+        Args:
+            share: of all patches, hidden on average.
+        """
         masks_VbN = masks_bVN.transpose(0, 1).contiguous()
         patches_M = masks_VbN.flatten().nonzero()[:, 0]
         images, patches = masks_VbN.shape[1:]
@@ -113,12 +127,11 @@ class Masked:
         counts_Vb = masks_VbN.sum(2)
         weights_M = 1.0 / (counts_Vb.flatten()[crops_M] * counts_Vb.numel())
         tokens_M = crops_M % images * (prefix + patches) + prefix + patches_M % patches
+        missing = padded_rows(len(patches_M), share * masks_VbN.numel()) - len(patches_M)
 
-        def put(x: Tensor) -> Tensor:
-            return x.to(device, non_blocking=True)
-
-        tokens = put(tokens_M).split(counts_Vb.sum(1).tolist())
-        return Masked(list(put(masks_VbN)), list(tokens), put(patches_M), put(weights_M))
+        tokens = to_device(tokens_M, device).split(counts_Vb.sum(1).tolist())
+        patches_P, weights_P = (to_device(F.pad(x_M, (0, missing)), device) for x_M in (patches_M, weights_M))
+        return Masked(list(to_device(masks_VbN, device)), list(tokens), len(patches_M), patches_P, weights_P)
 
     def rows_of(self, views: Sequence[Tensor]) -> list[Tensor]:
         """Their tokens [m, C] of each view, out of those of the large crops [b, L, C]."""
@@ -126,16 +139,36 @@ class Masked:
             tokens_bLC.flatten(0, 1).index_select(0, rows) for tokens_bLC, rows in zip(views, self.tokens, strict=True)
         ]
 
+    def padded(self, views: Sequence[Tensor]) -> Tensor:
+        """[P, C] of these rows [m, C] of each view: a row again stands for what is missing, so that padding is as finite as rows
+        are. It has no weight, and passes on gradients of 0."""
+        missing = len(self.weights) - self.count
+        if not missing:
+            return torch.cat(list(views))
+        row_1C = next(view for view in views if len(view))[:1]
+        return torch.cat([*views, row_1C.expand(missing, -1)])
+
+
+def padded_rows(count: int, expected: float) -> int:
+    """So many rows with padding: the next multiple of a tenth of what is expected, itself a multiple of 16. None stay none.
+
+    Counted for a GPU of the published recipes over 60 steps (iBOT: 150): 5 sizes in iBOT for ViT-S/16 and 6 in DINOv2 for
+    ViT-B/16, 7 for ViT-L/14, 2 in MMC, where nearly every step had a size of its own; padding is 5 % of the rows.
+    """
+    unit = ALIGNMENT * max(1, ceil(expected / (SIZES * ALIGNMENT)))
+    return unit * ceil(count / unit)
+
 
 class Ibot(Distillation):
     """Every crop predicts the prototypes that the teacher gives the other large crops, and every masked patch of a large crop
     those that the teacher, which sees all of it, gives that patch.
 
-    Heads are not compiled: how many patches are masked changes from step to step, and with it the shapes in them.
+    Heads are not compiled: how many patches are masked changes from step to step, and with it, padded or not, the shapes in them.
     """
 
     name = "ibot"
     Settings = Settings
+    draws_ahead = True
     last_layers = ("head.last_layer.", "patch_head.last_layer.")
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
@@ -187,7 +220,8 @@ class Ibot(Distillation):
         return {"taught": self.pool_taught(taught), "taught_patches": self.taught_patches(taught, masked)}
 
     def masked(self, drawn: dict[str, Tensor], device: torch.device) -> Masked:
-        return Masked.of(drawn["masks"], self.encoder.num_prefix_tokens, device)
+        share = self.settings.masked_crops * sum(self.settings.mask_ratio) / 2
+        return Masked.of(drawn["masks"], self.encoder.num_prefix_tokens, device, share)
 
     def see(self, images: tuple[Tensor, ...], masked: Masked, drawn: dict[str, Tensor]) -> list[Tensor]:
         """The student's tokens [b, L, C] of each crop, the large ones with masked patches."""
@@ -197,23 +231,24 @@ class Ibot(Distillation):
 
     def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         s, masked = self.settings, self.masked(drawn, ids.device)
-        student_RK, student_MK = self._scores(self, torch.cat(rows["pooled"]), torch.cat(rows["patches"]))
+        student_RK, student_PK = self._scores(self, torch.cat(rows["pooled"]), masked.padded(rows["patches"]))
         with torch.no_grad():
             scores_GK = self.scores(torch.cat(rows["taught"]))
-            scores_MK, followed = self.patch_scores(rows["taught_patches"], masked)
+            scores_PK, followed = self.patch_scores(rows["taught_patches"], masked)
         views = (s.global_crops, len(rows["pooled"]))
         class_loss, spread, health = self.predict_views(scores_GK, student_RK, views)
         patch_loss, patch_spread, _ = self.predict(
-            self.patch_collapse, scores_MK, student_MK, weights_R=masked.weights, followed=followed
+            self.patch_collapse, scores_PK, student_PK, weights_R=masked.weights, followed=followed, count=masked.count
         )
-        used = class_loss.new_zeros(())  # where chance masked nothing
-        if len(scores_MK):
-            used = usage(self.patch_collapse.choose(scores_MK), self.patch_collapse.prototypes)
+        if self.moment.logged:
+            used = class_loss.new_zeros(())  # where chance masked nothing
+            if masked.count:
+                used = usage(self.patch_collapse.choose(scores_PK)[: masked.count], self.patch_collapse.prototypes)
+            health = {"patch_prototype_usage": used} | health
         return {
             "loss": s.class_weight * (class_loss + spread) + s.patch_weight * (patch_loss + patch_spread),
             "class_loss": class_loss.detach(),
             "patch_loss": patch_loss.detach(),
-            "patch_prototype_usage": used,
         } | health
 
     def ragged_regions(self) -> Iterator[tuple[object, str]]:
@@ -224,11 +259,11 @@ class Ibot(Distillation):
         """What scores patches, of the student (self) or of the teacher."""
         return owner.patch_head if self.settings.patch_prototypes else owner.head
 
-    def _scores(self, owner: nn.Module, pooled_RC: Tensor, patches_MC: Tensor) -> tuple[Tensor, Tensor]:
-        """Scores [R, K] and [M, K], in one pass where they share a head."""
+    def _scores(self, owner: nn.Module, pooled_RC: Tensor, patches_PC: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores [R, K] and [P, K], in one pass where they share a head."""
         if self.settings.patch_prototypes:
-            return owner.head(pooled_RC), owner.patch_head(patches_MC)
-        scores = owner.head(torch.cat([pooled_RC, patches_MC]))
+            return owner.head(pooled_RC), owner.patch_head(patches_PC)
+        scores = owner.head(torch.cat([pooled_RC, patches_PC]))
         return scores[: len(pooled_RC)], scores[len(pooled_RC) :]
 
     def taught_patches(self, taught: list[Tensor], masked: Masked) -> list[Tensor]:
@@ -239,11 +274,12 @@ class Ibot(Distillation):
         return [tokens_bLC[:, self.encoder.num_prefix_tokens :] for tokens_bLC in taught]
 
     def patch_scores(self, patches: list[Tensor], masked: Masked) -> tuple[Tensor, Tensor]:
-        """The teacher's scores [M, K] of the masked patches, and what the centre follows: the mean [1, K] of all patches'."""
+        """The teacher's scores [P, K] of the masked patches and of padding, and what the centre follows: the mean [1, K] of all
+        patches'."""
         head = self._patch_head(self.teacher)
         if not self.patch_collapse.centres:
-            scores_MK = head(torch.cat(patches))
-            return scores_MK, scores_MK
+            scores_PK = head(masked.padded(patches))
+            return scores_PK, scores_PK[: masked.count]
         embedded = head.embed(torch.cat([patches_bNC.flatten(0, 1) for patches_bNC in patches]))
         # The prototypes are linear: the mean of all patches' scores is the score of their mean.
         with torch.autocast(embedded.device.type, enabled=False):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.core.draws import Draws
+from engine.core.host_memory import to_device
 from engine.data.views import Augmentation
 from engine.methods.base import Rows
 from engine.methods.clustering import Distillation, DistillationSettings
@@ -87,6 +88,7 @@ class MimCluster(Distillation):
 
     name = "mim_cluster"
     Settings = Settings
+    draws_ahead = True
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
@@ -115,7 +117,7 @@ class MimCluster(Distillation):
 
     def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
         s, large = self.settings, images[: self.settings.global_crops]
-        drawn = drawn | {"corrupted": drawn["corrupted"].to(large[0].device, non_blocking=True)}
+        drawn = drawn | {"corrupted": to_device(drawn["corrupted"], large[0].device)}
         views = [*corrupt(s, large, drawn), *images[len(large) :]]
         seen = self.encode([View(view) for view in views], drawn)
         rows = self._read(self.encoder, seen)
@@ -165,8 +167,9 @@ class MimCluster(Distillation):
                 scores_MK = self.teacher.patch_last_layer(taught[-1])
             patch_loss, spread, _ = self.predict(self.patch_collapse, scores_MK, student_MK)
             loss = loss + s.patch_weight * (patch_loss + spread)
-            used = usage(self.patch_collapse.choose(scores_MK), s.patch_prototypes)
-            report |= {"patch_loss": patch_loss.detach(), "patch_prototype_usage": used}
+            report["patch_loss"] = patch_loss.detach()
+            if self.moment.logged:
+                report["patch_prototype_usage"] = usage(self.patch_collapse.choose(scores_MK), s.patch_prototypes)
         return loss, report
 
     def pixel_loss(self, prediction_BNp: Tensor, images: Tensor, corrupted_BHW: Tensor) -> Tensor:

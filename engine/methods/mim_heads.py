@@ -163,11 +163,11 @@ class MimHeads(MultiCrop):
             self.align(own_2bE, found_2bE, everyone_BVE)
             for own_2bE, found_2bE, everyone_BVE in zip(projected, neighbours, everyone_BHVE.unbind(1), strict=True)
         ]
-        return {
-            "loss": torch.stack(losses).sum(),
-            "neighbour_similarity": torch.stack(similarities).mean(),
-            "queue_filled": (head.queue.ids >= 0).float().mean(),
-        } | {f"loss_block{block}": loss.detach() for block, loss in zip(self.blocks, losses, strict=True)}
+        report = {"loss": torch.stack(losses).sum()}
+        if self.moment.logged:
+            report["neighbour_similarity"] = torch.stack(similarities).mean()
+            report["queue_filled"] = (head.queue.ids >= 0).float().mean()
+        return report | {f"loss_block{block}": loss.detach() for block, loss in zip(self.blocks, losses, strict=True)}
 
     def align(self, own_2bE: Tensor, neighbours_2bE: Tensor, everyone_BVE: Tensor) -> Tensor:
         """Nearest neighbour alignment: a view's neighbour must pick its image's prediction from another view, the

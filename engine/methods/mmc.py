@@ -5,7 +5,7 @@ Its equations and numbers were not found. Contrast and pixels follow SiT of the 
 vIsion Transformer", arXiv 2104.03602), distillation iBOT (Zhou et al., ICLR 2022); how they are put together is ours.
 
 Shapes: b images of this rank, B of all ranks, H and W of a crop, N patches of a crop, P patch size, L tokens of a crop, C encoder
-width, R rows (both crops, b each), M masked patches of all crops, E embedding width, K prototypes.
+width, R rows (both crops, b each), P rows of the masked patches of all crops and of padding, E embedding width, K prototypes.
 """
 
 from collections.abc import Iterator
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.core import dist
 from engine.core.draws import Draws
+from engine.core.host_memory import to_device
 from engine.methods.base import RAGGED, Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.ibot import Masked
@@ -100,6 +101,7 @@ class Mmc(Distillation):
 
     name = "mmc"
     Settings = Settings
+    draws_ahead = True
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
@@ -128,7 +130,7 @@ class Mmc(Distillation):
 
     def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
         s, device, rows = self.settings, images[0].device, {}
-        there = drawn | {"corrupted": drawn["corrupted"].to(device, non_blocking=True)}
+        there = drawn | {"corrupted": to_device(drawn["corrupted"], device)}
         seen = self.encode([View(view) for view in corrupt(s, images, there)], drawn)
         patches = [tokens_bLC[:, self.encoder.num_prefix_tokens :] for tokens_bLC in seen]
         if s.contrast_weight or s.distil_weight:
@@ -154,7 +156,7 @@ class Mmc(Distillation):
         return rows
 
     def masked(self, drawn: dict[str, Tensor], device: torch.device) -> Masked:
-        return Masked.of(drawn["masks"], self.encoder.num_prefix_tokens, device)
+        return Masked.of(drawn["masks"], self.encoder.num_prefix_tokens, device, self.masked_share())
 
     def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         s, terms, health = self.settings, {}, {}
@@ -165,10 +167,12 @@ class Mmc(Distillation):
         if s.distil_weight and s.distil == "cls_to_patch":
             terms["distil"], health = self.cls_to_patch(torch.cat(rows["mean_patches"]), torch.cat(rows["taught"]))
         elif s.distil_weight:
+            masked = self.masked(drawn, ids.device)
             student, taught = (
-                torch.cat([*rows[a], *rows[b]]) for a, b in (("pooled", "masked"), ("taught", "taught_masked"))
+                torch.cat([*rows[a], masked.padded(rows[b])])
+                for a, b in (("pooled", "masked"), ("taught", "taught_masked"))
             )
-            terms["distil"], health = self.patch_same(student, taught, self.masked(drawn, ids.device))
+            terms["distil"], health = self.patch_same(student, taught, masked)
         loss = sum(getattr(s, f"{name}_weight") * term for name, term in terms.items())
         return {"loss": loss} | {f"{name}_loss": term.detach() for name, term in terms.items()} | health
 
@@ -196,16 +200,18 @@ class Mmc(Distillation):
         """iBOT's two losses, weighted alike, of one head: that of crops carries what they mean to the prototypes of patches.
 
         Args:
-            student: [R + M, C], the pooled features of both crops and then their masked patches.
+            student: [R + P, C], the pooled features of both crops and then their masked patches with padding.
             taught: the teacher's, likewise.
         """
-        s, crops = self.settings, len(student) - len(masked.patches)
+        s, crops = self.settings, len(student) - len(masked.weights)
         student = self.head(student)
         with torch.no_grad():
             scores = self.scores(taught)
-        student_RK, student_MK, scores_RK, scores_MK = student[:crops], student[crops:], scores[:crops], scores[crops:]
+        student_RK, student_PK, scores_RK, scores_PK = student[:crops], student[crops:], scores[:crops], scores[crops:]
         class_loss, spread, health = self.predict_views(scores_RK, student_RK, (s.global_crops,) * 2)
-        patch_loss, patch_spread, _ = self.predict(self.patch_collapse, scores_MK, student_MK, weights_R=masked.weights)
+        patch_loss, patch_spread, _ = self.predict(
+            self.patch_collapse, scores_PK, student_PK, weights_R=masked.weights, count=masked.count
+        )
         report = {"class_loss": class_loss.detach(), "patch_loss": patch_loss.detach()}
         return class_loss + patch_loss + (spread + patch_spread), report | health
 
@@ -215,7 +221,7 @@ class Mmc(Distillation):
         with torch.no_grad():
             scores_RK = self.scores(taught_RC)
         loss, spread, targets = self.predict(self.collapse, scores_RK, student_RK)
-        return loss + spread, self.collapse.health(targets)
+        return loss + spread, self.health(targets)
 
     def flops_per_image(self) -> float:
         s, (rows, columns) = self.settings, self.encoder.grid

@@ -103,8 +103,8 @@ class Swav(Clustering):
         return {"loss": loss + spread} | health
 
     @torch.no_grad()
-    def targets(self, collapse: Collapse, scores_GK: Tensor) -> Targets:
-        """Targets of the large crops: each view is balanced by itself, with its queue where that is in use."""
+    def targets(self, collapse: Collapse, scores_GK: Tensor, count: None = None) -> Targets:
+        """Targets of the large crops, never padded: each view is balanced by itself, with its queue where that is in use."""
         views, parts = scores_GK.chunk(self.settings.global_crops), []
         for view, scores_bK in enumerate(views):
             if self.queue_in_use:

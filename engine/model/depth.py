@@ -25,6 +25,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.function import once_differentiable
 
+from engine.core.host_memory import to_device
 from engine.core.lasting import lasting
 from engine.model.tokens import Group, Layout
 
@@ -198,5 +199,4 @@ def _rows_of(layouts: tuple[Layout, ...], device: torch.device) -> tuple[Tensor,
 
 def _moved(values: np.ndarray, device: torch.device) -> Tensor:
     """On the device, which is not waited for."""
-    tensor = torch.from_numpy(values)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    return to_device(torch.from_numpy(values), device)

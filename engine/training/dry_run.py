@@ -3,15 +3,18 @@
 import resource
 import time
 from dataclasses import replace
+from functools import partial
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from engine.core import dist
+from engine.core.host_memory import to_device
 from engine.training.build import build
 from engine.training.choosing import choose
 from engine.training.config import Plan
+from engine.training.drawing import drawing
 from engine.training.parts import Parts
 from engine.training.state import TrainState
 
@@ -59,15 +62,16 @@ def _measure(parts: Parts, state: TrainState) -> tuple[float, float]:
     loader = parts.loader(state)
     marks = [time.perf_counter()]
     try:
-        for step in range(WARM_UP + MEASURED):
-            batch = next(loader)
-            drawn = state.method.draw(parts.draws(stage.index, step))
-            state.update(step, batch.images, batch.ids.to(ranks.device), drawn)
-            if step in (0, WARM_UP - 1, WARM_UP + MEASURED - 1):
-                if ranks.device.type == "cuda":
-                    torch.cuda.synchronize()
-                dist.barrier()
-                marks.append(time.perf_counter())
+        with drawing(state.method, partial(parts.draws, stage.index), 0, WARM_UP + MEASURED) as drawn:
+            for step in range(WARM_UP + MEASURED):
+                batch = next(loader)
+                # most steps are not logged
+                state.update(step, batch.images, to_device(batch.ids, ranks.device), drawn(step), logged=False)
+                if step in (0, WARM_UP - 1, WARM_UP + MEASURED - 1):
+                    if ranks.device.type == "cuda":
+                        torch.cuda.synchronize()
+                    dist.barrier()
+                    marks.append(time.perf_counter())
     finally:
         loader.close()
     start, first, warm, end = marks

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from engine.core import dist
-from engine.core.draws import Draws
 from engine.core.errors import BadInput
+from engine.core.host_memory import to_device
 from engine.data.batch import Batch
 from engine.training.log import RunLog
 from engine.training.probe import neighbour_agreement
@@ -70,7 +70,7 @@ def run_stage(
     state: TrainState,
     stage: Stage,
     batches: Iterator[Batch],
-    draws: Callable[[int], Draws],
+    drawn: Callable[[int], dict[str, Tensor]],
     log: RunLog,
     cadence: Cadence,
     stop: StopRequest,
@@ -84,7 +84,7 @@ def run_stage(
 
     Args:
         batches: this rank's rows of the batches from `state.step` on.
-        draws: the random choices of a step.
+        drawn: the random choices of a step, asked for step by step.
         watch: entered around every step, for a profile.
         probe: measures the encoder; its values are logged.
         save: makes the state durable.
@@ -106,12 +106,12 @@ def run_stage(
     while state.step < stage.total_steps:
         with watch():
             batch = next(batches)
-            images, ids = batch.images, batch.ids.to(state.update.skipped.device, non_blocking=True)
-            report = state.update(state.step, images, ids, state.method.draw(draws(state.step)))
+            images, ids = batch.images, to_device(batch.ids, state.update.skipped.device)
+            done, last = stage.first_step + state.step + 1, state.step + 1 == stage.total_steps
+            logs = last or (state.step + 1) % cadence.log_every == 0
+            report = state.update(state.step, images, ids, drawn(state.step), logs)
             state.step += 1
-            done, last = stage.first_step + state.step, state.step == stage.total_steps
             log.tick(done)
-            logs = last or state.step % cadence.log_every == 0
             if logs:
                 log.log(done, _read(report, state, batch, labels))
                 _check_guard(state, stage, cadence)

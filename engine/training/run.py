@@ -17,6 +17,7 @@ from engine.data.sources import check_bad
 from engine.training import checkpoint, folder, graphs, pictures, probe
 from engine.training.build import as_evaluated, build
 from engine.training.choosing import choose
+from engine.training.drawing import drawing
 from engine.training.log import RunLog
 from engine.training.loop import Cadence, Stopped, StopRequest, run_stage
 from engine.training.metrics import read_metrics
@@ -145,9 +146,14 @@ def _train(parts: Parts, state: TrainState, out: Path, log: RunLog, stop: StopRe
         seconds = time.monotonic() - began
         log.log(stage.first_step + state.step, {"storing_features_seconds": seconds}, kind="event")
     try:
-        with profile.stage(stage.name, stage.first_step + state.step, stage.total_steps - state.step) as watch:
+        with (
+            profile.stage(stage.name, stage.first_step + state.step, stage.total_steps - state.step) as watch,
+            drawing(state.method, partial(parts.draws, stage.index), state.step, stage.total_steps) as drawn,
+        ):
+            if state.method.draws_ahead:
+                log.message(f"{stage.name}: what a step draws is drawn one step ahead, in a thread of its own")
             run_stage(
-                state, stage, loader, partial(parts.draws, stage.index), log,
+                state, stage, loader, drawn, log,
                 Cadence(train.log_every, train.probe_every, train.save_every, train.abort_after), stop, watch=watch,
                 probe=_probe(parts, state, out), save=partial(_save, parts, state, out), labels=parts.images(stage.index).labels,
             )  # fmt: skip

@@ -94,15 +94,15 @@ class Update:
         self.replayed = Replayed(method, self.trained, CudaGraph(device)) if graphs else None
 
     def __call__(
-        self, step: int, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]
+        self, step: int, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor], logged: bool = True
     ) -> dict[str, Tensor | float]:
-        """Update from this rank's rows of a batch.
+        """Update from this rank's rows of a batch; one that will not be `logged`, on any rank, leaves out what is only reported.
 
         Returns:
             What the method reports, as device scalars (this rank's mean), the gradient norm, the lr used, and the weight decay
             where it changes.
         """
-        moment = Moment(step, self.total_steps, self.steps_per_epoch)
+        moment = Moment(step, self.total_steps, self.steps_per_epoch, logged)
         self.method.begin(moment)
         rates = self._set_rates(step)
         if self.replayed is None:

@@ -20,6 +20,7 @@ from engine.recipes import recipe
 from engine.training.config import parse
 from engine.training.step import Update
 from tests.methods.small import small
+from tests.methods.test_ibot import assert_padding_changes_nothing, masks_of
 from tests.methods.test_mae import patchify
 from tests.saved import content
 
@@ -317,3 +318,9 @@ def test_published_recipe(model: str):
         0.4,
         0,
     )
+
+
+@pytest.mark.parametrize("which", ["drawn", "none", "all"])
+def test_padding_changes_nothing(which: str, monkeypatch: pytest.MonkeyPatch):
+    method = make()
+    assert_padding_changes_nothing(method, crops(), masks_of(drawn(method), which), monkeypatch, torch.float32)

@@ -20,6 +20,7 @@ STEPS = 3
 SETTINGS = {
     "epochs": STEPS, "target_temperature_start": 0.04, "target_temperature": 0.07, "target_temperature_epochs": STEPS,
     "freeze_last_layer": 0, "queue_size": 0, "augmentation": "minimal", "crop_scale": (0.4, 1.0),
+    "prototypes": 50,  # no number of padded rows, since the compiler takes equal sizes for one
 }  # fmt: skip
 
 

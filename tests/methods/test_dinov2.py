@@ -17,11 +17,20 @@ from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Moment
 from engine.methods.dinov2 import Dinov2, Settings, koleo
+from engine.methods.parts.collapse import CHOICES
 from engine.model import vit
 from engine.recipes import recipe
 from engine.training.config import parse
 from engine.training.step import Update
-from tests.methods.test_ibot import assert_same_gradients, crops, drawn, plain_losses, plain_tokens
+from tests.methods.test_ibot import (
+    assert_padding_changes_nothing,
+    assert_same_gradients,
+    crops,
+    drawn,
+    masks_of,
+    plain_losses,
+    plain_tokens,
+)
 from tests.methods.test_ibot import make as make_ibot
 from tests.updates import scaled_gradients
 
@@ -53,6 +62,13 @@ def test_losses_and_gradients_equal_the_paper(choice: str, patch_prototypes: int
     assert report["patch_loss"].item() == pytest.approx(plain["patch"].item(), abs=2e-5)
     assert report["koleo"].item() == pytest.approx(spread.item() / 2, abs=2e-5)
     assert_same_gradients(method, report["loss"], plain["class"] + plain["patch"] + 0.1 * spread)
+
+
+@pytest.mark.parametrize("which", ["drawn", "none", "all"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_padding_changes_nothing(choice: str, which: str, monkeypatch: pytest.MonkeyPatch):
+    method = make(collapse=choice, patch_prototypes=40, patch_bottleneck=24)
+    assert_padding_changes_nothing(method, crops(method), masks_of(drawn(method), which), monkeypatch)
 
 
 def test_patch_loss_is_the_weighted_sum_over_masked_patches_by_twice_the_batch():

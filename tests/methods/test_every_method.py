@@ -1,10 +1,14 @@
-"""What holds for every method there is: a bad update changes nothing, and timm loads what is exported."""
+"""What holds for every method there is: a bad update changes nothing, nor does leaving out what is only logged, and timm loads
+what is exported."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine import methods, recipes
 from engine.core.draws import Draws
@@ -16,6 +20,13 @@ from tests.methods.small import small
 from tests.saved import content
 
 CLASSES = ("one", "two", "three")
+TARGETS, NEIGHBOURS = {"prototype_usage", "target_entropy"}, {"neighbour_similarity", "queue_filled"}
+ONLY_LOGGED = {  # by method, what its report has of logged updates alone
+    "beit": {"code_usage"},
+    **{name: NEIGHBOURS for name in ("nnclr", "maect", "mim_heads", "mim_refiner")},
+    **{name: TARGETS for name in ("dino", "swav", "msn", "mmc")},
+    **{name: TARGETS | {"patch_prototype_usage"} for name in ("ibot", "dinov2", "mim_cluster")},
+}
 
 
 def make(name: str) -> Method:
@@ -51,6 +62,56 @@ def test_a_skipped_update_changes_nothing_and_a_sound_one_does(name: str):
     moved = {key.rpartition("/")[0] for key, value in after.items() if not torch.equal(value, last[key])}
     trained = {f"optimizer/{key}" for group in method.groups(8) for key in group.parameters}
     assert trained <= moved and update.skipped == 1
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_what_is_drawn_ahead_asks_for_no_device(name: str, monkeypatch: pytest.MonkeyPatch):
+    """Another thread must launch nothing, and what is drawn on the device need not be drawn ahead."""
+    method, asked = make(name), []
+    generator = Draws.generator.func
+    monkeypatch.setattr(Draws, "generator", property(lambda draws: asked.append(draws) or generator(draws)))
+    method.draw(Draws(0, 1, batch=8, rows=slice(None), device=torch.device("cpu")))
+    assert not (method.draws_ahead and asked)
+    assert method.draws_ahead == (name in ("ibot", "dinov2", "mmc", "mim_cluster", "beit"))
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to compute while it is the mode."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def updates(name: str, logged: Sequence[bool]) -> tuple[list[dict], list[int], dict[str, torch.Tensor]]:
+    """What each of these updates reports, how many operations it takes, and the state at their end."""
+    method = make(name)
+    update, reports, counts = Update(method, 100), [], []
+    for number, whether in enumerate(logged):
+        generator = torch.Generator().manual_seed(number)
+        images = tuple(torch.randn(8, 3, *view.size, generator=generator) for view in method.views())
+        drawn = method.draw(Draws(0, number, batch=8, rows=slice(None), device=torch.device("cpu")))
+        with Operations() as operations:
+            reports.append(update(50 + number, images, torch.arange(8), drawn, whether))
+        counts.append(operations.count)
+    return reports, counts, content(method, update)
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_an_update_that_is_not_logged_computes_less_and_changes_the_same(name: str):
+    updates(name, (True,))  # fills what is made once a process
+    always, all_counts, all_content = updates(name, (True, True, True))
+    seldom, few_counts, few_content = updates(name, (False, True, False))
+    assert [key for key, value in all_content.items() if not torch.equal(value, few_content[key])] == []
+    for number, (whole, rest) in enumerate(zip(always, seldom, strict=True)):
+        left_out = set() if number == 1 else ONLY_LOGGED.get(name, set())
+        left_out = left_out | ({"centre_norm"} if left_out and "centre_norm" in whole else set())
+        assert whole.keys() - rest.keys() == left_out
+        assert (few_counts[number] < all_counts[number]) == bool(left_out)
+        for key, value in rest.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(whole[key])), key
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -1,6 +1,7 @@
 """iBOT against plain restatements: both losses and their gradients, the masks, both centres, the teacher, a skipped update."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ from engine import methods
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Moment
-from engine.methods.ibot import Ibot, Masked, Settings
+from engine.methods import ibot
+from engine.methods.base import Method
+from engine.methods.ibot import Ibot, Masked, Settings, padded_rows
 from engine.methods.parts.collapse import CHOICES
 from engine.model import vit, weights
 from engine.model.heads import DinoHead
@@ -170,7 +173,7 @@ def test_both_centres_move_after_the_update_the_patches_by_all_patches():
 def test_only_masked_patches_are_blank_and_only_for_the_student():
     method = make()
     images, masks = crops(method), drawn(method)["masks"]
-    masked = Masked.of(masks, 1, torch.device("cpu"))
+    masked = Masked.of(masks, 1, torch.device("cpu"), 0.5)
     for poisoned, same in ((masks, True), (~masks, False)):
         pixels = poisoned.transpose(0, 1).float().unflatten(2, (4, 4)).repeat_interleave(8, 2).repeat_interleave(8, 3)
         changed = tuple(view + 9 * p[:, None] for view, p in zip(images, pixels)) + images[2:]
@@ -182,12 +185,80 @@ def test_only_masked_patches_are_blank_and_only_for_the_student():
 def test_rows_and_weights_of_masked_patches():
     masks = torch.zeros(2, 2, 4, dtype=torch.bool)
     masks[0, 0, [1, 3]] = masks[1, 0, 2] = masks[1, 1, [0, 1, 2]] = True  # image, crop, patch
-    masked = Masked.of(masks, 1, torch.device("cpu"))
+    masked = Masked.of(masks, 1, torch.device("cpu"), 0.5)
     tokens = [torch.arange(10.0).view(2, 5, 1) + 100 * view for view in range(2)]
     assert torch.cat(masked.rows_of(tokens))[:, 0].tolist() == [2, 4, 8, 106, 107, 108]
-    assert masked.patches.tolist() == [1, 3, 6, 12, 13, 14]
-    torch.testing.assert_close(masked.weights, torch.tensor([1 / 2, 1 / 2, 1, 1 / 3, 1 / 3, 1 / 3]) / 4)
+    assert masked.count == 6 and masked.patches.tolist() == [1, 3, 6, 12, 13, 14] + [0] * 10
+    torch.testing.assert_close(masked.weights, torch.tensor([1 / 2, 1 / 2, 1, 1 / 3, 1 / 3, 1 / 3] + [0] * 10) / 4)
+    assert masked.padded(masked.rows_of(tokens))[:, 0].tolist() == [2, 4, 8, 106, 107, 108] + [2] * 10
+    second = [view[:0] if index == 0 else view for index, view in enumerate(masked.rows_of(tokens))]
+    assert replace(masked, count=3, weights=torch.zeros(5)).padded(second)[:, 0].tolist() == [106, 107, 108, 106, 106]
     assert [view.tolist() for view in masked.hidden] == masks.transpose(0, 1).tolist()
+
+
+def test_rows_are_padded_to_the_next_tenth_of_what_is_expected():
+    assert [padded_rows(count, 3763.2) for count in (0, 1, 384, 385, 3763, 3841)] == [0, 384, 384, 768, 3840, 4224]
+    assert [padded_rows(count, 10.0) for count in (0, 1, 16, 17, 128)] == [0, 16, 16, 32, 128]
+
+
+def learned(method: Method, images: tuple[Tensor, ...], numbers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the method reports of a batch, its gradients, and the buffers that an update with it leaves."""
+    method.zero_grad()
+    buffers = {name: buffer.clone() for name, buffer in method.named_buffers()}
+    report = method(images, torch.arange(len(images[0])), numbers)
+    report["loss"].backward()
+    found = {name: value.detach() for name, value in report.items()}
+    found |= {f"gradient of {name}": p.grad.clone() for name, p in method.named_parameters() if p.grad is not None}
+    method.after_step(torch.tensor(True))
+    for name, buffer in method.named_buffers():
+        found[f"buffer {name}"] = buffer.clone()
+        buffer.copy_(buffers[name])
+    return found
+
+
+def assert_padding_changes_nothing(
+    method: Method,
+    images: tuple[Tensor, ...],
+    numbers: dict[str, Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Values, gradients and what an update leaves: of padded rows against those of exactly the masked patches."""
+    monkeypatch.setattr(DinoHead, "embed", lambda head, x: F.normalize(head.mlp(x), dim=-1))  # whose own is in fp32
+    method.to(dtype)
+    images = tuple(view.to(dtype) for view in images)
+    close = {"rtol": 1e-9, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-6}
+    count, sizes = int(numbers["masks"].sum()), []
+
+    def padded_further(count: int, expected: float) -> int:
+        sizes.append(16 * (count // 16 + 1) if count else 0)  # so that something is padded, also where all are masked
+        return sizes[-1]
+
+    for name, rows in (("padded", padded_further), ("bare", lambda count, expected: count)):
+        Masked.of.cache_clear()
+        monkeypatch.setattr(ibot, "padded_rows", rows)
+        found = learned(method, images, numbers)
+        if name == "padded":
+            padded = found
+    Masked.of.cache_clear()
+    assert sizes and all(size > count or count == 0 for size in sizes)
+    assert padded.keys() == found.keys() and any("gradient" in name for name in found)
+    for name, value in found.items():
+        torch.testing.assert_close(padded[name], value, msg=name, **close)
+
+
+def masks_of(numbers: dict[str, Tensor], which: str) -> dict[str, Tensor]:
+    """The draws with masks as drawn, with none or with all patches masked."""
+    masks = numbers["masks"]
+    return numbers | {"masks": {"drawn": masks, "none": masks & False, "all": masks | True}[which]}
+
+
+@pytest.mark.parametrize("which", ["drawn", "none", "all"])
+@pytest.mark.parametrize("patch_prototypes", [0, 40])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_padding_changes_nothing(choice: str, patch_prototypes: int, which: str, monkeypatch: pytest.MonkeyPatch):
+    method = make(collapse=choice, patch_prototypes=patch_prototypes)
+    assert_padding_changes_nothing(method, crops(method), masks_of(drawn(method), which), monkeypatch)
 
 
 @pytest.mark.parametrize("way", ["blocks", "random"])

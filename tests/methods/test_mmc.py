@@ -25,6 +25,7 @@ from engine.training.step import Update
 from tests.methods.parts.test_collapse import published_sinkhorn
 from tests.methods.small import small
 from tests.methods.test_dino import plain_head
+from tests.methods.test_ibot import assert_padding_changes_nothing, masks_of
 from tests.methods.test_nnclr import plain_head as plain_projector
 from tests.saved import content
 from tests.updates import finish
@@ -367,3 +368,10 @@ def test_published_recipe(model: str):
     assert len(arms) == 7
     for arm in arms:
         arm.check("mmc")
+
+
+@pytest.mark.parametrize("which", ["drawn", "none", "all"])
+@pytest.mark.parametrize("choice", CHOICES)
+def test_padding_changes_nothing(choice: str, which: str, monkeypatch: pytest.MonkeyPatch):
+    method = make(collapse=choice)
+    assert_padding_changes_nothing(method, crops(), masks_of(drawn(method), which), monkeypatch, torch.float32)

@@ -20,6 +20,7 @@ from engine.model import recomputing, vit
 from engine.training import config
 from engine.training.build import compile_regions
 from engine.training.calls import without_data
+from engine.training.drawing import drawn
 from engine.training.step import Update
 from tests.null_device.ledger import Report, examine
 
@@ -65,8 +66,8 @@ def stepping(
     ids = torch.arange(batch, device=device)
 
     def step(number: int) -> None:
-        drawn = method.draw(Draws(0, stage, number, batch=batch, rows=slice(0, batch), device=device))
-        update(number, images, ids, drawn)
+        draws = Draws(0, stage, number, batch=batch, rows=slice(0, batch), device=device)
+        update(number, images, ids, drawn(method, draws))
 
     return step
 

@@ -1,5 +1,5 @@
 """The whole step of every method on a CUDA device that computes nothing: full graph, nothing compiled again when warm, no wait,
-no spill, and launches, bytes and memory as they are stored."""
+no spill, nothing copied from memory that is not pinned, and launches, bytes and memory as they are stored."""
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ def sound(name: str, chip: int, seen: dict[str, str]) -> None:
     faults = {stage: report["faults"] for stage, report in answer.items() if report["faults"]}
     assert not faults
     counted = figures.of_answer(answer)
+    assert {stage: of["bytes_from_pageable"] for stage, of in counted.items() if of["bytes_from_pageable"]} == {}
     version, of_methods = figures.stored()
     kept = of_methods.get(name, {}).get(f"sm_{chip}")
     assert kept is not None or name not in SHORT, f"no figures are stored: python -m tests.null_device.figures {name}"

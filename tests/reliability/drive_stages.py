@@ -1,7 +1,7 @@
 """Runs a few steps of every method in a process of its own, for the tests beside it.
 
     python drive_stages.py OUT --last B [--methods NAME ...] [--first A --load FOLDER] [--controls] [--poison] [--compile]
-        [--drop-path RATE] [--accumulate COUNT] [--set FIELD=NUMBER ...]
+        [--drop-path RATE] [--accumulate COUNT] [--log-every COUNT] [--set FIELD=NUMBER ...]
 
 Of a method with several stages the last one runs, on what the untrained earlier ones hand over. Saves, per method, the state at
 step B and a record of what each step saw and lost. With --load the state of step A is read first. With --controls the same steps
@@ -14,6 +14,7 @@ import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from engine.data.subsets import subset
 from engine.methods.base import StageSettings
 from engine.training import checkpoint, config
 from engine.training.build import build
+from engine.training.drawing import drawing
 from engine.training.parts import Parts, prepare
 from engine.training.state import TrainState, position, restore, to_host
 from tests.methods.small import small
@@ -79,20 +81,21 @@ def fresh(parts: Parts, seed: int, anew: bool = True) -> TrainState:
     return state
 
 
-def steps(parts: Parts, state: TrainState, last: int, poison: bool) -> list[dict]:
+def steps(parts: Parts, state: TrainState, last: int, poison: bool, log_every: int) -> list[dict]:
     ranks, record, loader = parts.ranks, [], parts.loader(state)
     first = state.step
-    for step in range(first, last):
-        # Whatever a stage compiles, it compiles in its first two steps.
-        torch._dynamo.config.error_on_recompile = parts.compiles and step >= first + 2
-        batch = next(loader)
-        images = batch.images
-        if poison and step == POISONED_STEP:
-            images = tuple(view.fill_(float("nan")) for view in images)
-        report = state.update(step, images, batch.ids, state.method.draw(parts.draws(state.stage, step)))
-        loss = dist.all_reduce(report["loss"].detach()) / ranks.world
-        record.append({"step": step, "ids": dist.all_gather(batch.ids).tolist(), "loss": loss.item().hex()})
-        state.step += 1
+    with drawing(state.method, partial(parts.draws, state.stage), first, last) as drawn:
+        for step in range(first, last):
+            # Whatever a stage compiles, it compiles in its first two steps.
+            torch._dynamo.config.error_on_recompile = parts.compiles and step >= first + 2
+            batch = next(loader)
+            images = batch.images
+            if poison and step == POISONED_STEP:
+                images = tuple(view.fill_(float("nan")) for view in images)
+            report = state.update(step, images, batch.ids, drawn(step), (step + 1) % log_every == 0)
+            loss = dist.all_reduce(report["loss"].detach()) / ranks.world
+            record.append({"step": step, "ids": dist.all_gather(batch.ids).tolist(), "loss": loss.item().hex()})
+            state.step += 1
     torch._dynamo.config.error_on_recompile = False
     loader.close()
     return record
@@ -122,7 +125,7 @@ def differs(parts: Parts, tensors: dict, where: dict, last: int, end: dict) -> b
     state = fresh(parts, 1, anew=False)
     try:
         restore(state, tensors, where)
-        steps(parts, state, last, False)
+        steps(parts, state, last, False, 1)
     except (RuntimeError, KeyError):
         return True
     got = to_host(state)
@@ -139,7 +142,7 @@ def drive(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> None:
         restore(state, tensors, where)
         assert state.step == chosen.first
     assert state.method.name == method
-    record = steps(parts, state, chosen.last, chosen.poison)
+    record = steps(parts, state, chosen.last, chosen.poison, chosen.log_every)
     end = to_host(state)
     if ranks.first:
         checkpoint.save(chosen.out / method, state.step, end, position(state))
@@ -165,6 +168,7 @@ def main() -> None:
     parser.add_argument("--load", type=Path)
     parser.add_argument("--drop-path", type=float, default=0.0)
     parser.add_argument("--accumulate", type=int, default=1)
+    parser.add_argument("--log-every", type=int, default=1)
     parser.add_argument("--set", nargs="+", default=[])
     for flag in ("compile", "controls", "poison"):
         parser.add_argument(f"--{flag}", action="store_true")

@@ -116,15 +116,16 @@ class Collapse(nn.Module):
         self.meet, self.balance = kernels.soft_cross_entropy, _balance
 
     @torch.no_grad()
-    def targets(self, scores_RK: Tensor, temperature: float) -> Targets:
-        """Targets of these rows; Sinkhorn-Knopp balances them together, over all ranks, each with rows of its own number."""
+    def targets(self, scores_RK: Tensor, temperature: float, count: int | None = None) -> Targets:
+        """Targets of these rows; Sinkhorn-Knopp balances them together, over all ranks, each with rows of its own number. Those
+        past the first `count` are padding: they get targets, and have no part in the balance."""
         scores_RK = scores_RK.detach()
         if not self.balances:
             return Targets(scores_RK, temperature, self.centre)
         started_RK = _wide(scores_RK[:0]) if self.from_probabilities else scores_RK
         plain = balanced_by(started_RK) == "plain"
         balance, given = self.balance if plain else _balance, _given(temperature, scores_RK, plain)
-        return Targets(scores_RK, temperature, balance(scores_RK, given, self.from_probabilities, dist.group()))
+        return Targets(scores_RK, temperature, balance(scores_RK[:count], given, self.from_probabilities, dist.group()))
 
     def cross_entropy(
         self,
@@ -171,16 +172,18 @@ class Collapse(nn.Module):
         if self.balances:
             yield self, "balance"
 
-    def regulariser(self, student_RK: Tensor, temperature: float) -> Tensor:
-        """ME-MAX's term, weighted: log K - entropy of the student's mean prediction over all rows of all ranks; else 0.
+    def regulariser(self, student_RK: Tensor, temperature: float, count: int | None = None) -> Tensor:
+        """ME-MAX's term, weighted: log K - entropy of the student's mean prediction over all rows of all ranks, on each the first
+        `count` where others are padding; else 0.
 
         Ranks may hold different numbers of rows; where there are none at all it is 0. Gradients flow through the students of all
         ranks.
         """
         if not self.maximises:
             return student_RK.new_zeros((), dtype=torch.float32)
-        total_K = (_wide(student_RK) / temperature).softmax(1).sum(0)
-        summed = dist.all_reduce(torch.cat([total_K, total_K.new_full((1,), len(student_RK))]))
+        p_RK = (_wide(student_RK) / temperature).softmax(1)[:count]
+        total_K = p_RK.sum(0)
+        summed = dist.all_reduce(torch.cat([total_K, total_K.new_full((1,), len(p_RK))]))
         mean_K = summed[:-1] / summed[-1].clamp_min(1)
         # a prototype of no mass at all has no slope, where its logarithm's would be infinite
         negative_entropy = (mean_K * mean_K.clamp_min(torch.finfo(mean_K.dtype).tiny).log()).sum()
@@ -191,9 +194,8 @@ class Collapse(nn.Module):
         """Hand in the scores that the centre follows: after their targets were met, before the update. Ranks may hold different
         numbers of rows; none at all leave the centre where it is."""
         if self.centres:
-            scores_RK = scores_RK.detach().float()
-            count = scores_RK.new_full((1,), len(scores_RK))
-            summed = dist.all_reduce(torch.cat([scores_RK.sum(0), count]))
+            total_K = scores_RK.detach().sum(0, dtype=torch.float32)
+            summed = dist.all_reduce(torch.cat([total_K, total_K.new_full((1,), len(scores_RK))]))
             self.pending.append(torch.where(summed[-1] > 0, summed[:-1] / summed[-1].clamp_min(1), self.centre))
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 from engine.core import masking
 from engine.core.draws import Draws, seed_of
 from engine.core.errors import BadInput
+from engine.core.host_memory import to_device
 
 FILLS = ("zeros", "noise")
 BLOCKS_AT_ONCE = 32
@@ -101,8 +102,8 @@ def corrupt(settings: CorruptionSettings, images: tuple[Tensor, ...], drawn: dic
         drawn: rows of what `draw_corruption` returned; "corrupted" may lie on the crops' device already.
     """
     device = images[0].device
-    corrupted_bVHW = drawn["corrupted"].to(device, non_blocking=True)
-    alien_bV = drawn["alien"].to(device, non_blocking=True)
+    corrupted_bVHW = to_device(drawn["corrupted"], device)
+    alien_bV = to_device(drawn["alien"], device)
     neighbours_b = _neighbours(len(images[0]), device)
     fills = [None] * len(images)
     if settings.fill == "noise":

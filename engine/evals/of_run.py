@@ -52,7 +52,17 @@ def evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str
     if not fitting:
         return {}
     features = judging.encode(encoders, parts.train_images, parts.val_images, **how)
-    results = judging.evaluate(features, protocols=fitting, seed=parts.plan.train.seed, device=parts.ranks.device)
+    results = []
+    for name in fitting:
+        try:
+            results += judging.evaluate(
+                features, protocols=(name,), seed=parts.plan.train.seed, device=parts.ranks.device
+            )
+        except BadInput as error:
+            say(f"evaluation by {name} is left out: {error}")
+    if not results:
+        return {}
+    results.sort(key=lambda result: list(encoders).index(result.weights))
     results = [replace(result, data=parts.plan.train.data or "digits") for result in results]
     report.write(
         folder / "evaluation",

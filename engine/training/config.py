@@ -93,8 +93,8 @@ class Train:
     compile: str = "auto"
     """Compile blocks and losses with torch.compile: on (also --compile alone), off (also --no-compile), or auto: on GPUs."""
     graphs: str = "auto"
-    """Replay forward and backward of a step from a CUDA graph, by one launch: on, off, or auto: on one GPU, where the method's
-    step is known to be the same at every replay. What keeps a step from it is said as a run begins."""
+    """Replay forward and backward of a step from a CUDA graph, by one launch: on, where the method's step is the same at every
+    replay, or off; auto is off until a GPU has shown that it is right and faster. What keeps a step from it is said."""
     kernels: str = "auto"
     """Which form of the kernels runs: auto, reference, plain, triton, cuda or another of docs/kernels.md, for all ops that have
     it, or by op, as in packed_attention=cuda,sinkhorn=triton."""

@@ -24,6 +24,7 @@ from engine.training import gradient_cache
 from engine.training.config import Train
 from kernels.checks import checks_values
 
+UNSEEN = "no GPU has shown yet that it is right and faster; --graphs on takes it"
 WARM_UP = 2  # updates before the one that is captured: in them code is compiled, kernels are loaded, caches are filled
 Report = dict[str, Tensor]
 Backward = Callable[[tuple[Tensor, ...], Tensor, dict[str, Tensor]], Report]
@@ -47,16 +48,14 @@ def obstacle(
         return "--profile watches launches one by one"
     if gradient_cache.needed(settings, train.accumulate):
         return "micro-batches whose images are compared are represented twice"
-    return settings.ungraphed(encoder)
+    return settings.ungraphed(encoder) or (UNSEEN if train.graphs == "auto" else "")
 
 
 def check(graphs: str, obstacles: Sequence[tuple[str, str]]) -> None:
     """Raise BadInput where graphs are asked for and a stage, by its name, has an obstacle."""
     for stage, why in obstacles:
         if graphs == "on" and why:
-            raise BadInput(
-                f"--graphs on cannot be had in stage {stage}: {why}; auto takes graphs where they can be had."
-            )
+            raise BadInput(f"--graphs on cannot be had in stage {stage}: {why}; leave it out.")
 
 
 def described(obstacles: Sequence[tuple[str, str]]) -> str:

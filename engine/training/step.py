@@ -102,7 +102,8 @@ class Update:
             What the method reports, as device scalars (this rank's mean), the gradient norm, the lr used, and the weight decay
             where it changes.
         """
-        moment = Moment(step, self.total_steps, self.steps_per_epoch, logged)
+        # a graph does the same at every replay, so what is reported belongs to all of them
+        moment = Moment(step, self.total_steps, self.steps_per_epoch, logged or self.replayed is not None)
         self.method.begin(moment)
         rates = self._set_rates(step)
         if self.replayed is None:

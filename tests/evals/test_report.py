@@ -1,5 +1,6 @@
 """Tables, results.json, pages, pictures, commands, and that a folder is there whole or not at all."""
 
+import io
 import json
 import re
 import shlex
@@ -486,6 +487,18 @@ def test_maps_of_few_and_of_many_classes(kind, classes, n):
     labels = torch.arange(n) % classes
     figure = charts.feature_map(Features(torch.randn(n, 6), labels, "x"), kind)
     assert len(figure.axes[0].collections) == classes
+
+
+@pytest.mark.parametrize("kind", charts.MAPS)
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_a_map_of_a_handful_is_a_picture_or_says_why_not(kind, n):
+    figure = charts.feature_map(Features(torch.randn(n, 6), torch.zeros(n, dtype=torch.int64), "x"), kind)
+    figure.savefig(io.BytesIO())
+    assert bool(figure.axes) == (n == 4)
+
+
+def test_names_that_would_be_broken_formulas_are_drawn():
+    charts.confusion(np.eye(2, dtype=int), [r"$\frac{$", "a_{b$"]).savefig(io.BytesIO())
 
 
 def test_confusions_name_classes_where_there_is_room():

@@ -81,8 +81,7 @@ def test_graphs_that_cannot_be_had_are_refused_before_a_run_begins(on_device, tm
     done = device.process(["-m", "engine.train", *flags, "--out", str(out)], on_device())
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "error: --graphs on cannot be had in stage simmim: stochastic depth is drawn on the host; auto takes graphs where they "
-        "can be had."
+        "error: --graphs on cannot be had in stage simmim: stochastic depth is drawn on the host; leave it out."
     )
     assert not out.exists()
 

@@ -154,8 +154,8 @@ def test_the_command_line_is_what_was_agreed():
     """A flag that is added or renamed is a decision about the public surface: it is made here, too."""
     assert set(config.Train.__dataclass_fields__) == {
         "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
-        "accumulate", "recompute", "residual", "precision", "compile", "graphs", "kernels", "calibrate", "deterministic", "device",
-        "threads", "seed", "out", "resume", "changed_data", "dry_run",
+        "accumulate", "recompute", "residual", "precision", "compile", "graphs", "kernels", "calibrate", "deterministic",
+        "device", "threads", "seed", "out", "resume", "changed_data", "dry_run",
         "log_every", "probe_every", "save_every", "keep", "track", "profile", "evaluate", "bad_limit", "abort_after",
     }  # fmt: skip
 

@@ -7,7 +7,7 @@ of its own: with small models or few images it is launches that take the time. L
 import operator
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 CAST = torch.ops.prims.convert_element_type.default
@@ -24,13 +24,17 @@ class CastsTogether(CustomGraphPass):
 
     def __call__(self, graph: fx.Graph) -> None:
         inputs = [node for node in graph.nodes if node.op == "placeholder"]
-        casts = [node for node in graph.nodes if node.target is CAST and node.meta["val"].device.type == self.device]
+        casts = [node for node in graph.nodes if node.target is CAST and self._takes(node.meta["val"])]
         given = [cast for cast in casts if cast.args[0] in inputs and _only_products_read(cast)]
         made = [cast for cast in casts if _is_product(cast.args[0]) and all(user.op == "output" for user in cast.users)]
         if len(given) > 1:
             _together(graph, given, after=inputs[-1])
         if len(made) > 1:
             _together(graph, made, after=made[-1])
+
+    def _takes(self, value: Tensor) -> bool:
+        """Of a size that is known: weights are, and rows of a batch needn't be."""
+        return value.device.type == self.device and all(isinstance(size, int) for size in value.shape)
 
     def uuid(self) -> bytes:
         return get_hash_for_files((__file__,), self.device)

@@ -50,8 +50,9 @@ def test_a_compiled_block_computes_the_same_bits_with_its_casts_together():
 
 
 def test_what_others_read_too_or_another_device_is_left_alone():
-    def casts(graph_of, device: str) -> int:
-        graph = fx.experimental.proxy_tensor.make_fx(graph_of)(torch.randn(4, 4), torch.randn(4, 4)).graph
+    def casts(graph_of, device: str, mode: str = "real") -> int:
+        trace = fx.experimental.proxy_tensor.make_fx(graph_of, tracing_mode=mode)
+        graph = trace(torch.randn(4, 4), torch.randn(4, 4)).graph
         CastsTogether(device)(graph)
         return sum(node.target is torch.ops.aten._foreach_copy.default for node in graph.nodes)
 
@@ -61,4 +62,5 @@ def test_what_others_read_too_or_another_device_is_left_alone():
     assert casts(lambda x, y: cast(x) @ cast(y), "cpu") == 1
     assert casts(lambda x, y: cast(x) @ cast(y), "cuda") == 0
     assert casts(lambda x, y: (z := cast(y)) @ cast(x) + z.sum(), "cpu") == 0
+    assert casts(lambda x, y: cast(x) @ cast(y), "cpu", "symbolic") == 0
     assert casts(lambda x, y: cast(x + 1) @ cast(y + 1), "cpu") == 0

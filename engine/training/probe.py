@@ -30,6 +30,7 @@ LOW_USAGE = 0.01  # one prototype in a hundred does all the work
 # even one of 64 is more than LOW_USAGE: fewer than three of thirty or more are too few as well
 FEW_USED, OF_MANY = 3, 0.1
 HALVED = 0.5  # a rank below this share of its best is a sharp drop
+MANY_SKIPPED, SOME_SKIPPED = 0.5, 0.1  # of the updates; the scale of an fp16 loss is found by skipping a few
 AT_LN_K = 1e-3  # of ln K: nearer than that, a loss is what equal scores for all K prototypes give
 LOST = 0.1  # of the k-NN accuracy above chance, and 2 points at least: less is noise of a small probe
 CACHE_BYTES = 256 * 2**20
@@ -105,6 +106,8 @@ class Health:
     loss: float | None = None
     loss_over_ln_k: float | None = None
     prototypes: int = 0
+    skipped_share: float | None = None
+    """Of the updates since the probe before, those that were left out because loss or gradients were not finite; from 0 to 1."""
 
     @classmethod
     def of(cls, step: int, values: Mapping[str, float]) -> "Health":
@@ -160,6 +163,17 @@ def loss_over_ln_k(record: Mapping[str, float | str | None], prototypes: int) ->
     return {"loss_over_ln_k": min(shares, key=lambda share: abs(share - 1))} if shares else {}
 
 
+def skipped_since(records: Sequence[Mapping], stage: str, first_step: int, step: int, skipped: int) -> dict[str, float]:
+    """What a probe notes of updates that were left out, if any were: how many of the stage, and their share since the probe
+    before, or since the stage's `first_step`, by the lines of metrics.jsonl."""
+    probes = (record for record in reversed(records) if record["kind"] == "probe" and record["stage"] == stage)
+    before = next(probes, {"step": first_step})
+    if not skipped or step <= before["step"]:
+        return {}
+    since = skipped - before.get("skipped_updates", 0)
+    return {"skipped_updates": skipped, "skipped_share": since / (step - before["step"])}
+
+
 def history(records: Iterable[Mapping]) -> list[Health]:
     """The course so far, from the "probe" lines of metrics.jsonl: a resumed run judges as an uninterrupted one does."""
     probes = (r for r in records if r["kind"] == "probe" and "rank_me" in r)
@@ -173,13 +187,13 @@ def verdict(course: Sequence[Health]) -> str:
     It begins with "healthy:", "watch:" (unusual, wait for the next probe), "collapsing:" or "broken:" and says why and
     what to try.
 
-    - broken: the loss or a feature isn't finite.
+    - broken: the loss or a feature isn't finite; or half of the updates since the probe before were left out, for theirs weren't.
     - collapsing: feature_std < 0.05 or RankMe < 2, and no wider than at the probe before; or RankMe below half its best
       while k-NN lost a tenth of its best (above chance) at two probes in a row, without labels while feature_std halved
       too; or usage < 1 %, or fewer than 3 of many prototypes in use, at two probes in a row. Features are not called
       narrow where k-NN keeps over half its best and 10 points above chance.
-    - watch: any of these for the first time; a loss that stands at ln K, as it does while the student says the same of all; k-NN
-      alone falling; k-NN no better than chance.
+    - watch: any of these for the first time; a tenth of the updates left out; a loss that stands at ln K, as it does while the
+      student says the same of all; k-NN alone falling; k-NN no better than chance.
 
     The untrained network (step 0) is no yardstick: on small images its k-NN and rank may be the run's highest.
     """
@@ -188,6 +202,12 @@ def verdict(course: Sequence[Health]) -> str:
         return (
             f"broken: the loss or the features are not finite at step {now.step}. Go back to the last good checkpoint "
             "and lower the learning rate, lengthen the warm-up, or train with --precision fp32."
+        )
+    left_out = f"{now.skipped_share or 0:.0%} of the updates were left out, since loss or gradients were not finite"
+    if (now.skipped_share or 0) >= MANY_SKIPPED:
+        return (
+            f"broken: {left_out}; what is measured here is what was there before. {now}. Go back to the last good checkpoint and "
+            "lower the learning rate, lengthen the warm-up, or train with --precision fp32."
         )
     previous = before[-1] if before else None
     trained = [health for health in before if health.step > 0]
@@ -209,6 +229,8 @@ def verdict(course: Sequence[Health]) -> str:
         same, few = f"{same}, {stuck}", f"{few}, {stuck}"
     remedy = "lower the learning rate or the temperature, lengthen the warm-up, or strengthen what keeps features apart"
 
+    if (now.skipped_share or 0) >= SOME_SKIPPED:
+        return f"watch: {left_out}. {now}. If it lasts: {remedy}, or train with --precision fp32."
     if narrow and previous is None:
         return f"watch: {same}. {now}. If the next probe agrees: {remedy}."
     if narrow and widening:

@@ -197,7 +197,9 @@ def _probe(parts: Parts, state: TrainState, out: Path) -> Callable[[], dict[str,
         records = read_metrics(out / "metrics.jsonl") if (out / "metrics.jsonl").exists() else []
         last = next((r for r in reversed(records) if r["kind"] == "train" and r["stage"] == stage.name), {})
         values |= probe.loss_over_ln_k(last, prototypes)
-        now = probe.Health.of(stage.first_step + state.step, values | {"prototypes": prototypes})
+        step = stage.first_step + state.step
+        values |= probe.skipped_since(records, stage.name, stage.first_step, step, int(state.update.skipped))
+        now = probe.Health.of(step, values | {"prototypes": prototypes})
         return values | {"verdict": probe.verdict([*probe.history(records), now])}
 
     return measure

@@ -21,6 +21,7 @@ from engine.training.probe import (
     loss_over_ln_k,
     neighbour_agreement,
     rank_me,
+    skipped_since,
     usage,
     verdict,
 )
@@ -205,6 +206,27 @@ def test_what_is_not_finite_is_broken_and_forgotten_later(broken):
     assert word(health(1), health(2), broken) == "broken"
     assert "step 3" in verdict([broken])
     assert word(health(1), broken, health(4)) == "healthy"
+
+
+def test_a_run_whose_updates_were_left_out_is_not_healthy():
+    assert verdict([health(5), health(9, skipped_share=1.0)]).startswith("broken: 100% of the updates were left out")
+    assert verdict([health(9, skipped_share=0.5)]).startswith("broken: 50%")
+    assert verdict([health(5), health(9, skipped_share=0.2)]).startswith("watch: 20% of the updates were left out")
+    assert verdict([health(5), health(9, skipped_share=0.02)]).startswith("healthy:")
+
+
+def test_updates_left_out_are_counted_from_probe_to_probe():
+    def line(kind: str, stage: str, step: int, **values) -> dict:
+        return {"kind": kind, "stage": stage, "step": step} | values
+
+    assert skipped_since([], "mae", 0, 10, 0) == {}
+    assert skipped_since([], "mae", 0, 10, 4) == {"skipped_updates": 4, "skipped_share": 0.4}
+    probed = [line("probe", "mae", 10, skipped_updates=4), line("train", "mae", 15, skipped_updates=4)]
+    assert skipped_since(probed, "mae", 0, 20, 9) == {"skipped_updates": 9, "skipped_share": 0.5}
+    assert skipped_since([line("probe", "mae", 10)], "mae", 0, 20, 5) == {"skipped_updates": 5, "skipped_share": 0.5}
+    # another stage counts by itself
+    assert skipped_since(probed, "maect", 20, 40, 5) == {"skipped_updates": 5, "skipped_share": 0.25}
+    assert skipped_since(probed, "mae", 0, 10, 4) == {}
 
 
 def test_a_loss_at_ln_k_is_the_nearest_term_over_ln_k():

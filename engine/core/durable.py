@@ -3,7 +3,9 @@
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 
@@ -14,6 +16,20 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def new_folder(stem: str) -> Path:
+    """Make a folder that no other process takes for its own: STEM-DATE-TIME, or if that is there, with -2, -3, ... behind it."""
+    stamp = Path(f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
+    stamp.parent.mkdir(parents=True, exist_ok=True)
+    for number in count(1):
+        folder = stamp if number == 1 else stamp.with_name(f"{stamp.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -1,6 +1,7 @@
 """The command line of `engine.train`, made from dataclasses by tyro, and the JSON that is saved beside a run."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from pathlib import Path
@@ -211,7 +212,7 @@ def parse(arguments: Sequence[str]) -> Plan:
         raise SystemExit(0)
     wanted = _spelled_out([word for word in arguments if word not in IN_FULL])
     train, _ = read(Train, wanted, return_unknown_args=True, add_help=False)
-    before = _saved(Path(train.resume)) if train.resume else None
+    before = _saved(Path(train.resume).expanduser()) if train.resume else None
     train = before.train if before else train
     if before:
         train, _ = read(Train, wanted, default=replace(train, resume=""), return_unknown_args=True, add_help=False)
@@ -228,7 +229,7 @@ def parse(arguments: Sequence[str]) -> Plan:
     wanted += ["--help"] * bool(asked)
     parsed = read(flags, wanted, prog="engine.train", default=default, description=description)
     chosen = Train(**{f.name: getattr(parsed, f.name) for f in fields(Train)})
-    chosen = replace(chosen, data=located(chosen.data))
+    chosen = replace(chosen, data=located(chosen.data), **_expanded(chosen))
     stages = tuple((name, getattr(parsed, name)) for name in names)
     for name, settings in stages:
         settings.check(name)
@@ -236,6 +237,11 @@ def parse(arguments: Sequence[str]) -> Plan:
     if before:
         _check_unchanged(before, resolved)
     return resolved
+
+
+def _expanded(train: Train) -> dict[str, str]:
+    """Paths with a `~` that no shell has expanded, as in --out=~/runs/mine."""
+    return {name: os.path.expanduser(getattr(train, name)) for name in ("out", "resume", "weights")}
 
 
 def _spelled_out(arguments: list[str]) -> list[str]:

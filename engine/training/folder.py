@@ -6,10 +6,9 @@ mlflow/, and trackers.json (the run's id in each); with --profile, profile/ (ope
 """
 
 import json
-import time
 from pathlib import Path
 
-from engine.core.durable import write_file
+from engine.core.durable import new_folder, write_file
 from engine.core.errors import BadInput
 from engine.model import weights
 from engine.training.config import Plan
@@ -18,15 +17,17 @@ from engine.training.parts import Parts
 from engine.training.state import TrainState
 
 
-def of_run(plan: Plan) -> Path:
-    """The folder that a run has or will have; nothing is written.
+def of_run(plan: Plan, first: bool = True) -> Path:
+    """The folder that a run has or will have. One that nobody named is made here, by the first rank; others are left to `begin`.
 
     Raises:
         BadInput: something else is there.
     """
     if plan.train.resume:
         return Path(plan.train.resume)
-    folder = Path(plan.train.out or f"runs/{plan.train.method}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not plan.train.out:
+        return new_folder(f"runs/{plan.train.method}") if first else Path("runs")
+    folder = Path(plan.train.out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadInput(
             f"--out {folder} exists and is not an empty folder; choose another, or --resume it if it is a run."

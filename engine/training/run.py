@@ -36,7 +36,7 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
     Returns:
         The exit status: 0, or 1 where the training is whole and something that came after it is missing, which was told.
     """
-    out = Path(dist.share(str(folder.of_run(parts.plan))))
+    out = Path(dist.share(str(folder.of_run(parts.plan, parts.ranks.first))))
     train, ranks = parts.plan.train, parts.ranks
     log = RunLog(out if ranks.first else None, rank=ranks.rank, peak_flops=_peak_flops(ranks), track=train.track)
     profile = Profile(train.profile if ranks.first else 0, out, ranks.device, log)

@@ -269,3 +269,12 @@ def test_runs_compile_on_gpus_where_a_compiler_is(monkeypatch, capsys, compile_,
     assert parts._compiles(train, Ranks(0, 1, torch.device(device))) == compiles
     assert ("running uncompiled" in capsys.readouterr().err) == (not compiles and not compilers)
     assert ("TORCHINDUCTOR_CACHE_DIR" in os.environ) == compiles
+
+
+def test_a_home_that_no_shell_expanded_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    plan = config.parse(["--method", "mae", "--out=~/mine", "--data=~/images"])
+    assert (plan.train.out, plan.train.data) == (str(tmp_path / "mine"), str(tmp_path / "images"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "config.json").write_text(plan.as_json())
+    assert config.parse(["--resume=~/mine"]).train.resume == str(tmp_path / "mine")

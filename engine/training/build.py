@@ -54,7 +54,7 @@ def compile_regions(method: Method) -> None:
     # for two, run by one, takes fifteen times as long.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
     torch._inductor.config.post_grad_custom_pre_pass = CastsTogether()
-    on_gpu = next(method.parameters()).device.type == "cuda"
+    on_gpu = any(parameter.device.type == "cuda" for parameter in method.parameters())
     static = (*method.regions(), *(method.regions_on_gpus() if on_gpu else ()))
     for dynamic, regions in ((False, static), (True, method.ragged_regions())):
         for owner, name in regions:

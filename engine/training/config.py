@@ -31,7 +31,7 @@ RESUME_MAY_CHANGE = (
 IN_FULL = ("--help-method", "--help-all")
 MORE_HELP = (
     f"Methods: {', '.join(methods.names())}. --method NAME --help-method lists the settings of a method's stages "
-    "(--mae.epochs, ...), --help-all every flag in full. Brackets have what holds where nothing is said."
+    "(--mae.epochs, ...), --help-all every flag in full. Brackets have defaults."
 )
 HELP = {
     "what": (
@@ -89,7 +89,7 @@ class Train:
     """fp32, bf16 or fp16 (with loss scaling); auto is bf16 on GPUs of compute capability 8.0 and above, fp16 on older ones, and
     fp32 on CPUs."""
     residual: str = "fp32"
-    """Number format of what blocks read and add to, in bf16 training: fp32, as published recipes have it, or bf16, which moves
+    """Number format of the residual stream in bf16 training: fp32, as published recipes have it, or bf16, which moves
     about a tenth fewer bytes through a GPU (docs/speed.md)."""
     compile: str = "auto"
     """Compile blocks and losses with torch.compile: on (also --compile alone), off (also --no-compile), or auto: on GPUs."""
@@ -115,7 +115,7 @@ class Train:
     resume: str = ""
     """Go on with this run folder, from its newest sound checkpoint. With --data the images may have moved."""
     changed_data: bool = False
-    """Let --resume go on though its images are not those that the run began with: by their number, names or classes."""
+    """Let --resume go on with other images than it began with: by their number, names or classes."""
     dry_run: bool = False
     """Build everything, measure a few steps of each stage, print speed, memory and hours, write no run folder."""
     log_every: int = 10

@@ -69,6 +69,9 @@ class Region(nn.Module):
     def regions(self) -> Iterator[tuple[object, str]]:
         yield self, "layered"
 
+    def regions_on_gpus(self) -> Iterator[tuple[object, str]]:
+        yield from ()
+
     def ragged_regions(self) -> Iterator[tuple[object, str]]:
         yield from ()
 

@@ -22,14 +22,13 @@ def new_folder(stem: str) -> Path:
     """Make a folder that no other process takes for its own: STEM-DATE-TIME, or if that is there, with -2, -3, ... behind it."""
     stamp = Path(f"{stem}-{time.strftime('%Y%m%d-%H%M%S')}")
     stamp.parent.mkdir(parents=True, exist_ok=True)
-    for number in count(1):
-        folder = stamp if number == 1 else stamp.with_name(f"{stamp.name}-{number}")
+    folder, numbers = stamp, count(2)
+    while True:
         try:
             folder.mkdir()
+            return folder
         except FileExistsError:
-            continue
-        return folder
-    raise AssertionError("unreachable")
+            folder = stamp.with_name(f"{stamp.name}-{next(numbers)}")
 
 
 def write_file(path: Path, write: Callable[[Path], object]) -> None:

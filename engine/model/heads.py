@@ -60,10 +60,8 @@ class Decoder(nn.Module):
     def forward(self, latent_BLC: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
         """[B, prefix + V, C] -> predicted pixels [B, M, P*P*3] of the masked patches, in the order of `masked_BM`."""
         packed = Packed.pack([self.assemble(latent_BLC, visible_BV)])
-        tokens_TD, cu_seqlens = (
-            residual.enter(packed.tokens_TC, self.residual),
-            packed.layout.cu_seqlens(latent_BLC.device),
-        )
+        tokens_TD = residual.enter(packed.tokens_TC, self.residual)
+        cu_seqlens = packed.layout.cu_seqlens(latent_BLC.device)
         for block in self.decoder_blocks:
             tokens_TD = block(tokens_TD, cu_seqlens, packed.layout.max_seqlen)
         return self.predict(tokens_TD, masked_BM)

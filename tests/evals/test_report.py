@@ -498,7 +498,11 @@ def test_a_map_of_a_handful_is_a_picture_or_says_why_not(kind, n):
 
 
 def test_names_that_would_be_broken_formulas_are_drawn():
-    charts.confusion(np.eye(2, dtype=int), [r"$\frac{$", "a_{b$"]).savefig(io.BytesIO())
+    names, drawn = [r"$\frac{$", "a_{b$"], io.BytesIO()
+    figure = charts.confusion(np.eye(2, dtype=int), names)
+    figure.savefig(drawn)
+    assert drawn.getvalue().startswith(b"\x89PNG")
+    assert [tick.get_text() for tick in figure.axes[0].get_xticklabels()] == names
 
 
 def test_confusions_name_classes_where_there_is_room():

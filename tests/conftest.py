@@ -34,6 +34,12 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["TESSERA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def _own_seed() -> None:
+    """What a test draws doesn't hang on the tests before it, which differ from worker to worker."""
+    torch.manual_seed(0)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     present = {
         "gpu": torch.cuda.is_available(),

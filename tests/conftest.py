@@ -10,9 +10,9 @@ import tempfile
 import pytest
 import torch
 
+from engine.null_device import device
 from kernels.choice import AVAILABLE
 from tests import browsers
-from tests.null_device import device
 
 # Where no GPU is, Triton's kernels are interpreted, on CPU tensors. That is settled when a function is defined, Triton's
 # own library included, so it comes before anything else that brings Triton in.

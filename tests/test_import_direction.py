@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train", "eval", "study", "codebook", "export"}
+COMMANDS = {"train", "eval", "study", "plan", "codebook", "export"}
 # From the commands down to the kernels; a room may use those below it, not those beside it.
 FLOORS = [
     COMMANDS,
     {"studies"},
-    {"evals"},
+    {"evals", "planning"},
     {"training"},
     {"recipes"},
     {"methods"},
     {"model", "data"},
-    {"core", "kernels"},
+    {"core", "kernels", "null_device"},
 ]
 MOST_IN_ROOT = 10  # folders, and files
 LONGEST = 450  # lines of a file outside the kernels

@@ -127,7 +127,7 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
         train_images,
         val_images,
         encoder.to(ranks.device),
-        _stages(plan, train_images),
+        stages_of(plan, train_images),
         precision,
         _compiles(train, ranks),
         identity,
@@ -168,7 +168,7 @@ def _same_on_all_ranks(own: Identity, ranks: dist.Ranks) -> Identity:
     return own
 
 
-def _stages(plan: Plan, images: ImageSet) -> list[Stage]:
+def stages_of(plan: Plan, images: ImageSet) -> list[Stage]:
     stages, first_step = [], 0
     for index, (name, settings) in enumerate(plan.stages):
         per_epoch = len(_stage_images(images, settings, plan.train.seed)) // settings.batch_size

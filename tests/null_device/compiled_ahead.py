@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tests.null_device import device
+from engine.null_device import device
 
 
 def fill(folder: Path, chip: int, flags: list[str], library: Path, scratch: Path) -> int:

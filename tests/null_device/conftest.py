@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.null_device import device
+from engine.null_device import device
 
 Environment = Callable[..., dict[str, str]]
 
@@ -29,3 +29,9 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+@pytest.fixture
+def alone_on_device(library: Path, tmp_path: Path) -> Environment:
+    """Likewise, without what other tests have compiled: the first sizes that code is made for leave traces in it."""
+    return lambda chip=90: device.environment(library, chip, tmp_path)

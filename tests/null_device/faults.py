@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from engine import recipes
 from engine.model import vit
+from engine.planning.counting import CLASSES, stepping
 from engine.training.build import compile_regions
 from engine.training.calls import without_data
 from tests.methods.small import small
 from tests.null_device.ledger import Report, examine
-from tests.null_device.steps import CLASSES, MODEL, stepping
+from tests.null_device.steps import MODEL
 
 
 def read_for_a_branch(x: Tensor) -> Tensor:
@@ -105,7 +106,7 @@ def in_the_step(plant: Callable[[Tensor], Tensor]) -> Report:
         return report | {"loss": plant(report["loss"])}
 
     planted.forward = with_fault
-    return examine(stepping(planted, compiles=False))
+    return examine(stepping(planted, compiles=False)[0])
 
 
 def in_a_region(plant: Callable[[Tensor], Tensor], step_by: float = 0.0) -> Report:

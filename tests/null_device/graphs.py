@@ -22,13 +22,15 @@ from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.methods.base import Method
 from engine.model import vit
+from engine.null_device import device
+from engine.null_device.record import Event, recorded
+from engine.planning.counting import CLASSES, stepping
 from engine.training import config
 from engine.training.calls import without_data
 from engine.training.graphs import WARM_UP
 from tests.methods.small import REPLAYED, small
-from tests.null_device import device
-from tests.null_device.ledger import Event, faults_of_capture, recorded
-from tests.null_device.steps import CLASSES, MODEL, flags_of, stepping
+from tests.null_device.ledger import faults_of_capture
+from tests.null_device.steps import MODEL, flags_of
 
 
 def launches(events: list[Event]) -> int:
@@ -42,12 +44,12 @@ def watched(method: Method, compiles: bool) -> dict[str, object]:
 
     as_it_is, replayed: launches. nodes: of the graph. filled: copies into what it reads. replays: graphs that were launched.
     """
-    plain = stepping(method, compiles)
+    plain, _ = stepping(method, compiles)
     for number in range(WARM_UP):
         plain(number)
     with recorded() as as_it_is:
         plain(WARM_UP)
-    step = stepping(method, False, graphs=True)  # of code that is compiled already
+    step, _ = stepping(method, False, graphs=True)  # of code that is compiled already
     for number in range(WARM_UP):
         step(number)
     with recorded() as capturing:
@@ -133,7 +135,7 @@ def planted(plant: Callable[[Tensor], Tensor]) -> dict[str, str | list[str]]:
         return report | {"loss": plant(report["loss"])}
 
     method.forward = with_fault
-    step = stepping(method, False, graphs=True)
+    step, _ = stepping(method, False, graphs=True)
     for number in range(WARM_UP):
         step(number)
     torch.cuda.synchronize()
@@ -192,7 +194,7 @@ def bare() -> dict[str, list[int]]:
 def main(arguments: list[str]) -> int:
     if "NULLCUDA_SM" not in os.environ:
         with device.built() as on_device:
-            print(json.dumps(device.answer("graphs", arguments, on_device())))
+            print(json.dumps(device.answer("tests.null_device.graphs", arguments, on_device())))
         return 0
     what, *others = arguments
     if what == "counted":

@@ -1,57 +1,19 @@
 """In a process on the device that computes nothing: what it wrote down, and what that says of a step."""
 
-import ctypes
 import gc
-import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch._dynamo.utils import counters
 
-from tests.null_device.device import ROOT
+from engine.null_device.device import ROOT
+from engine.null_device.record import Event, recorded
 
 WARM = 2  # steps until everything is compiled and allocated
-
-
-class Event(NamedTuple):
-    """One line of the log.
-
-    kind, and what its numbers are: launch or refused (blocks, threads, bytes of dynamic shared memory), product (rows, columns of
-    all in a batch, summands), load (registers, bytes of stack frame); malloc, memset, copy_to_device, copy_from_device,
-    copy_on_device, copy_on_host, collective (bytes of a rank); wait. text: the kernel, the cuBLAS or NCCL call, for copies from
-    or to the host "pinned" or "pageable", the call that waits.
-
-    Of graphs: capture ("begins" or "ends"; nodes, and launches and products among them); what is captured in between, as above
-    with captured_ before the kind; refused_in_capture (the call, and CUDA's error); replay (nodes, launches and products).
-    """
-
-    kind: str
-    text: str
-    a: int
-    b: int
-    c: int
-
-
-@contextmanager
-def recorded() -> Iterator[list[Event]]:
-    """The list is filled when the context ends."""
-    library = ctypes.CDLL("libcuda.so.1")
-    events: list[Event] = []
-    library.nullcuda_record(1)
-    try:
-        yield events
-    finally:
-        with tempfile.NamedTemporaryFile("r") as file:
-            library.nullcuda_write(file.name.encode())
-            library.nullcuda_record(0)
-            lines = (line.rstrip("\n").split("\t") for line in file)
-            events += [Event(kind, text, *map(int, numbers)) for kind, text, *numbers in lines]
 
 
 @dataclass

@@ -9,24 +9,19 @@ without, and a method that must see the data before its first step hasn't, which
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 
 import torch
 
-from engine.core.draws import Draws
-from engine.methods.base import Method
 from engine.model import recomputing, vit
+from engine.planning.counting import CLASSES, stepping
 from engine.training import config
-from engine.training.build import compile_regions
 from engine.training.calls import without_data
-from engine.training.drawing import drawn
-from engine.training.step import Update
 from tests.null_device.ledger import Report, examine
 
 MODEL = "vit_tiny_patch16_224"
 BATCH = 8
-CLASSES = 1000  # of ImageNet
 # bytes a thread that one of inductor's kernels spills and that were looked at: SimMIM's loss with the mask of its pixels
 ACCEPTED_SPILLS = {"simmim": 288}  # 104 on sm_90
 
@@ -49,27 +44,8 @@ def reports(flags: Sequence[str], compiles: bool) -> Iterator[tuple[str, Report]
             method.inherit(earlier)
         earlier = method
         recomputing.choose(method, plan.train.recompute)
-        step = stepping(method, compiles, index, plan.train.accumulate)
+        step, _ = stepping(method, compiles, index, plan.train.accumulate)
         yield f"{index} {kind}, {'compiled' if compiles else 'eager'}", examine(step, ACCEPTED_SPILLS.get(kind, 0))
-
-
-def stepping(
-    method: Method, compiles: bool, stage: int = 0, accumulate: int = 1, *, graphs: bool = False
-) -> Callable[[int], None]:
-    """The engine's update of a method as the loop calls it, with that step's draws."""
-    device, batch = torch.device("cuda", 0), method.settings.batch_size
-    method.to(device).train()
-    if compiles:
-        compile_regions(method)
-    update = Update(method, 1000, "bf16", accumulate, graphs=graphs)
-    images = tuple(torch.empty(batch, 3, *view.size, device=device) for view in method.views())
-    ids = torch.arange(batch, device=device)
-
-    def step(number: int) -> None:
-        draws = Draws(0, stage, number, batch=batch, rows=slice(0, batch), device=device)
-        update(number, images, ids, drawn(method, draws))
-
-    return step
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.null_device import device
 from kernels.calibration import inputs
 from kernels.choice import CALLS
-from tests.null_device import device
 
 # the run of test_training calibrates too
 pytestmark = [pytest.mark.null_device, pytest.mark.exhaustive, pytest.mark.long, pytest.mark.timeout(1800)]
@@ -17,7 +17,7 @@ LOST = ("killed by signal", "ended with status", "took longer", "context is lost
 
 def test_every_candidate_of_attention_and_losses_launches_and_the_child_outlives_it(on_device, tmp_path):
     seen = on_device() | {"WATCHED": str(tmp_path / "seen"), "TESSERA_CACHE": str(tmp_path)}  # none knows a call yet
-    found = device.answer("calibrating", [], seen)
+    found = device.answer("tests.null_device.calibrating", [], seen)
     assert {CALLS[name].op for name in found["trials"]} == set(found["ops"])
     launched = {(seen["call"], seen["implementation"]): seen["launched"] for seen in found["seen"]}
     for name, forms in found["trials"].items():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.null_device import device
+from engine.null_device import device
 
 pytestmark = [pytest.mark.null_device, pytest.mark.long]
 
@@ -12,7 +12,7 @@ READING = ("read_for_a_branch", "list_to_device", *LET_THROUGH)
 
 
 def test_each_planted_fault_is_caught_by_its_own_kind(on_device):
-    found = device.answer("faults", [], on_device())
+    found = device.answer("tests.null_device.faults", [], on_device())
     assert found.pop("none") == found.pop("none, compiled") == []
     expected = {name: WAITS for name in READING}
     expected |= {f"{name}, compiled": WAITS for name in LET_THROUGH}

@@ -6,8 +6,8 @@ import json
 import pytest
 import torch
 
+from engine.null_device import device
 from tests.methods.small import REPLAYED
-from tests.null_device import device
 
 pytestmark = [pytest.mark.null_device, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -33,7 +33,7 @@ def sound(found: dict[str, object]) -> None:
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_the_host_launches_few_kernels_where_a_graph_has_the_others(name, on_device):
-    (answer,) = device.answer("graphs", ["counted", "eager", name], on_device()).values()
+    (answer,) = device.answer("tests.null_device.graphs", ["counted", "eager", name], on_device()).values()
     for found in answer.values():
         sound(found)
         assert found["replayed"] < found["as_it_is"] / 5
@@ -42,7 +42,7 @@ def test_the_host_launches_few_kernels_where_a_graph_has_the_others(name, on_dev
 
 
 def test_faults_in_a_capture_are_caught(on_device):
-    found = device.answer("graphs", ["planted"], on_device())
+    found = device.answer("tests.null_device.graphs", ["planted"], on_device())
     bare = found.pop("bare")
     assert set(found) == {
         "read", "synchronised", "nonzero", "of_pageable_memory", "of_pinned_memory", "on_another_stream", "left_behind",
@@ -88,7 +88,7 @@ def test_graphs_that_cannot_be_had_are_refused_before_a_run_begins(on_device, tm
 
 @pytest.mark.exhaustive
 def test_every_form_that_is_replayed_is_captured_whole(on_device):
-    found = device.answer("graphs", ["forms"], on_device())
+    found = device.answer("tests.null_device.graphs", ["forms"], on_device())
     assert found.keys() == REPLAYED.keys()
     for name, form in found.items():
         assert (name, form["faults"], form["replays"]) == (name, [], 1)
@@ -100,6 +100,6 @@ def test_every_form_that_is_replayed_is_captured_whole(on_device):
 @pytest.mark.parametrize("compiles", ["eager", "compiled"])
 @pytest.mark.parametrize("name", ["maect", "mocov3", "swav", "msn", "mim_refiner"])
 def test_published_steps_are_captured_whole_on_either_chip(name, compiles, chip, on_device):
-    (answer,) = device.answer("graphs", ["counted", compiles, name], on_device(chip)).values()
+    (answer,) = device.answer("tests.null_device.graphs", ["counted", compiles, name], on_device(chip)).values()
     for found in answer.values():
         sound(found)

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from tests.null_device import device, figures
+from engine.null_device import device
+from tests.null_device import figures
 
 pytestmark = [pytest.mark.null_device, pytest.mark.exhaustive, pytest.mark.long, pytest.mark.timeout(1800)]
 

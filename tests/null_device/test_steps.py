@@ -5,14 +5,15 @@ import pytest
 import torch
 
 from engine import methods
-from tests.null_device import device, figures
+from engine.null_device import device
+from tests.null_device import figures
 
 SHORT = ("mae", "maect", "dino")
 pytestmark = [pytest.mark.null_device, pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 def sound(name: str, chip: int, seen: dict[str, str]) -> None:
-    answer = device.answer("steps", [name], seen)
+    answer = device.answer("tests.null_device.steps", [name], seen)
     faults = {stage: report["faults"] for stage, report in answer.items() if report["faults"]}
     assert not faults
     counted = figures.of_answer(answer)
@@ -30,12 +31,12 @@ def sound(name: str, chip: int, seen: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_a_step_is_sound_and_counts_what_it_counted(name, on_device):
-    sound(name, 90, on_device(90))
+def test_a_step_is_sound_and_counts_what_it_counted(name, alone_on_device):
+    sound(name, 90, alone_on_device(90))
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("chip", device.CHIPS)
 @pytest.mark.parametrize("name", methods.names())
-def test_every_method_is_sound_on_either_chip(name, chip, on_device):
-    sound(name, chip, on_device(chip))
+def test_every_method_is_sound_on_either_chip(name, chip, alone_on_device):
+    sound(name, chip, alone_on_device(chip))

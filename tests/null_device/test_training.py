@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.null_device import device
+from engine.null_device import device
 
 pytestmark = [pytest.mark.null_device, pytest.mark.long, pytest.mark.timeout(1800)]
 

@@ -5,8 +5,8 @@ import os
 from collections import Counter
 from typing import Any
 
+from engine.null_device.record import recorded
 from kernels.calibration import jobs
-from tests.null_device.ledger import recorded
 
 _prove = jobs.prove
 

@@ -41,6 +41,11 @@ const Chip& chip() {
   static const Chip& c = getenv("NULLCUDA_SM") && !strcmp(getenv("NULLCUDA_SM"), "80") ? A100 : H200;
   return c;
 }
+// what doesn't fit the chip can be counted all the same
+size_t memory() {
+  static const size_t bytes = getenv("NULLCUDA_MEMORY") ? strtoull(getenv("NULLCUDA_MEMORY"), nullptr, 10) : chip().memory;
+  return bytes;
+}
 constexpr int THREADS = 1024, REGISTERS = 65536, SHARED = 49152, GRID_Y = 65535;
 
 int attribute(int which) {
@@ -309,7 +314,7 @@ cudaError_t cudaRuntimeGetVersion(int* v) { *v = CUDART_VERSION; return cudaSucc
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   memset(p, 0, sizeof *p);
   strcpy(p->name, chip().name);
-  p->totalGlobalMem = chip().memory; p->sharedMemPerBlock = SHARED; p->regsPerBlock = p->regsPerMultiprocessor = REGISTERS;
+  p->totalGlobalMem = memory(); p->sharedMemPerBlock = SHARED; p->regsPerBlock = p->regsPerMultiprocessor = REGISTERS;
   p->warpSize = 32; p->maxThreadsPerBlock = p->maxThreadsDim[0] = p->maxThreadsDim[1] = THREADS; p->maxThreadsDim[2] = 64;
   p->maxGridSize[0] = 2147483647; p->maxGridSize[1] = p->maxGridSize[2] = GRID_Y;
   p->major = chip().sm / 10; p->minor = chip().sm % 10; p->multiProcessorCount = chip().processors; p->l2CacheSize = chip().l2;
@@ -330,12 +335,12 @@ OK(cudaProfilerStart())
 OK(cudaProfilerStop())
 
 // ---- runtime: memory
-cudaError_t cudaMemGetInfo(size_t* f, size_t* t) { *t = chip().memory; *f = *t - held; return cudaSuccess; }
+cudaError_t cudaMemGetInfo(size_t* f, size_t* t) { *t = memory(); *f = *t - held; return cudaSuccess; }
 cudaError_t cudaMalloc(void** p, size_t n) {
   constexpr size_t page = 2u << 20;
   if (cudaError_t error = unsafe("cudaMalloc")) return error;
   std::lock_guard<std::mutex> guard(lock);
-  if (held + n > chip().memory) return cudaErrorMemoryAllocation;
+  if (held + n > memory()) return cudaErrorMemoryAllocation;
   size_t whole = ((n + page - 1) & ~(page - 1)) + page;
   void* mapped = mmap(nullptr, whole, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapped == MAP_FAILED) return cudaErrorMemoryAllocation;
@@ -578,7 +583,7 @@ CUresult cuDeviceGet(CUdevice* d, int) { *d = 0; return CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int* n) { *n = 1; return CUDA_SUCCESS; }
 CUresult cuDeviceGetName(char* s, int n, CUdevice) { snprintf(s, n, "%s", chip().name); return CUDA_SUCCESS; }
 CUresult cuDeviceGetAttribute(int* v, CUdevice_attribute a, CUdevice) { *v = attribute(a); return CUDA_SUCCESS; }
-CUresult cuDeviceTotalMem_v2(size_t* n, CUdevice) { *n = chip().memory; return CUDA_SUCCESS; }
+CUresult cuDeviceTotalMem_v2(size_t* n, CUdevice) { *n = memory(); return CUDA_SUCCESS; }
 CUresult cuDevicePrimaryCtxGetState(CUdevice, unsigned* flags, int* active) { *flags = 0; *active = 1; return CUDA_SUCCESS; }
 static CUcontext const context = (CUcontext)0x77;
 CUresult cuDevicePrimaryCtxRetain(CUcontext* c, CUdevice) { *c = context; return CUDA_SUCCESS; }

@@ -103,12 +103,12 @@ def process(
 
 
 def answer(module: str, arguments: Sequence[str], seen: Mapping[str, str]) -> Any:
-    """What a module of this folder prints last on the device, as JSON.
+    """What a module prints last on the device, as JSON.
 
     Raises:
         RuntimeError: it failed; with the end of what it said.
     """
-    done = process(["-m", f"tests.null_device.{module}", *arguments], seen)
+    done = process(["-m", module, *arguments], seen)
     if done.returncode:
         raise RuntimeError(f"{module} {' '.join(arguments)} ended with {done.returncode}:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.splitlines()[-1])

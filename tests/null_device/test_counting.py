@@ -1,0 +1,54 @@
+"""What a plan counts: the allocator's own peak, shared out; the operations a method is credited with; and what options save."""
+
+import json
+
+import pytest
+
+from engine.null_device import device
+from engine.planning import bill, cards
+from engine.planning.counting import Count, count
+from engine.planning.peak import PARTS
+from engine.training import config
+
+pytestmark = [pytest.mark.null_device, pytest.mark.long, pytest.mark.timeout(1800)]
+
+FLAGS = "--method maect --model vit_tiny_patch16_224 --preset plain --batch-size 256 --weights any --device cuda --no-compile"
+
+
+def counted(*options: str, gpus: int = 1) -> Count:
+    """Of the last stage."""
+    flags = [*FLAGS.split(), *options]
+    return count(config.parse(flags), flags, 1, gpus, "bf16", 90)
+
+
+def test_options_that_save_memory_do_and_what_they_cost_is_seen():
+    plain, parts, selective, blocks = (
+        counted(*options)
+        for options in ((), ("--accumulate", "4"), ("--recompute", "selective"), ("--recompute", "blocks"))
+    )
+    assert parts.peak_bytes < 0.5 * plain.peak_bytes
+    assert blocks.peak_bytes < 0.5 * plain.peak_bytes
+    assert blocks.peak_bytes < selective.peak_bytes < 0.8 * plain.peak_bytes
+    assert plain.flops == selective.flops < blocks.flops
+    assert plain.flops < parts.flops  # images that are compared are represented twice
+    card = cards.named("H200")
+    assert bill.step_seconds(blocks, card, 1).likely > bill.step_seconds(plain, card, 1).likely
+
+
+def test_a_share_of_the_batch_is_a_share_of_the_work():
+    whole, half = counted(), counted(gpus=2)
+    assert half.flops == pytest.approx(whole.flops / 2, rel=0.02)
+    assert half.peak["activations"] == pytest.approx(whole.peak["activations"] / 2, rel=0.02)
+    assert half.peak["weights"] == whole.peak["weights"]
+
+
+@pytest.mark.parametrize("compiles", ["off", "on"])
+def test_peak_and_operations_are_those_of_the_allocator_and_of_the_method(compiles: str, on_device):
+    answer = device.answer("tests.null_device.counting", ["mae", "vit_small_patch16_224", "64", compiles], on_device())
+    found = Count.from_json(answer["count"])
+    assert set(found.peak) == set(PARTS)
+    assert found.peak_bytes == pytest.approx(answer["allocator"], rel=0.03)
+    assert found.flops == pytest.approx(64 * found.flops_per_image, rel=0.01)
+    assert found.peak["weights"] == answer["weights"]
+    assert found.peak["optimiser"] >= 2 * answer["trained"]  # two moments
+    assert Count.from_json(json.loads(json.dumps(found.as_json()))) == found

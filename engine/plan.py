@@ -96,14 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(short_help(Flags, usage, HELP, "All flags of engine.train are understood; its --help lists them."))
         return 0
     try:
-        flags, rest = read(Flags, arguments, return_unknown_args=True, add_help=False)
-        return _planned(flags, _asked(flags, rest))
+        return _planned(*parse(arguments))
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _asked(flags: Flags, rest: list[str]) -> Asked:
+def parse(arguments: Sequence[str]) -> tuple[Flags, Asked]:
+    """The command's own flags, and the run. Raises BadInput for what cannot be meant."""
+    flags, rest = read(Flags, arguments, return_unknown_args=True, add_help=False)
     card = flags.check()
     data = [] if "--data" in rest else ["--data", f"synthetic:{flags.images or IMAGENET}"]
     of_train = (*rest, *data, "--device", "cuda")
@@ -117,7 +118,7 @@ def _asked(flags: Flags, rest: list[str]) -> Asked:
                 f"stage {name} has a batch of {settings.batch_size}, which {flags.gpus} GPUs with {plan.train.accumulate} "
                 f"micro-batches each cannot share evenly, or which is more than the {len(images)} images; set --batch-size."
             )
-    return Asked(of_train, plan, images, card, flags.gpus)
+    return flags, Asked(of_train, plan, images, card, flags.gpus)
 
 
 def _planned(flags: Flags, asked: Asked) -> int:

@@ -1,0 +1,74 @@
+"""Fills the table of docs/low_budget.md: what a ViT-L costs, counted and modelled by `engine.plan`.
+
+    python docs/low_budget.py
+
+counts a step of each stage of each row for each share of the batch that fits the card, in as few micro-batches as do, and writes
+the table between the two marks. The first time it takes minutes; counts are kept until the code changes.
+"""
+
+import itertools
+import sys
+import time
+from pathlib import Path
+
+from engine.plan import IMAGENET, Asked
+from engine.planning import bill, cards, options
+from engine.planning.bill import Spread
+from engine.training import config
+from engine.data.sources import open_images
+
+PAGE = Path(__file__).with_suffix(".md")
+MARKS = "<!-- table of docs/low_budget.py -->", "<!-- end of the table -->"
+MODEL = "vit_large_patch16_224"
+ROWS = {
+    "MAE, 400 epochs": ("mae", "--epochs", "400"),
+    "MAE, 800 epochs": ("mae",),
+    "MAE-CT, from published MAE weights": ("maect", "--weights", "FILE"),
+    "MAE-CT aug, from published MAE weights": ("maect", "--weights", "FILE", "--preset", "aug"),
+    "MIM-Refiner, from published MAE weights": ("mim_refiner", "--weights", "FILE"),
+    "DINO, 100 epochs": ("dino",),
+    "DINOv2, 100 epochs": ("dinov2",),
+}
+CARDS, GPUS = ("A100-80", "H100"), (1, 4, 8)
+
+
+def asked(row: tuple[str, ...], card: str, gpus: int) -> Asked:
+    flags = ("--method", *row, "--model", MODEL, "--data", f"synthetic:{IMAGENET}", "--device", "cuda")
+    images = open_images(f"synthetic:{IMAGENET}", "train")
+    return Asked(flags, config.parse(flags), images, cards.named(card), gpus)
+
+
+def cell(row: tuple[str, ...], card: str, gpus: int) -> tuple[str, Spread]:
+    """GPU hours, in as few micro-batches as fit, and what these are."""
+    plain = asked(row, card, gpus)
+    smallest = min(settings.batch_size for _, settings in plain.plan.stages) // gpus
+    guess = 1
+    while smallest // guess > 128:  # what fits of ViT-L anywhere; more is tried below
+        guess *= 2
+    for micro in itertools.takewhile(lambda n: n <= smallest, (guess * 2**power for power in range(8))):
+        run = plain.with_flags("--accumulate", str(micro)) if micro > 1 else plain
+        counts = run.counts()
+        if options.fitting(counts, run.card):
+            return f" in {micro}" * (micro > 1), bill.hours(run.bills(counts))
+    raise RuntimeError(f"nothing of {row} fits {card}")
+
+
+def main() -> int:
+    lines = ["| " + " | ".join(["", *(f"{gpus} x {card}" for card in CARDS for gpus in GPUS)]) + " |"]
+    lines.append("| --- |" + " ---: |" * (len(CARDS) * len(GPUS)))
+    began = time.monotonic()
+    for name, row in ROWS.items():
+        cells = []
+        for card, gpus in itertools.product(CARDS, GPUS):
+            micro, hours = cell(row, card, gpus)
+            cells.append(f"{hours.likely:.3g} h ({hours.low:.3g} to {hours.high:.3g}){micro}")
+            print(f"{time.monotonic() - began:6.0f} s  {name}, {gpus} x {card}: {cells[-1]}", flush=True)
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    _, _, after = rest.partition(MARKS[1])
+    PAGE.write_text("\n".join([before.rstrip() + "\n", MARKS[0], *lines, MARKS[1]]) + after)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -16,6 +16,7 @@ from torch import Tensor
 from engine.core import dist
 from engine.core.errors import BadInput
 from engine.core.flags import read
+from engine.core.stopping import StopRequest
 from engine.data.sources import open_images
 from engine.data.views import Augmentation
 from engine.methods.parts.tokenizers import Codebook
@@ -111,17 +112,21 @@ def run(fit: Fit) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 for input that cannot be used."""
+    """The command. Returns the exit status: 0, 2 for input that cannot be used, 128 and the number of a signal that ended it."""
     try:
         fit = read(
             Fit, sys.argv[1:] if arguments is None else arguments, prog="engine.codebook", description=Fit.__doc__
         )
         fit.check()
-        run(fit)
+        with StopRequest():
+            run(fit)
         return 0
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stopped:
+        print("stopped; nothing was written", file=sys.stderr)
+        return getattr(stopped, "status", 130)
     finally:
         dist.stop()
 

@@ -2,7 +2,6 @@
 
 import signal
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 import kernels
 from engine import evals
 from engine.core import dist
+from engine.core.durable import new_folder
 from engine.core.errors import BadInput
 from engine.data import cache
 from engine.evals import Course, Encoder, Sets, report
@@ -40,7 +40,7 @@ def run(flags: Eval, settings: dict[str, Any]) -> list[evals.Result]:
     sets = Sets(flags.bad_limit, data=flags.data or None, objects=flags.objects or None, video=flags.video or None)
     evals.check(settings, sets)
     judged = encoders(flags, ranks.device)
-    out = _folder(flags, judged)
+    out = _folder(flags, judged) if ranks.first else None
     how = _how(flags, ranks.device)
     # "all" means all that go with the weights
     course = Course(lenient=evals.ALL in flags.protocol, tell=lambda line: print(line, file=sys.stderr, flush=True))
@@ -61,15 +61,19 @@ def run(flags: Eval, settings: dict[str, Any]) -> list[evals.Result]:
             about = _about(flags, sets, course, how) | {"out": str(out)}
             report.write(out, course.results, about, features, flags.map, _commands(flags, judged, settings))
             report.show(course.results, ", ".join(dict.fromkeys(map(sets.name, sets.opened))), out)
+        elif not flags.out:
+            out.rmdir()
     if course.failed:
         raise BadInput(course.failed)
     return course.results
 
 
 def _folder(flags: Eval, judged: Mapping[str, Encoder]) -> Path:
-    """Where the report goes. Raises BadInput as `report.check_folder`."""
+    """Where the report goes; made here, where no name was given. Raises BadInput as `report.check_folder`."""
     first = next(iter(judged)).replace(" ", "-").replace("/", "-")
-    out = Path(flags.out or f"runs/eval-{first}-{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    if not flags.out:
+        return new_folder(f"runs/eval-{first}")
+    out = Path(flags.out).expanduser()
     report.check_folder(out)
     return out
 

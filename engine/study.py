@@ -17,7 +17,7 @@ from engine.studies.conduct.run import run
 
 
 def main(arguments: Sequence[str] | None = None, find: Callable[[str], Study] = studies.get) -> int:
-    """The command. Returns the exit status: as of `run`, or 2 for input that cannot be used."""
+    """The command. Returns the exit status: as of `run`, 2 for input that cannot be used, 128 + the signal that ended it."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         flags, study = parse(arguments, find)
@@ -25,6 +25,9 @@ def main(arguments: Sequence[str] | None = None, find: Callable[[str], Study] = 
     except BadInput as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt as stopped:
+        print("stopped at once; the same command goes on from what was saved", file=sys.stderr)
+        return getattr(stopped, "status", 130)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from engine.core import dist
 from engine.core.errors import BadInput
+from engine.core.stopping import Interrupted
 from engine.training import config
 from engine.training.dry_run import dry_run
 from engine.training.parts import Parts, prepare
@@ -14,7 +15,8 @@ from engine.training.run import run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0 when the run ended or was saved on request, 2 for input that cannot be used."""
+    """The command. Returns the exit status: 0 when the run ended or was saved on request, 2 for input that cannot be used, 128 +
+    the number of a signal that ended it at once."""
     try:
         plan = config.parse(sys.argv[1:] if arguments is None else arguments)
         ranks = dist.start(plan.train.device)
@@ -32,6 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as stopped:  # what stands was told
+        return stopped.status
+    except KeyboardInterrupt:
+        print("stopped before the run began; nothing was written", file=sys.stderr)
+        return 130
 
 
 def evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str, dict[str, float]]:

@@ -159,7 +159,8 @@ def _known_flags() -> set[str]:
     """Every flag of every command here, with hyphens, and those that switch one off."""
     benchmarks = [importlib.import_module(f"benchmarks.{name}").Options for name in BENCHMARKS]
     kinds = [
-        ("", kind) for kind in (config.Train, command_line.Eval, study.Flags, codebook.Fit, export.Export, plan.Flags, *benchmarks)
+        ("", kind)
+        for kind in (config.Train, command_line.Eval, study.Flags, codebook.Fit, export.Export, plan.Flags, *benchmarks)
     ]
     kinds += [(f"{name}.", methods.get(name).Settings) for name in methods.names()]
     kinds += [(f"{name}.", evals.protocol(name).Settings) for name in evals.protocols()]

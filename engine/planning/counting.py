@@ -110,7 +110,7 @@ def stepping(
     graphs: bool = False,
     logged: bool = True,
 ) -> tuple[Callable[[int], None], Update]:
-    """On the device: the engine's update of a method as the loop calls it, with that step's draws, in one of so many processes."""
+    """On the device: the engine's update of a method as the loop calls it with a step's draws, in one of so many processes."""
     place, batch = torch.device("cuda", 0), method.settings.batch_size
     rows = batch // gpus
     method.to(place).train()

@@ -1,10 +1,8 @@
 """The loop of one stage: when to log, probe, save and stop. It waits for the device only when something is logged."""
 
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import FrameType
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 from engine.core import dist
 from engine.core.errors import BadInput
 from engine.core.host_memory import to_device
+from engine.core.stopping import StopRequest
 from engine.data.batch import Batch
 from engine.training.log import RunLog
 from engine.training.probe import neighbour_agreement
@@ -44,26 +43,6 @@ class Cadence:
 
 class Stopped(Exception):
     """The run was asked to stop, and its state is saved."""
-
-
-class StopRequest:
-    """Turns SIGTERM and Ctrl-C into a flag that the loop reads between steps. A second signal changes nothing."""
-
-    def __init__(self) -> None:
-        self.raised = False
-        self._before: dict[int, object] = {}
-
-    def _raise(self, number: int, frame: FrameType | None) -> None:
-        self.raised = True
-
-    def __enter__(self) -> "StopRequest":
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._raise)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
 
 def run_stage(

@@ -12,6 +12,7 @@ from engine.core import dist
 from engine.core.errors import BadInput
 from engine.core.extras import Extras
 from engine.core.gpus import peak_flops
+from engine.core.stopping import Interrupted, StopRequest
 from engine.data.identity import Identity
 from engine.data.sources import check_bad
 from engine.training import checkpoint, folder, graphs, pictures, probe
@@ -19,7 +20,7 @@ from engine.training.build import as_evaluated, build
 from engine.training.choosing import choose
 from engine.training.drawing import drawing
 from engine.training.log import RunLog
-from engine.training.loop import Cadence, Stopped, StopRequest, run_stage
+from engine.training.loop import Cadence, Stopped, run_stage
 from engine.training.metrics import read_metrics
 from engine.training.parts import Parts
 from engine.training.precision import described
@@ -35,6 +36,9 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
 
     Returns:
         The exit status: 0, or 1 where the training is whole and something that came after it is missing, which was told.
+
+    Raises:
+        Interrupted: a signal came where it could not wait, or a second one; what stands then was told.
     """
     out = Path(dist.share(str(folder.of_run(parts.plan, parts.ranks.first))))
     train, ranks = parts.plan.train, parts.ranks
@@ -56,13 +60,27 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
         except Stopped:
             log.message(f"stopped and saved; go on with: python -m engine.train --resume {out}")
             return 0
+        except Interrupted:
+            log.message(_what_stands(out))
+            raise
         log.close()
         if ranks.first:
             summary = _summary(parts, state, out, extras)
             log.close(summary)  # what was trained stands, whatever becomes of what follows
-            log.close(summary | _judged(parts, out, evaluate, extras, log.message))
+            try:
+                log.close(summary | _judged(parts, out, evaluate, extras, log.message))
+            except Interrupted:
+                log.message(f"stopped; the training is whole, judge it by: python -m engine.eval --weights {out}")
+                raise
         dist.barrier()
     return 1 if extras.left_out else 0
+
+
+def _what_stands(out: Path) -> str:
+    """After a signal that could not wait for the next step."""
+    if any((out / "checkpoints").glob("step-*")):
+        return f"stopped at once; what came after the last checkpoint is lost, go on with: python -m engine.train --resume {out}"
+    return f"stopped at once, before anything was saved; {out} can be removed"
 
 
 def _resumed(parts: Parts, out: Path, log: RunLog) -> TrainState:
@@ -147,6 +165,7 @@ def _train(parts: Parts, state: TrainState, out: Path, log: RunLog, stop: StopRe
         log.log(stage.first_step + state.step, {"storing_features_seconds": seconds}, kind="event")
     try:
         with (
+            stop.deferred(),
             profile.stage(stage.name, stage.first_step + state.step, stage.total_steps - state.step) as watch,
             drawing(state.method, partial(parts.draws, stage.index), state.step, stage.total_steps) as drawn,
         ):

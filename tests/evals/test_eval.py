@@ -129,6 +129,14 @@ def test_bad_flags_get_one_sentence_and_nothing_is_written(arguments, sentence, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file.pth", "flat"]
 
 
+def test_evaluations_that_start_together_have_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags, _ = command.parse(["--weights", "raw", "--protocol", "knn"])
+    folders = [command._folder(flags, {"raw pixels": None}) for _ in range(4)]
+    assert len(set(folders)) == 4 and all(folder.is_dir() for folder in folders)
+    assert all(folder.name.startswith("eval-raw-pixels-") for folder in folders)
+
+
 def test_the_command_itself_exits_with_2():
     done = subprocess.run(
         [sys.executable, "-m", "engine.eval", "--weights", "raw", "--protocol", "nope"], capture_output=True, text=True

@@ -70,6 +70,8 @@ def test_a_count_outlives_a_file():
     assert Count.from_json(json.loads(json.dumps(made().as_json()))) == made()
 
 
-@pytest.mark.parametrize(("name", "found"), [("a100", "A100-80"), ("A100-40", "A100-40"), ("h200", "H200"), ("t4", "T4")])
+@pytest.mark.parametrize(
+    ("name", "found"), [("a100", "A100-80"), ("A100-40", "A100-40"), ("h200", "H200"), ("t4", "T4")]
+)
 def test_cards_by_name(name: str, found: str):
     assert cards.named(name).name == found

@@ -1,6 +1,8 @@
 """What comes after training cannot take its results away: it is named, left out, and the exit status tells."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 
 from engine import train
 from engine.core.extras import Extras
+from engine.methods.mae import Mae
 from engine.training import pictures
 from tests.reliability.images import FLAGS, folder_of_images
 
@@ -37,18 +40,33 @@ def test_what_fails_afterwards_is_named_and_the_rest_is_there(
     assert "the training is whole" in told
 
 
-def test_the_summary_is_there_before_the_run_is_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_judging_at_once_and_the_summary_stands(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
     seen = []
 
-    def stops(parts, folder: Path, say) -> dict:
+    def is_stopped(parts, folder: Path, say) -> dict:
         seen.append(json.loads((folder / "summary.json").read_text()))
-        raise KeyboardInterrupt
+        os.kill(os.getpid(), number)
+        raise AssertionError("judged on")
 
     folder_of_images(tmp_path / "images")
-    monkeypatch.setattr(train, "evaluate", stops)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "--evaluate")
-    assert seen[0]["steps"] == 4 and "evaluation" not in seen[0]
+    monkeypatch.setattr(train, "evaluate", is_stopped)
+    status, summary = run(tmp_path, "--evaluate")
+    assert status == 128 + number
+    assert summary == seen[0] and summary["steps"] == 4 and "evaluation" not in summary
+    assert "the training is whole, judge it by: python -m engine.eval --weights" in capsys.readouterr().out
+
+
+def test_a_signal_ends_what_comes_before_the_first_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    """A codebook, a centre, stored features: minutes that nothing is saved of."""
+    folder_of_images(tmp_path / "images")
+    monkeypatch.setattr(Mae, "prepare", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert train.main([*FLAGS, "--data", str(tmp_path / "images"), "--out", str(tmp_path / "run")]) == 143
+    assert "stopped at once, before anything was saved" in capsys.readouterr().out
 
 
 def test_names_and_files_that_are_in_the_way_are_not(tmp_path: Path, capsys: pytest.CaptureFixture):

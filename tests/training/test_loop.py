@@ -10,13 +10,14 @@ import torch
 
 from engine.core.draws import Draws
 from engine.core.optim import Moment
+from engine.core.stopping import StopRequest
 from engine.data.batch import Batch
 from engine.methods.mae import Mae
 from engine.methods.mae import Settings as MaeSettings
 from engine.model import vit
 from engine.training.drawing import drawing
 from engine.training.log import RunLog
-from engine.training.loop import Cadence, Stage, Stopped, StopRequest, run_stage
+from engine.training.loop import Cadence, Stage, Stopped, run_stage
 from engine.training.metrics import read_metrics
 from engine.training.state import TrainState
 from engine.training.step import Update

@@ -13,10 +13,14 @@ State = dict[str, Tensor]
 
 # Where published files nest their state dict; the first found is taken, which is the one their authors evaluate.
 _CONTAINERS = (
-    "teacher", "target_encoder", "state_dict_ema", "model_ema", "model", "state_dict", "student", "encoder", "module",
+    "teacher", "target_encoder", "state_dict_ema", "model_ema", "model", "state_dict", "model_state_dict", "net", "student",
+    "encoder", "module",
 )  # fmt: skip
+_DEEPEST = 8  # containers in containers; a file may hold itself
 
-# What precedes the backbone's keys in files of whom; the first that leads to a patch projection is taken.
+_PROJECTION = "patch_embed.proj.weight"  # every backbone has it
+# What precedes the backbone's keys in files of whom; the first that leads to a patch projection is taken. Where none does, and
+# the file has one patch projection, what precedes that.
 _PREFIXES = {
     "": "timm, MAE, MAE-CT, MIM-Refiner, BEiT; backbones of DINO, iBOT and DINOv2",
     "backbone.": "teachers of DINO and iBOT",
@@ -26,8 +30,8 @@ _PREFIXES = {
     "module.momentum_encoder.": "MoCo v3, momentum encoder alone",
     "module.": "MSN, I-JEPA and others saved from DistributedDataParallel",
     "encoder.": "encoder and decoder in one file",
-    "_orig_mod.": "compiled models",
 }
+_COMPILED = "_orig_mod."  # what torch.compile puts into keys, wherever a module was compiled
 
 # Other spellings of timm's keys: MIM-Refiner (2), DINOv2 (registers; blocks in chunks), BEiT and DeiT III (LayerScale).
 _SPELLINGS = (
@@ -48,18 +52,57 @@ _OTHER_PARTS = re.compile(
 
 
 def find_backbone(found: Source) -> tuple[State, str, tuple[str, ...]]:
-    """The backbone's tensors without container and prefix, where they were, and the keys that lie beside them."""
+    """The backbone's tensors without container and prefix, where they were, and the keys that lie beside them.
+
+    Raises BadInput where there are none, where it is open which are meant, or where one of them is no plain, finite weight.
+    """
     tree, place = found.tree, []
     while inner := next((key for key in _CONTAINERS if isinstance(tree.get(key), Mapping)), None):
         tree, place = tree[inner], [*place, inner]
-    tensors = {key: value for key, value in tree.items() if isinstance(value, Tensor)}
+        if len(place) > _DEEPEST:
+            raise BadInput(f"{found.name} holds no state dict: its {'/'.join(place[:3])}/... has no end")
+    tensors = {
+        key.replace(_COMPILED, ""): value
+        for key, value in tree.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+    }
     if not tensors:
         raise BadInput(f"{found.name} holds no state dict: {listing('keys', [str(key) for key in tree])}")
-    prefix = next((prefix for prefix in _PREFIXES if f"{prefix}patch_embed.proj.weight" in tensors), "")
+    prefix = _prefix(tensors, found.name)
     state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
     beside = tuple(key for key in tensors if not key.startswith(prefix))
+    _check(split_off_other_parts(state)[0], found.name)
     layout = "/".join([*place, prefix + "*"])
     return state, layout, beside
+
+
+def _prefix(tensors: State, name: str) -> str:
+    there = [key.removesuffix(_PROJECTION) for key in tensors if key.endswith(_PROJECTION)]
+    known = next((prefix for prefix in _PREFIXES if prefix in there), None)
+    if known is not None or not there:
+        return known or ""
+    if len(there) > 1:
+        raise BadInput(f"{name} holds {listing('backbones', there)}: save the one that is meant in a file of its own")
+    return there[0]
+
+
+def _check(state: State, name: str) -> None:
+    faults = [f"{key} {fault}" for key, value in state.items() if (fault := _fault(key, value))]
+    if faults:
+        raise BadInput(f"{name} has tensors of the backbone that cannot be weights: {listing('of them', faults)}")
+
+
+def _fault(key: str, value: Tensor) -> str:
+    """Why a tensor of this name can't be a weight, in words, or nothing."""
+    if value.layout != torch.strided or value.is_quantized:
+        return "is sparse or quantised"
+    if key.endswith(("relative_position_index", "num_batches_tracked")):
+        return ""  # counts, which nothing learns
+    if not value.is_floating_point():
+        return f"is of {str(value.dtype).removeprefix('torch.')}"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return "claims more numbers than the file holds"
+    return "" if bool(value.isfinite().all()) else "has values that are not finite"
 
 
 def respell(state: State) -> State:

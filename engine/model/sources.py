@@ -5,10 +5,12 @@ Nothing here unpickles objects: files are safetensors, or read by torch.load wit
 
 import argparse
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import load_file
@@ -16,6 +18,13 @@ from safetensors.torch import load_file
 from engine.core.errors import BadInput
 
 Grid = tuple[int, int]
+# Plain data that many published files hold: training arguments, and numbers of numpy's beside them.
+_PLAIN = [
+    argparse.Namespace,
+    np.dtype,
+    *((np._core.multiarray.scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")),
+    *(type(np.dtype(kind)) for kind in (np.bool_, np.int32, np.int64, np.float32, np.float64)),
+]
 
 
 @dataclass(frozen=True)
@@ -66,15 +75,25 @@ def _read_file(path: Path) -> Mapping[str, object]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        # Many published files hold the training arguments as a Namespace, which is plain data.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_PLAIN):
             tree = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a broken or hostile file provokes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"{path} holds no plain weights (safetensors, or tensors saved by torch): {reason}") from error
+        raise BadInput(
+            f"{path} holds no plain weights (safetensors, or tensors saved by torch): {_reason(error)}"
+        ) from error
     if not isinstance(tree, Mapping):
         raise BadInput(f"{path} holds a {type(tree).__name__}, not a state dict")
     return tree
+
+
+def _reason(error: Exception) -> str:
+    """In a line. Of what torch refuses to unpickle it advises how to do so all the same, which nobody should."""
+    said = str(error).strip()
+    if held := re.search(r"(?:GLOBAL|Unsupported (?:global|class|type)\W*) ([\w.]+)", said):
+        return f"it would run code of Python's, {held[1]}; save the state dict alone"
+    if "weights_only" in said or "Weights only" in said:
+        return "it would run code of Python's; save the state dict alone"
+    return said.splitlines()[0] if said else type(error).__name__
 
 
 def _read_timm(name: str) -> Source:

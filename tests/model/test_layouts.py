@@ -1,5 +1,7 @@
 import argparse
+import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -106,9 +108,35 @@ def timm_classifier(state: dict) -> dict:
     return state | {"head.weight": torch.zeros(10, 128), "head.bias": torch.zeros(10)}
 
 
+def lightning(state: dict) -> dict:
+    return {"state_dict": prefixed("model.", state), "pytorch-lightning_version": "2.5"}
+
+
+def of_a_trainer(state: dict) -> dict:
+    """With what numpy leaves in the file of whoever saves his best accuracy."""
+    return {
+        "model_state_dict": prefixed("net.", state),
+        "best": np.float64(0.5),
+        "lr": np.float32(1e-3),
+        "step": np.int64(7),
+    }
+
+
+def in_a_net(state: dict) -> dict:
+    return {"net": state}
+
+
+def compiled_under_ddp(state: dict) -> dict:
+    return prefixed("module._orig_mod.", state)
+
+
+def compiled_in_blocks(state: dict) -> dict:
+    return {re.sub(r"^(blocks\.\d+)\.", r"\1._orig_mod.", key): value for key, value in state.items()}
+
+
 LAYOUTS = [
-    plain, mae, mae_with_decoder, mae_ct, mae_ct_all_in_one, mim_refiner, dino, dino_student, ibot, ibot_backbone, msn,
-    moco_v3, dinov2, timm_classifier,
+    lightning, of_a_trainer, in_a_net, compiled_under_ddp, compiled_in_blocks, plain, mae, mae_with_decoder, mae_ct,
+    mae_ct_all_in_one, mim_refiner, dino, dino_student, ibot, ibot_backbone, msn, moco_v3, dinov2, timm_classifier,
 ]  # fmt: skip
 
 
@@ -121,6 +149,58 @@ def test_published_layouts_load_exactly(layout, tmp_path):
     assert report.loaded == len(published.state_dict())
     assert not report.missing + report.unexpected
     assert report.resampled is None
+
+
+def test_two_backbones_of_unknown_names_are_not_guessed_at(tmp_path):
+    state = shaken().state_dict()
+    torch.save(prefixed("left.", state) | prefixed("right.", state), tmp_path / "two.pth")
+    with pytest.raises(BadInput, match=r"2 backbones \(left\., right\.\): save the one that is meant"):
+        weights.load(shaken(), tmp_path / "two.pth")
+
+
+NAN = torch.full((128,), float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "said"),
+    [
+        ("norm.bias", lambda t: NAN, "norm.bias has values that are not finite"),
+        ("norm.bias", lambda t: -NAN.nan_to_num(float("inf")), "norm.bias has values that are not finite"),
+        ("norm.weight", lambda t: t.long(), "norm.weight is of int64"),
+        ("norm.weight", lambda t: t.to(torch.complex64), "norm.weight is of complex64"),
+        ("blocks.0.mlp.fc1.weight", lambda t: t.to_sparse(), "blocks.0.mlp.fc1.weight is sparse or quantised"),
+        (
+            "blocks.0.mlp.fc1.weight",
+            lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+            "blocks.0.mlp.fc1.weight is sparse or quantised",
+        ),
+        ("norm.weight", lambda t: t[:1].clone().expand(2**34), "norm.weight claims more numbers than the file holds"),
+    ],
+)
+def test_what_can_be_no_weight_is_refused_by_name_and_nothing_is_loaded(key, change, said, tmp_path):
+    model = shaken()
+    before, state = features(model), shaken(seed=1).state_dict()
+    state[key] = change(state[key])
+    torch.save({"model": state}, tmp_path / "weights.pth")
+    with pytest.raises(BadInput) as refused:
+        weights.load(model, tmp_path / "weights.pth")
+    assert "cannot be weights: 1 of them (" in str(refused.value) and said in str(refused.value)
+    assert torch.equal(features(model), before)
+
+
+def test_what_lies_beside_the_backbone_may_be_anything(tmp_path):
+    published, model = shaken(), shaken(seed=1)
+    torch.save({"model": published.state_dict() | {"decoder_pred.bias": NAN}}, tmp_path / "weights.pth")
+    weights.load(model, tmp_path / "weights.pth")
+    assert torch.equal(features(model), features(published))
+
+
+def test_a_file_that_holds_itself_is_refused(tmp_path):
+    tree: dict = {"epoch": 3}
+    tree["model"] = tree
+    torch.save(tree, tmp_path / "weights.pth")
+    with pytest.raises(BadInput, match="has no end"):
+        weights.load(shaken(), tmp_path / "weights.pth")
 
 
 def test_reports_say_what_was_found_and_set_aside(tmp_path):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import codebook, evals, export, methods, plan
+from engine import codebook, evals, export, methods, plan, replay
 from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.evals import command_line
@@ -145,13 +145,17 @@ def _codebook(arguments: Sequence[str]) -> None:
     read(codebook.Fit, arguments)
 
 
+def _replay(arguments: Sequence[str]) -> None:
+    read(replay.Replay, arguments)
+
+
 def _export(arguments: Sequence[str]) -> None:
     read(export.Export, arguments)
 
 
 PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "engine.train": _train, "engine.eval": _eval, "engine.study": _study, "engine.codebook": _codebook,
-    "engine.export": _export, "engine.plan": plan.parse,
+    "engine.export": _export, "engine.plan": plan.parse, "engine.replay": _replay,
 }  # fmt: skip
 
 
@@ -160,7 +164,16 @@ def _known_flags() -> set[str]:
     benchmarks = [importlib.import_module(f"benchmarks.{name}").Options for name in BENCHMARKS]
     kinds = [
         ("", kind)
-        for kind in (config.Train, command_line.Eval, study.Flags, codebook.Fit, export.Export, plan.Flags, *benchmarks)
+        for kind in (
+            config.Train,
+            command_line.Eval,
+            study.Flags,
+            codebook.Fit,
+            export.Export,
+            plan.Flags,
+            replay.Replay,
+            *benchmarks,
+        )
     ]
     kinds += [(f"{name}.", methods.get(name).Settings) for name in methods.names()]
     kinds += [(f"{name}.", evals.protocol(name).Settings) for name in evals.protocols()]

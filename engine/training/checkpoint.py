@@ -7,6 +7,7 @@ is neither read nor removed.
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import stat
@@ -109,13 +110,15 @@ def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     return tensors, json.loads((checkpoint / STATE).read_text())
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, dict[str, Tensor]], dict]:
-    """The newest checkpoint that is sound; what was passed over is told to `say`.
+def newest(
+    folder: Path, say: Callable[[str], None], until: float = math.inf
+) -> tuple[dict[str, dict[str, Tensor]], dict]:
+    """The newest checkpoint that is sound, of those of at most `until` updates; what was passed over is told to `say`.
 
     Raises:
         BadInput: there is none.
     """
-    candidates = found(folder)
+    candidates = [checkpoint for checkpoint in found(folder) if _number(checkpoint) <= until]
     for checkpoint in candidates:
         fault = damage(checkpoint)
         if not fault:
@@ -125,4 +128,5 @@ def newest(folder: Path, say: Callable[[str], None]) -> tuple[dict[str, dict[str
                 fault = str(error)
         say(f"checkpoint {checkpoint.name} is damaged ({fault}); falling back to the one before it.")
     count = f"all {len(candidates)} are damaged" if candidates else "there is none"
-    raise BadInput(f"no checkpoint to resume from in {folder}: {count}; start a new run without --resume.")
+    before = "" if until == math.inf else f" of at most {until:,} updates"
+    raise BadInput(f"no checkpoint{before} to go on from in {folder}: {count}.")

@@ -133,5 +133,6 @@ def _check_guard(state: TrainState, stage: Stage, cadence: Cadence) -> None:
     if in_a_row >= cadence.abort_after:
         raise BadInput(
             f"the last {in_a_row} updates of stage {stage.name} were skipped because loss or gradients were not finite; "
-            "try a lower learning rate, --precision fp32 or gradient clipping, and resume from the last checkpoint."
+            "python -m engine.replay RUN says where that arises; try a lower learning rate, --precision fp32 or gradient "
+            "clipping, and resume from the last checkpoint."
         )

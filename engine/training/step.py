@@ -107,9 +107,9 @@ class Update:
         self.method.begin(moment)
         rates = self._set_rates(step)
         if self.replayed is None:
-            report = self._backward(images, ids, drawn)
+            report = self.gradients(images, ids, drawn)
         else:
-            report = self.replayed(self._backward, images, ids, drawn)
+            report = self.replayed(self.gradients, images, ids, drawn)
         drop_frozen(self.optimizer, moment.epoch)
         unscale = None if self.loss_scale is None else 1 / self.loss_scale.scale
         norms = gradient_norms(self.optimizer, unscale)
@@ -137,7 +137,7 @@ class Update:
             rates["weight_decay"] = decay
         return rates
 
-    def _backward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gradients(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         """The batch's gradients, averaged over ranks, and what the method reports of it."""
         parts = micro_batches(images, ids, drawn, self.accumulate)
         if self.caches:

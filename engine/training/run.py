@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from engine.core import dist
 from engine.core.errors import BadInput
 from engine.core.extras import Extras
 from engine.core.gpus import peak_flops
+from engine.core.owner import owned
 from engine.core.stopping import Interrupted, StopRequest
 from engine.data.identity import Identity
 from engine.data.sources import check_bad
@@ -41,8 +43,15 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
         Interrupted: a signal came where it could not wait, or a second one; what stands then was told.
     """
     out = Path(dist.share(str(folder.of_run(parts.plan, parts.ranks.first))))
+    ranks, track = parts.ranks, parts.plan.train.track
+    log = RunLog(out if ranks.first else None, rank=ranks.rank, peak_flops=_peak_flops(ranks), track=track)
+    with owned(out, log.message) if ranks.first else nullcontext():
+        return _run(parts, out, log, evaluate)
+
+
+def _run(parts: Parts, out: Path, log: RunLog, evaluate: Evaluate) -> int:
+    """In a folder that is this run's."""
     train, ranks = parts.plan.train, parts.ranks
-    log = RunLog(out if ranks.first else None, rank=ranks.rank, peak_flops=_peak_flops(ranks), track=train.track)
     profile = Profile(train.profile if ranks.first else 0, out, ranks.device, log)
     if ranks.first and not train.resume:
         folder.begin(out, parts.plan)

@@ -1,9 +1,8 @@
 """The command line of `engine.train`, made from dataclasses by tyro, and the JSON that is saved beside a run."""
 
-import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +18,7 @@ from engine.methods.base import StageSettings
 from engine.methods.parts.collapse import CHOICES
 from engine.model import recomputing, residual
 from engine.recipes import small_data
-from engine.training import trackers
+from engine.training import config_file, trackers
 
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
 RESUME_MAY_CHANGE = (
@@ -185,15 +184,14 @@ class Plan:
     stages: tuple[tuple[str, StageSettings], ...] = field(default=())
 
     def as_json(self) -> str:
-        return json.dumps(
+        return config_file.sealed(
             {
                 "train": asdict(self.train),
                 "source": self.source,
                 "model": self.model,
                 "encoder": self.encoder,
                 "stages": [{"method": name, **asdict(settings)} for name, settings in self.stages],
-            },
-            indent=1,
+            }
         )
 
 
@@ -299,29 +297,22 @@ def _preset(train: Train) -> Plan:
 def _saved(run: Path) -> Plan:
     """The plan in a run folder's config.json."""
     path = run / "config.json"
+    saved = config_file.opened(path)
     try:
-        saved = json.loads(path.read_text())
-        flags = saved["train"]
-        if isinstance(flags["compile"], bool):  # as earlier versions wrote it
-            flags |= {"compile": "on" if flags["compile"] else "off"}
-        train = Train(**_tuples(Train, flags))
-        stages = []
+        train, stages = _read_as(Train, saved["train"], "the run", path), []
         for entry in saved["stages"]:
-            settings = recipes.methods.get(entry["method"]).Settings
             values = {key: value for key, value in entry.items() if key != "method"}
-            stages.append((entry["method"], settings(**_tuples(settings, values))))
-    except OSError as error:
-        raise BadInput(
-            f"--resume {run} is not a run folder: {path.name} cannot be read; give the folder a run wrote."
-        ) from error
-    except (ValueError, TypeError, KeyError) as error:
+            settings = recipes.methods.get(entry["method"]).Settings
+            stages.append((entry["method"], _read_as(settings, values, f"stage {entry['method']}", path)))
+        return Plan(train, saved["source"], saved["model"], saved["encoder"], tuple(stages))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BadInput(f"{path} is not a configuration this version wrote ({error}); start a new run.") from error
-    return Plan(train, saved["source"], saved["model"], saved["encoder"], tuple(stages))
 
 
-def _tuples(kind: type, values: dict[str, Any]) -> dict[str, Any]:
-    assert is_dataclass(kind)
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+def _read_as(kind: type, values: dict[str, Any], what: str, path: Path) -> Any:
+    """A dataclass of all its values."""
+    config_file.complete(values, {f.name for f in fields(kind)}, what, path)
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 def _check_unchanged(before: Plan, now: Plan) -> None:

@@ -30,7 +30,17 @@ Make = Callable[[Any, torch.device, str], Step]  # of options, device and precis
 
 
 @dataclass(frozen=True)
-class Options:
+class Recorded:
+    """What every benchmark of rounds is asked."""
+
+    rounds: int = 5
+    """Rounds; each times every candidate once."""
+    out: str = ""
+    """A JSON file for the record; empty writes none."""
+
+
+@dataclass(frozen=True)
+class Options(Recorded):
     """What every benchmark of whole steps is asked."""
 
     model: str = "vit_small_patch16_224"
@@ -43,15 +53,11 @@ class Options:
     """fp32 or bf16; auto is bf16 on GPUs and fp32 on CPUs."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    rounds: int = 5
-    """Rounds; each times every candidate once."""
     steps: int = 3
     """Steps of a candidate in a round."""
-    out: str = ""
-    """A JSON file for the record; empty writes none."""
 
 
-AnyOptions = TypeVar("AnyOptions", bound=Options)
+AnyOptions = TypeVar("AnyOptions", bound=Recorded)
 
 
 def machine(options: Options) -> tuple[torch.device, str]:
@@ -60,17 +66,22 @@ def machine(options: Options) -> tuple[torch.device, str]:
     Raises:
         BadInput: a value that cannot be meant.
     """
-    for name in ("batch_size", "rounds", "steps"):
+    check(options, "batch_size", "rounds", "steps")
+    if options.precision not in ("auto", *AUTOCAST):
+        raise BadInput(f"--precision is {options.precision!r}; choose auto, {', '.join(AUTOCAST)}.")
+    device = dist.start(options.device).device
+    return device, automatic(device) if options.precision == "auto" else options.precision
+
+
+def check(options: Recorded, *counts: str) -> None:
+    """Raise BadInput where one of these is no count, or the record can't be written."""
+    for name in counts:
         if getattr(options, name) < 1:
             raise BadInput(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be a whole number from 1.")
     if options.out and not Path(options.out).absolute().parent.is_dir():
         raise BadInput(f"--out is {options.out!r}, but there is no folder {str(Path(options.out).parent)!r}.")
     if options.out and Path(options.out).is_dir():
         raise BadInput(f"--out is {options.out!r}, which is a folder; give a file in it, such as record.json.")
-    if options.precision not in ("auto", *AUTOCAST):
-        raise BadInput(f"--precision is {options.precision!r}; choose auto, {', '.join(AUTOCAST)}.")
-    device = dist.start(options.device).device
-    return device, automatic(device) if options.precision == "auto" else options.precision
 
 
 def seconds(run: Step, times: int, device: torch.device) -> float:

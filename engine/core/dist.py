@@ -157,11 +157,16 @@ def all_true(flag: Tensor) -> Tensor:
 
 def any_rank(flag: bool, device: torch.device) -> bool:
     """Whether the flag is up on any rank; all ranks get the same answer. Waits for the device."""
+    return bool(largest(flag, device))
+
+
+def largest(value: float, device: torch.device) -> float:
+    """Of all ranks' values; all ranks get the same answer. Waits for the device."""
     if world_size() == 1:
-        return flag
-    seen = torch.tensor(int(flag), device=device)
+        return value
+    seen = torch.tensor(value, dtype=torch.float64, device=device)
     td.all_reduce(seen, op=td.ReduceOp.MAX)
-    return bool(seen.item())
+    return seen.item()
 
 
 def group() -> td.ProcessGroup | None:

@@ -17,6 +17,7 @@ from engine.data.augment import (
     AUTOCONTRAST,
     BLEND,
     EQUALIZE,
+    NEVER,
     SHARPNESS,
     TONES,
     WARP,
@@ -41,8 +42,8 @@ def decode(encoded: DataNode, decoder: str) -> DataNode:
 
 
 def branches(views: Sequence[Augmentation]) -> bool:
-    """Whether the graph of these views has an `if` about a node."""
-    return any(view.operations for view in views)
+    """Whether the graph of these views has an `if` about a node (that of colours has one on CPUs only)."""
+    return any(view.operations or view.jitter or view.grayscale or view.blur or view.solarize for view in views)
 
 
 def view_inputs(views: Sequence[Augmentation], sizes_B2: np.ndarray, rows: slice, seed: int, step: int) -> Inputs:
@@ -76,16 +77,35 @@ def view_graph(
         for number in range(view.operations):
             operation = [parameters[f"{name}{number}"] for name in ("kind", "matrix", "tones", "blend")]
             pixels = _operate(pixels, view.size, *operation, decoder)
-        if "hue" in parameters:
-            colours = {key: parameters[key] for key in ("brightness", "contrast", "saturation", "hue")}
-            pixels = fn.color_twist(pixels, **colours)
-        if "sigma" in parameters:
-            pixels = fn.gaussian_blur(pixels, sigma=parameters["sigma"], window_size=parameters["window"])
-        if "solarize_from" in parameters:
-            start = parameters["solarize_from"] if decoder == "cpu" else parameters["solarize_from"].gpu()
-            pixels = pixels ^ ((pixels >= start) * types.Constant(255).uint8())  # 255 - value, where it is bright
+        pixels = _change_colours(pixels, parameters, decoder)
         outputs.append(_normalise(pixels, mirror=parameters.get("mirror", 0)))
     return tuple(outputs)
+
+
+def _change_colours(pixels: DataNode, parameters: Mapping[str, DataNode], decoder: str) -> DataNode:
+    """Jitter, blur and solarisation; on CPUs of the images alone that they change, on GPUs of whole batches, which are not split
+    for kernels as short as these. The pixels are the same."""
+    on_cpu = decoder == "cpu"
+    if "hue" in parameters:
+        colours = {key: parameters[key] for key in ("brightness", "contrast", "saturation", "hue")}
+        changes = _changes(**colours) if on_cpu else True
+        if changes:
+            pixels = fn.color_twist(pixels, **colours)
+    if "sigma" in parameters:
+        sigma, window = parameters["sigma"], parameters["window"]
+        changes = window == 0 if on_cpu else True
+        if changes:
+            pixels = fn.gaussian_blur(pixels, sigma=sigma, window_size=window)
+    if "solarize_from" in parameters:
+        start = parameters["solarize_from"] if on_cpu else parameters["solarize_from"].gpu()
+        changes = start < NEVER if on_cpu else True
+        if changes:
+            pixels = pixels ^ ((pixels >= start) * types.Constant(255).uint8())  # 255 - value, where it is bright
+    return pixels
+
+
+def _changes(brightness: DataNode, contrast: DataNode, saturation: DataNode, hue: DataNode) -> DataNode:
+    return (brightness != 1) | (contrast != 1) | (saturation != 1) | (hue != 0)
 
 
 def _operate(

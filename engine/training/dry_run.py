@@ -1,9 +1,13 @@
-"""`--dry-run`: build every stage, make a few measured steps, say how fast, how large and how long. Nothing is written."""
+"""`--dry-run`: build every stage, make a few measured steps, say how fast, how large and how long. Nothing is written.
+
+Where the steps wait for images, the loader is timed alone as well, with other numbers of threads.
+"""
 
 import resource
-import time
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
+from time import monotonic
 
 import torch
 from rich.console import Console
@@ -11,41 +15,63 @@ from rich.table import Table
 
 from engine.core import dist
 from engine.core.host_memory import to_device
+from engine.data.batch import Batch
+from engine.data.stream import QUEUE
 from engine.training.build import build
 from engine.training.choosing import choose
 from engine.training.config import Plan
 from engine.training.drawing import drawing
 from engine.training.parts import Parts
 from engine.training.state import TrainState
+from engine.training.waits import Feed, Waits, verdict
 
 WARM_UP, MEASURED = 3, 8
+SECONDS_ALONE = 3.0  # for which a loader is timed
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of a stage's steps.
+
+    Attributes:
+        first: seconds of the first step, compilation included.
+        images_per_second: after the warm-up, over all ranks.
+        waiting: share of that time in which they waited for images.
+    """
+
+    first: float
+    images_per_second: float
+    waiting: float
 
 
 def dry_run(parts: Parts) -> int:
     """Print images/s, peak memory and hours of every stage, measured on real batches of the data. Returns the exit status."""
     choose(parts, None, lambda line: print(line) if parts.ranks.first else None)
     table = Table(title=f"dry run: {parts.plan.train.method}, {parts.plan.model}, {parts.precision}")
-    for heading in ("stage", "first step (s)", "images/s", "steps", "hours", "peak memory (GiB)"):
+    for heading in ("stage", "first step (s)", "images/s", "waiting for data", "steps", "hours", "peak memory (GiB)"):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
-    state, hours, measured = None, 0.0, replace(parts, plan=_without_reuse(parts.plan))
+    state, hours, measured, said = None, 0.0, replace(parts, plan=_without_reuse(parts.plan)), []
     for stage in parts.stages:
         state = build(measured, stage.index, state.method if state else None)
-        first, rate = _measure(measured, state)
+        found = _measure(measured, state)
         reuse = getattr(parts.settings(stage.index), "reuse", 0)
         # a stage that stores features encodes as many images as it stores; its steps on them are nothing beside that
         images = reuse * len(parts.images(stage.index)) if reuse else stage.total_steps * stage.images_per_step
-        stage_hours = images / rate / 3600
+        stage_hours = images / found.images_per_second / 3600
         hours += stage_hours
         cells = (
-            f"{first:.1f}",
-            f"{rate:,.0f}",
+            f"{found.first:.1f}",
+            f"{found.images_per_second:,.0f}",
+            f"{found.waiting:.0%}",
             f"{stage.total_steps:,}",
             f"{stage_hours:,.2f}",
             f"{_peak_memory(parts):.1f}",
         )
         table.add_row(stage.name, *cells)
+        said += _about_loader(measured, state, found)
     if parts.ranks.first:
         Console().print(table)
+        print(*said, sep="\n", end="\n" if said else "")
         print(f"the whole run: about {hours:,.2f} hours with {parts.ranks.world} process(es), evaluation not counted.")
     return 0
 
@@ -56,26 +82,78 @@ def _without_reuse(plan: Plan) -> Plan:
     return replace(plan, stages=tuple(stages))
 
 
-def _measure(parts: Parts, state: TrainState) -> tuple[float, float]:
-    """Seconds of the first step (compilation included), and images per second of the run after the warm-up."""
+def _measure(parts: Parts, state: TrainState) -> _Measured:
     ranks, stage = parts.ranks, parts.stages[state.stage]
-    loader = parts.loader(state)
-    marks = [time.perf_counter()]
+    loader, waits, waited = parts.loader(state), Waits(ranks.device), 0.0
+    marks = [monotonic()]
     try:
         with drawing(state.method, partial(parts.draws, stage.index), 0, WARM_UP + MEASURED) as drawn:
             for step in range(WARM_UP + MEASURED):
-                batch = next(loader)
+                batch = waits.fetch(loader)
                 # most steps are not logged
                 state.update(step, batch.images, to_device(batch.ids, ranks.device), drawn(step), logged=False)
                 if step in (0, WARM_UP - 1, WARM_UP + MEASURED - 1):
-                    if ranks.device.type == "cuda":
-                        torch.cuda.synchronize()
+                    _wait(ranks.device)
                     dist.barrier()
-                    marks.append(time.perf_counter())
+                    marks.append(monotonic())
+                    waited = waits.seconds()
     finally:
         loader.close()
     start, first, warm, end = marks
-    return first - start, MEASURED * stage.images_per_step / (end - warm)
+    waiting = min(1.0, dist.largest(waited / (end - warm), ranks.device))
+    return _Measured(first - start, MEASURED * stage.images_per_step / (end - warm), waiting)
+
+
+def _about_loader(parts: Parts, state: TrainState, found: _Measured) -> list[str]:
+    """Where the stage waits for images: that it does, what to try, and how fast the loader alone is."""
+    feed, stage = parts.feed(state), parts.stages[state.stage]
+    told = verdict(found.waiting, feed)
+    if not told:
+        return []
+    rates = []
+    for threads in other_threads(feed):
+        loader = parts.with_threads(threads).loader(state)
+        try:
+            dist.barrier()
+            own = rate_alone(loader, stage.images_per_step // parts.ranks.world, partial(_wait, parts.ranks.device))
+        finally:
+            loader.close()
+        whole = float(dist.all_reduce(torch.tensor(own, dtype=torch.float64, device=parts.ranks.device)))
+        rates.append(f"{whole:,.0f} with {threads} thread{'s' if threads > 1 else ''}")
+    steps = found.images_per_second / (1 - found.waiting) if found.waiting < 1 else float("inf")
+    return [
+        f"{stage.name}: {told}.",
+        f"{stage.name}: without waiting the steps could take {steps:,.0f} images/s; the loader alone makes "
+        f"{', '.join(rates)}" + (" a process." if parts.ranks.world > 1 else "."),
+    ]
+
+
+def other_threads(feed: Feed) -> list[int]:
+    """The numbers of threads that a loader is timed with: half, as it is, and all cores."""
+    return sorted({max(1, feed.threads // 2), feed.threads, max(feed.threads, feed.cores)})
+
+
+def rate_alone(batches: Iterator[Batch], images: int, wait: Callable[[], None]) -> float:
+    """Images per second of a loader that nobody else keeps waiting.
+
+    Args:
+        images: of a batch.
+        wait: for the device, where batches are made on it.
+    """
+    for _ in range(QUEUE + 1):  # what is made ahead while the first one is awaited
+        next(batches)
+    wait()
+    made, start = 0, monotonic()
+    while monotonic() < start + SECONDS_ALONE:
+        next(batches)
+        made += images
+    wait()
+    return made / (monotonic() - start)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _peak_memory(parts: Parts) -> float:

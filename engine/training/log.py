@@ -113,17 +113,21 @@ class RunLog:
         if first is not None and first >= LONG_FIRST_STEP:
             self.message(f"the first step took {first:.0f} s, compilation included; the others do not")
 
-    def log(self, step: int, values: Mapping[str, float | str], *, kind: str = "train") -> None:
+    def log(
+        self, step: int, values: Mapping[str, float | str], *, kind: str = "train", waited: float | None = None
+    ) -> None:
         """Record the values of a step: one line of metrics.jsonl, TensorBoard, the trackers, the progress display.
 
         Lines of kind "train" also get images_per_second (since the previous one, time in `aside` left out; absent for
-        the first update of a stage) and, where peak and cost are known, mfu between 0 and 1.
+        the first update of a stage) and, where peak and cost are known, mfu between 0 and 1; where `waited` is given,
+        waiting_for_data, its share of that time.
 
         Args:
             step: finished updates through all stages.
             values: numbers by name, read here (a tensor on a device would be waited for), or words such as a verdict.
                 A number that isn't finite is written as null and named under "not_finite".
             kind: "train", "probe" or "event"; the latter two are shown above the bar.
+            waited: seconds that steps waited for images since the previous line of kind "train".
 
         Raises:
             ValueError: unknown kind, or a value named like one of the line's own fields.
@@ -136,13 +140,17 @@ class RunLog:
             return
         values = {name: value if isinstance(value, str | int) else float(value) for name, value in values.items()}
         if kind == "train":
-            values |= self._speed.rates(step)
+            values |= self._speed.rates(step, waited)
             self._progress.show({name: value for name, value in values.items() if not isinstance(value, str)})
             self.tick(step)
         else:
             self._progress.report(kind, step, values)
         if self.folder is not None:
             self._write(step, values, kind)
+
+    def speed(self) -> dict[str, float]:
+        """images_per_second and waiting_for_data of the stage, as far as this process has trained and logged it."""
+        return self._speed.of_stage() if self._active else {}
 
     def message(self, text: str) -> None:
         """Print one line above the bar."""

@@ -16,6 +16,7 @@ from engine.data.batch import Batch
 from engine.training.log import RunLog
 from engine.training.probe import neighbour_agreement
 from engine.training.state import TrainState
+from engine.training.waits import Waits
 
 
 @dataclass(frozen=True)
@@ -82,20 +83,24 @@ def run_stage(
         stage.images_per_step,
         flops_per_image=state.method.flops_per_image(),
     )
+    device = state.update.skipped.device
+    waits = Waits(device)
     while state.step < stage.total_steps:
         with watch():
-            batch = next(batches)
-            images, ids = batch.images, to_device(batch.ids, state.update.skipped.device)
+            batch = waits.fetch(batches)
+            images, ids = batch.images, to_device(batch.ids, device)
             done, last = stage.first_step + state.step + 1, state.step + 1 == stage.total_steps
             logs = last or (state.step + 1) % cadence.log_every == 0
             report = state.update(state.step, images, ids, drawn(state.step), logs)
             state.step += 1
             log.tick(done)
             if logs:
-                log.log(done, _read(report, state, batch, labels))
+                values = _read(report, state, batch, labels)
+                # the slowest rank keeps all others waiting, in the next sum over ranks
+                log.log(done, values, waited=dist.largest(waits.seconds(), device))
                 _check_guard(state, stage, cadence)
         # Ranks agree on stopping only where they wait for one another anyway.
-        stopping = dist.any_rank(stop.raised, ids.device) if logs or dist.world_size() == 1 else False
+        stopping = dist.any_rank(stop.raised, device) if logs or dist.world_size() == 1 else False
         if last or _due(state.step, stage, cadence.probe_every):
             with log.aside():
                 measured = probe()

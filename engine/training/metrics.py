@@ -14,7 +14,7 @@ from pathlib import Path
 
 from engine.core.durable import write_file
 
-TIME_FIELDS = ("time", "images_per_second", "mfu")
+TIME_FIELDS = ("time", "images_per_second", "mfu", "waiting_for_data")
 OF_THE_LINE = ("step", "stage", "kind", "time", "not_finite")
 RESERVED = ("step", "stage", "kind", "not_finite", *TIME_FIELDS)
 KINDS = ("train", "probe", "event")

@@ -5,8 +5,9 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 
 import kernels
@@ -17,7 +18,8 @@ from engine.data import cache
 from engine.data.batch import Batch
 from engine.data.identity import Identity
 from engine.data.pipeline import TrainLoader, each_once
-from engine.data.sources import ImageSet, has_split, open_images
+from engine.data.sources import ImageSet, has_split, open_images, usable_cpus
+from engine.data.stream import MAX_THREADS
 from engine.data.subsets import few_per_class
 from engine.data.views import Augmentation
 from engine.methods.base import StageSettings
@@ -27,6 +29,7 @@ from engine.training.config import Plan, Train
 from engine.training.loop import Stage
 from engine.training.precision import AUTOCAST, automatic
 from engine.training.state import TrainState
+from engine.training.waits import Feed
 from kernels.determinism import same_bits_from_torch
 
 
@@ -75,6 +78,21 @@ class Parts:
             rank=self.ranks.rank, world=self.ranks.world, device=self.ranks.device,
             threads=self.plan.train.threads or None, start_step=state.step, ledger=state.bad_files,
         )  # fmt: skip
+
+    def with_threads(self, threads: int) -> "Parts":
+        """The same, with so many threads of the loader."""
+        return replace(self, plan=replace(self.plan, train=replace(self.plan.train, threads=threads)))
+
+    def feed(self, state: TrainState) -> Feed:
+        """What feeds the stage's steps, for advice about it."""
+        images, views = self.images(state.stage), state.method.views()
+        cores = max(1, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        return Feed(
+            threads=self.plan.train.threads or min(MAX_THREADS, cores),
+            cores=cores,
+            short_side=0 if images.synthetic else int(np.median(images.sizes[images.good].min(1))),
+            crop=max((min(view.size) for view in views), default=0),
+        )
 
     def _store(self, state: TrainState) -> None:
         images, ranks, dtype = self.images(state.stage), self.ranks, AUTOCAST[self.precision]

@@ -10,6 +10,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from engine.training.waits import LOADER_BOUND
+
 
 @dataclass(frozen=True)
 class Stretch:
@@ -111,6 +113,8 @@ class Progress:
             words.append(f"{self._latest['images_per_second']:,.0f} images/s")
         if "mfu" in self._latest:
             words.append(f"MFU {self._latest['mfu']:.1%}")
+        if self._latest.get("waiting_for_data", 0) >= LOADER_BOUND:
+            words.append(f"waiting for data {self._latest['waiting_for_data']:.0%}")
         return words
 
     def _progress(self) -> str:

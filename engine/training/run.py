@@ -28,6 +28,7 @@ from engine.training.parts import Parts
 from engine.training.precision import described
 from engine.training.profiling import Profile
 from engine.training.state import TrainState, position, restore, to_host
+from engine.training.waits import verdict
 
 # What judges a finished run: of its parts, its folder and a way to say something, the figures by name, by weights.
 Evaluate = Callable[[Parts, Path, Callable[[str], None]], dict[str, dict[str, float]]]
@@ -59,12 +60,12 @@ def _run(parts: Parts, out: Path, log: RunLog, evaluate: Evaluate) -> int:
     choose(parts, out, log.message)
     log.message("kernels: " + "; ".join(" ".join(line.split()) for line in kernels.describe(ranks.device).splitlines()))
     state = _resumed(parts, out, log) if train.resume else None
-    extras = Extras(log.message)
+    extras, speeds = Extras(log.message), []
     with log, StopRequest() as stop:
         try:
             for index in range(state.stage if state else 0, len(parts.stages)):
                 state = _at_stage(parts, index, state, out)
-                _train(parts, state, out, log, stop, profile)
+                speeds += _train(parts, state, out, log, stop, profile)
                 _finish(parts, state, out, extras)
         except Stopped:
             log.message(f"stopped and saved; go on with: python -m engine.train --resume {out}")
@@ -74,7 +75,7 @@ def _run(parts: Parts, out: Path, log: RunLog, evaluate: Evaluate) -> int:
             raise
         log.close()
         if ranks.first:
-            summary = _summary(parts, state, out, extras)
+            summary = _summary(parts, state, out, extras) | {"speed": speeds}
             log.close(summary)  # what was trained stands, whatever becomes of what follows
             try:
                 log.close(summary | _judged(parts, out, evaluate, extras, log.message))
@@ -162,11 +163,13 @@ def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
         log.message(f"{len(bad)} unreadable images are replaced; they are listed in {out / 'bad_files.json'}")
 
 
-def _train(parts: Parts, state: TrainState, out: Path, log: RunLog, stop: StopRequest, profile: Profile) -> None:
-    """The stage from the state's step to its end."""
+def _train(
+    parts: Parts, state: TrainState, out: Path, log: RunLog, stop: StopRequest, profile: Profile
+) -> list[dict[str, float | str]]:
+    """The stage from the state's step to its end. Returns how fast it went, for the summary; nothing if it had ended before."""
     train, stage = parts.plan.train, parts.stages[state.stage]
     if state.step == stage.total_steps:
-        return
+        return []
     began = time.monotonic()
     loader = parts.loader(state)
     if not state.method.views():
@@ -187,6 +190,11 @@ def _train(parts: Parts, state: TrainState, out: Path, log: RunLog, stop: StopRe
             )  # fmt: skip
     finally:
         loader.close()
+    speed: dict[str, float | str] = {"stage": stage.name, **log.speed()}
+    if slow := verdict(speed.get("waiting_for_data", 0.0), parts.feed(state)):
+        speed["verdict"] = slow
+        log.message(f"{stage.name}: {slow}; --dry-run measures it")
+    return [speed]
 
 
 def _save(parts: Parts, state: TrainState, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""How fast a stage trains: images per second and MFU between two logged steps, time set aside left out."""
+"""How fast a stage trains: images per second, MFU and waiting between two logged steps, time set aside left out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ class Speed:
         """A stage begins."""
         self._images_per_step, self._flops_per_image = images_per_step, flops_per_image
         self._mark, self._began = None, self._clock()
+        self._seconds, self._images, self._waited = 0.0, 0, 0.0
 
     def tick(self, step: int) -> float | None:
         """`step` is finished. A stage's first update compiles and loads kernels: rates are measured from its end on. Returns the
@@ -30,18 +31,37 @@ class Speed:
         self._mark = (self._clock(), step)
         return self._mark[0] - self._began
 
-    def rates(self, step: int) -> dict[str, float]:
-        """images_per_second since the last call or the stage's first tick, and mfu (0 to 1) where it is known."""
+    def rates(self, step: int, waited: float | None = None) -> dict[str, float]:
+        """images_per_second since the last call or the stage's first tick; mfu and waiting_for_data (0 to 1) where known.
+
+        Args:
+            waited: seconds of this time in which steps waited for images.
+        """
         if self._mark is None:
             return {}
         now, (then, marked_step) = self._clock(), self._mark
         if step <= marked_step or now <= then:
             return {}
         self._mark = (now, step)
-        rates = {"images_per_second": (step - marked_step) * self._images_per_step / (now - then)}
+        seconds, images = now - then, (step - marked_step) * self._images_per_step
+        self._seconds, self._images, self._waited = (
+            self._seconds + seconds,
+            self._images + images,
+            self._waited + (waited or 0),
+        )
+        rates = {"images_per_second": images / seconds}
         if self._flops_per_image and self._peak_flops:
             rates["mfu"] = rates["images_per_second"] * self._flops_per_image / self._peak_flops
+        if waited is not None:
+            rates["waiting_for_data"] = min(1.0, waited / seconds)
         return rates
+
+    def of_stage(self) -> dict[str, float]:
+        """images_per_second and waiting_for_data of all that `rates` was asked of this stage; nothing where it never was."""
+        if not self._seconds:
+            return {}
+        waiting = min(1.0, self._waited / self._seconds)
+        return {"images_per_second": self._images / self._seconds, "waiting_for_data": waiting}
 
     @contextmanager
     def aside(self) -> Iterator[None]:

@@ -53,8 +53,21 @@ COLOURS = {"jitter": 1.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4,
         (Augmentation(SIZE, (0.2, 1), **COLOURS),),
         (Augmentation(SIZE, (0.2, 1), blur=0.7), Augmentation(SIZE, (0.5, 1), solarize=0.5)),
         (Augmentation(SIZE, (0.2, 1), blur=0.5, solarize=0.5, **COLOURS),),
+        tuple(
+            Augmentation(
+                SIZE, (0.2, 1), **(dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0) | of_some)
+            )
+            for of_some in (
+                {"grayscale": 0.5},
+                {"jitter": 0.5, "brightness": 0.4},
+                {"jitter": 0.5, "contrast": 0.4},
+                {"jitter": 0.5, "saturation": 0.4},
+                {"jitter": 0.5, "hue": 0.1},
+                {"jitter": 0.5, "hue": 0.1, "blur": 0.5},
+            )
+        ),
     ],
-    ids=["crop", "crops", "colours", "blur and solarisation", "all"],
+    ids=["crop", "crops", "colours", "blur and solarisation", "all", "one colour of some"],
 )
 def test_views_are_those_of_plain_restatements(photos, views):
     batch = next(loader(photos, views, batch_size=40))

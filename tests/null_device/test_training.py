@@ -27,5 +27,6 @@ def test_a_compiled_run_calibrates_trains_and_leaves_its_folder(on_device, tmp_p
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     trained = [record for record in steps if record["kind"] == "train"]
     assert trained[-1]["step"] == 2
+    assert 0 < trained[-1]["waiting_for_data"] <= 1  # by events, a millisecond apart there
     for left in ("checkpoints/step-000000002/model.safetensors", "export/model.safetensors", "summary.json"):
         assert (out / left).is_file()

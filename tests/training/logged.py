@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from engine.training import progress, speed
+from engine.training import dry_run, progress, speed, waits
 from engine.training.log import RunLog
 
 
@@ -14,7 +14,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 1000.0
-        for module in (progress, speed):
+        for module in (dry_run, progress, speed, waits):
             monkeypatch.setattr(module, "monotonic", lambda: self.now)
 
 

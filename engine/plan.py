@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engine.core import dist
 from engine.core.durable import write_file
 from engine.core.errors import BadInput
 from engine.core.flags import read
@@ -17,10 +18,11 @@ from engine.planning.bill import StageBill
 from engine.planning.cards import Card
 from engine.planning.counting import Count, count
 from engine.training import config
-from engine.training.parts import stages_of
+from engine.training.dry_run import Planned, dry_run
+from engine.training.parts import prepare, stages_of
 
 IMAGENET = 1_281_167
-HELP = {"the bill": ("gpu", "gpus", "images", "price", "options", "fit", "rows", "out")}
+HELP = {"the bill": ("gpu", "gpus", "images", "price", "options", "fit", "dry_run", "rows", "out")}
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Flags:
     """Count also what each option that saves would change; half a minute each."""
     fit: bool = False
     """Find options with which the run fits the cards, and print its command."""
+    dry_run: bool = False
+    """Where such a card is: measure a few steps of each stage, and put them beside what was planned."""
     rows: int = 5
     """How many of a step's costliest kernels are shown."""
     out: str = ""
@@ -142,10 +146,25 @@ def _planned(flags: Flags, asked: Asked) -> int:
         status, found["fit"] = _fit(asked, counts, bills)
     elif not options.fitting(counts, asked.card):
         print("this does not fit the card; --fit looks for options with which it does.")
+    if flags.dry_run:
+        _measured(asked, bills)
     if flags.out:
         text = json.dumps(found, indent=1) + "\n"
         write_file(Path(flags.out).expanduser(), lambda aside: aside.write_text(text))
     return status
+
+
+def _measured(asked: Asked, bills: Sequence[StageBill]) -> None:
+    """Measured steps beside the planned ones, on the card that is here. Raises BadInput where there is none."""
+    if asked.gpus != 1:
+        raise BadInput(
+            f"--dry-run measures one GPU, and the plan is for {asked.gpus}; give --gpus 1 and its --batch-size."
+        )
+    planned = [Planned(one.images_per_second.likely, one.count.peak_bytes / 2**30) for one in bills]
+    try:
+        dry_run(prepare(asked.plan, dist.start("cuda")), planned)
+    finally:
+        dist.stop()
 
 
 def _with(asked: Asked, option: options.Option) -> list[StageBill] | str:

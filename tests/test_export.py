@@ -231,7 +231,8 @@ def test_a_file_that_disagrees_is_not_left(scale, shift, kept, tmp_path, monkeyp
     assert told(folder, "--to", "onnx", tmp_path / "encoder.onnx") == 2
     said = capsys.readouterr().err
     assert re.match(
-        r"error: the ONNX file was not kept: its features differ from torch's by (1\.0e-02|nan|inf|[\d.]+e\+38), more", said
+        r"error: the ONNX file was not kept: its features differ from torch's by (1\.0e-02|nan|inf|[\d.]+e\+38), more",
+        said,
     )
     assert everything(tmp_path) == before
 

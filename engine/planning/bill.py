@@ -1,7 +1,8 @@
 """From a counted step and a card to time, energy and money; modelled, so each figure has a low and a high one beside it.
 
-A kernel takes the longer of bytes / bandwidth and operations / rate, and each launch 3 us. Gradients are sent while backward goes
-on: what is longer than backward adds to the step, and in the worse case all of it. Low, likely and high are what of its peaks the
+A kernel takes the longer of bytes / bandwidth and operations / rate, and each launch 3 us; a step takes at least what the host
+needs to launch it all. Gradients are sent while backward goes on: what is longer than backward adds to the step, and in the worst
+case all of it. Low, likely and high are what of its peaks the
 card is taken to reach (`engine.planning.cards`). Time for loading data, probing, saving and judging is not in it.
 """
 
@@ -18,6 +19,7 @@ from engine.training.loop import Stage
 
 # of memory: what CUDA, its libraries and NCCL take, and what the allocator cannot use of its blocks
 CONTEXT, WHOLE_BLOCKS = 1.0 * 2**30, 0.03
+HOST = (12e-6, 7e-6, 4e-6)  # seconds of the host for a launch, torch's own work included: assumed, worst, likely, best
 # kernels as they are called elsewhere; inductor names its own after what is fused in them
 SPOKEN = dict.fromkeys(("mm", "addmm", "bmm", "baddbmm"), "matrix products") | {
     "packed_attention_forward": "attention",
@@ -66,12 +68,12 @@ def step_seconds(count: Count, card: Card, gpus: int) -> Spread:
     worst, likely, best = card.reached
     backward = [row for row in count.rows if row.part == "backward"]
 
-    def of(reached: Reached, hidden: bool) -> float:
+    def of(reached: Reached, host: float, hidden: bool) -> float:
         sending = sent / (card.link * reached.bandwidth)
         beside = seconds(backward, card, reached) if hidden else 0.0
-        return seconds(count.rows, card, reached) + max(0.0, sending - beside)
+        return max(host * count.launches, seconds(count.rows, card, reached) + max(0.0, sending - beside))
 
-    return Spread(of(best, True), of(likely, True), of(worst, False))
+    return Spread(of(best, HOST[2], True), of(likely, HOST[1], True), of(worst, HOST[0], False))
 
 
 def needed_memory(count: Count) -> float:

@@ -4,7 +4,7 @@ Where the steps wait for images, the loader is timed alone as well, with other n
 """
 
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
@@ -44,14 +44,26 @@ class _Measured:
     waiting: float
 
 
-def dry_run(parts: Parts) -> int:
-    """Print images/s, peak memory and hours of every stage, measured on real batches of the data. Returns the exit status."""
+@dataclass(frozen=True)
+class Planned:
+    """Of a stage, what `engine.plan` says beforehand: images per second of all ranks, and GiB at a step's peak."""
+
+    images_per_second: float
+    peak: float
+
+
+def dry_run(parts: Parts, planned: Sequence[Planned] = ()) -> int:
+    """Print images/s, peak memory and hours of every stage, measured on real batches of the data, beside what was planned of
+    each where that is given. Returns the exit status."""
     choose(parts, None, lambda line: print(line) if parts.ranks.first else None)
     table = Table(title=f"dry run: {parts.plan.train.method}, {parts.plan.model}, {parts.precision}")
-    for heading in ("stage", "first step (s)", "images/s", "waiting for data", "steps", "hours", "peak memory (GiB)"):
+    headings = ["stage", "first step (s)", "images/s", "waiting for data", "steps", "hours", "peak memory (GiB)"]
+    for heading in headings + ["images/s planned", "GiB planned"] * bool(planned):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
     state, hours, measured, said = None, 0.0, replace(parts, plan=_without_reuse(parts.plan)), []
     for stage in parts.stages:
+        if parts.ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         state = build(measured, stage.index, state.method if state else None)
         found = _measure(measured, state)
         reuse = getattr(parts.settings(stage.index), "reuse", 0)
@@ -59,14 +71,17 @@ def dry_run(parts: Parts) -> int:
         images = reuse * len(parts.images(stage.index)) if reuse else stage.total_steps * stage.images_per_step
         stage_hours = images / found.images_per_second / 3600
         hours += stage_hours
-        cells = (
+        peak = _peak_memory(parts)
+        cells = [
             f"{found.first:.1f}",
             f"{found.images_per_second:,.0f}",
             f"{found.waiting:.0%}",
             f"{stage.total_steps:,}",
             f"{stage_hours:,.2f}",
-            f"{_peak_memory(parts):.1f}",
-        )
+            f"{peak:.2f}",
+        ]
+        for plan in planned[stage.index : stage.index + 1]:
+            cells += [_beside(plan.images_per_second, found.images_per_second, ",.0f"), _beside(plan.peak, peak, ".2f")]
         table.add_row(stage.name, *cells)
         said += _about_loader(measured, state, found)
     if parts.ranks.first:
@@ -74,6 +89,11 @@ def dry_run(parts: Parts) -> int:
         print(*said, sep="\n", end="\n" if said else "")
         print(f"the whole run: about {hours:,.2f} hours with {parts.ranks.world} process(es), evaluation not counted.")
     return 0
+
+
+def _beside(planned: float, measured: float, form: str) -> str:
+    """The planned figure, and by how much the measured one is above it."""
+    return f"{planned:{form}} ({measured / planned - 1:+.0%})"
 
 
 def _without_reuse(plan: Plan) -> Plan:

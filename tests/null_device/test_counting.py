@@ -1,6 +1,7 @@
 """What a plan counts: the allocator's own peak, shared out; the operations a method is credited with; and what options save."""
 
 import json
+import re
 
 import pytest
 
@@ -40,6 +41,17 @@ def test_a_share_of_the_batch_is_a_share_of_the_work():
     assert half.flops == pytest.approx(whole.flops / 2, rel=0.02)
     assert half.peak["activations"] == pytest.approx(whole.peak["activations"] / 2, rel=0.02)
     assert half.peak["weights"] == whole.peak["weights"]
+
+
+def test_a_dry_run_stands_beside_its_plan(on_device):
+    """Of time nothing is meant here; a step's memory is."""
+    flags = (
+        "--method mae --model vit_tiny_patch16_224 --batch-size 64 --compile off --gpu H200 --dry-run --rows 0".split()
+    )
+    done = device.process(["-m", "engine.plan", *flags, "--calibrate", "never"], on_device() | {"COLUMNS": "200"})
+    assert done.returncode == 0, done.stderr[-4000:]
+    planned, off = re.findall(r"^│ mae .* ([\d.]+) \(([+-]\d+)%\) │$", done.stdout, re.MULTILINE)[-1]
+    assert float(planned) > 0.1 and abs(int(off)) <= 3
 
 
 @pytest.mark.parametrize("compiles", ["off", "on"])

@@ -28,6 +28,11 @@ def test_a_step_takes_what_it_takes_by_hand(card: cards.Card):
     assert step.low < step.likely < step.high
 
 
+def test_a_step_takes_at_least_what_its_host_needs():
+    step = bill.step_seconds(made(launches=10**6), CARDS["H200"], 1)
+    assert (step.high, step.likely, step.low) == pytest.approx([10**6 * host for host in bill.HOST])
+
+
 def test_what_is_longer_than_backward_adds_to_a_step():
     card = CARDS["A100-80"]
     alone, little = bill.step_seconds(made(), card, 1), bill.step_seconds(made(gradient_bytes=10**6), card, 8)

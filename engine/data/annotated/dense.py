@@ -27,15 +27,15 @@ T = TypeVar("T")
 
 def read(images: ImageSet, index: int) -> Tensor:
     """uint8 [3, H, W] of one image; grey, palettes, CMYK, alpha and 16 bits become RGB. Raises BadInput for what is no image."""
-    path = images.root / images.paths[index]
     try:
-        with Image.open(path) as image:
+        with images.open(index) as file, Image.open(file) as image:
             if image.mode.startswith("I"):  # 16 bits
                 grey = np.asarray(image).astype(np.int64) >> 8
                 pixels = np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, 2)
             else:
                 pixels = np.array(image.convert("RGB"))
     except Exception as error:  # decoders raise anything on hostile bytes; whatever it is, the file is bad
+        path = images.root / images.paths[index]
         raise BadInput(f"the image {path} cannot be read: {str(error)[:200] or type(error).__name__}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

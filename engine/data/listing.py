@@ -1,6 +1,10 @@
 """Which files a split has, with their classes, before any of them is looked at; and how image folders are listed.
 
 A `Listing` is all that a kind of data set has to give; screening, substitutes and labels follow from it in `engine.data.sources`.
+
+A folder is walked at every start: only the sizes and times of its files tell of one that was written anew in place (the time of
+the folder doesn't), and what screening knows of a file holds for that size and time only. Shards, whose few files say the same
+for all images in them, are listed once (`engine.data.shards.index`).
 """
 
 import os

@@ -1,6 +1,6 @@
 """Which images there are: lists a source, screens it once, and says what is read in place of a bad file.
 
-Image folders are listed by `engine.data.listing`, tar shards by `engine.data.shards.index`, published sets by
+Image folders are listed by `engine.data.listing`, tar shards by `engine.data.shards.webdataset`, published sets by
 `engine.data.sets.archives`. Sets with objects have readers of their own,
 `engine.data.annotated.coco` and `engine.data.annotated.voc`, which are screened here, too.
 """
@@ -19,7 +19,7 @@ from engine.core.errors import BadInput
 from engine.data import cache, listing, screen
 from engine.data.listing import Listing
 from engine.data.sets import archives, digits, scenes, synthetic
-from engine.data.shards.index import holds_shards, of_shards
+from engine.data.shards.webdataset import holds_shards, of_shards
 from engine.data.stored import Ranges, Stored
 
 SCREEN_VERSION = 2  # rises when screening judges differently, so that old verdicts are not reused
@@ -83,8 +83,8 @@ def open_images(
             without labels; "synthetic" or "synthetic:N" for images that are made (`engine.data.made`); NAME:DIR for a published
             set that lies in DIR (`engine.data.sets.archives` says which); else a folder: train/CLASS/* and val/CLASS/* (images
             may lie deeper), or any folder of images without labels, searched with its subfolders, or tar shards
-            (`engine.data.shards.index` says how they lie). Files of other suffixes than jpg, jpeg, png, webp, bmp, tif and tiff
-            are passed over, and so are hidden ones.
+            (`engine.data.shards.webdataset` says how they lie). Files of other suffixes than jpg, jpeg, png, webp, bmp, tif and
+            tiff are passed over, and so are hidden ones.
         split: which part; a folder without train/ and val/ has "train" only.
         bad_limit: fraction of unreadable files above which this refuses.
         screening: "decode" reads all pixels, "header" only headers; "auto" decodes up to 50,000 images. The verdicts
@@ -154,8 +154,7 @@ def has_split(source: str | Path | None, split: Literal["train", "val"]) -> bool
     if synthetic.named(source):
         return split == "train"
     if chosen := archives.named(source):
-        archives.check(*chosen)
-        return True
+        return archives.has_split(*chosen, split)
     root = _locate(source)
     return split == "train" if listing.is_flat(root) else (root / split).is_dir()
 

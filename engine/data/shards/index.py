@@ -1,31 +1,15 @@
-"""Folders of tar shards in WebDataset's layout, which are read where they lie: found, listed once, and given their classes.
+"""Which images archives hold, and where: found out once, then kept in the cache.
 
-    FOLDER/train/*.tar and FOLDER/val/*.tar, or FOLDER/*.tar, which is all training images
-    FOLDER/classes.txt      optional: the names of the classes, one a line; an image's label is the number of its line, from 0
-
-Nothing else than .tar files may be images there: a folder that has folders or images beside its .tar files is an image folder.
-Files of a shard that share a key, which is the name up to the first dot behind the last slash, belong together:
-
-    KEY.jpg     the image, or jpeg, png, webp, bmp, tif, tiff
-    KEY.cls     its class: a number (the label), or a name
-    KEY.json    used where there is no .cls: an object whose "cls", "label" or "class" is a number or a name. One of more than
-                64 KiB is taken for something else than a label. "__path__" names the image as the folder it was packed from did
-
-All images of a set have a class, or none has. Without classes.txt, classes that are all numbers are called by them, others sort
-by name; val may have no class that train lacks. Keys without an image, other suffixes and hidden names are passed over. Ids
-follow the names of the shards, and in a shard the order of its members.
-
-What lies where is kept in the cache, by path, size and modification time of every shard.
+An index is known by the path, size and modification time of every archive: another one is made as soon as one of these differs.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -33,34 +17,40 @@ from rich.progress import track
 
 from engine.core.durable import write_file
 from engine.core.errors import BadInput
-from engine.data import cache, screen
-from engine.data.listing import ACCEPTED, Listing
+from engine.data import cache
 from engine.data.names import Names
-from engine.data.shards import manifest
-from engine.data.shards.tar import Archive, Member
 from engine.data.stored import Ranges
 
-VERSION = 1  # rises when shards are read otherwise, so that an old index is not taken for a new one
-SUFFIX, CLASSES = ".tar", "classes.txt"
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".tar.lz4")
-LABEL_SUFFIXES = ("cls", "json")
-LABEL_KEYS = ("cls", "label", "class")
-PATH_KEY = "__path__"
-LARGEST_LABEL = {"cls": 4096, "json": 1 << 16}  # bytes
-MOST_CLASSES = 1_000_000
-THREADS = 16
+VERSION = 1  # rises when archives are read otherwise, so that an old index is not taken for a new one
 NONE = -1  # of an image without a class
 
 
 @dataclass(frozen=True)
-class Index:
-    """What the shards of a split hold: n images in the order of their ids.
+class Part:
+    """What some archive adds to an index: n images.
 
     Attributes:
-        paths: SHARD/MEMBER below the split's folder, or what "__path__" says.
+        paths: what to call them.
+        places: int64 [n, 2], where they start in the file, and their sizes, in bytes.
+        codes: int64 [n], the place of their class in `words`, or NONE.
+        words: classes.
+    """
+
+    paths: Names
+    places: np.ndarray
+    codes: np.ndarray
+    words: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Index:
+    """All images of a split, n, in the order in which they were found.
+
+    Attributes:
+        paths: what to call them.
         ranges: where they lie.
-        codes: int64 [n], the place in `words`, or NONE.
-        words: the classes as the shards write them.
+        codes: int64 [n], the place of their class in `words`, or NONE.
+        words: classes, as the archives call them.
     """
 
     paths: Names
@@ -69,235 +59,79 @@ class Index:
     words: tuple[str, ...]
 
 
-def holds_shards(folder: Path) -> bool:
-    """Whether this folder's images are in .tar files: it has some, and neither folders nor images beside them."""
-    try:
-        with os.scandir(folder) as entries:
-            there = [entry for entry in entries if not entry.name.startswith(".")]
-            names = [entry.name.lower() for entry in there]
-            return any(name.endswith((SUFFIX, *COMPRESSED)) for name in names) and not any(
-                name.endswith(screen.SUFFIXES) or entry.is_dir() for name, entry in zip(names, there, strict=True)
-            )
-    except OSError as error:
-        raise BadInput(f"the folder {folder} cannot be read: {error.strerror}") from error
+def kept(files: Sequence[Path], what: str, read: Callable[[np.ndarray], Iterable[tuple[int, Part]]]) -> Index:
+    """The index of these archives, from the cache where they were read before.
 
-
-def of_shards(root: Path, split: str) -> Listing:
-    """Lists the shards of root/SPLIT, or of `root` itself where it has no train/.
+    Args:
+        what: how they are read, part of what the index is known by.
+        read: given sizes and modification times, int64 [files, 2], gives (place of the file, what it holds), in order.
 
     Raises:
-        BadInput: a shard is torn, compressed, hostile or has a member that cannot be understood; some images have a class and
-            others not; classes that do not agree; no images; or packing by `engine.shard` did not come to its end.
+        BadInput: an archive or the cache is not there; or what `read` raises.
     """
-    manifest.check_whole(root)
-    split = split if (root / "train").is_dir() else ""
-    own = _index(root, split)
-    trained = _index(root, "train") if split == "val" else own
-    classes = _classes(root, trained)
-    if classes is None and own.words:
-        raise BadInput(f"the shards in {root / split} have classes, and those in {root / 'train'} have none")
-    labels = None if classes is None else _labels(own, trained, classes, root, split)
-    ranges = own.ranges
-    return Listing(root, own.paths, ranges.size, ranges.stamps[ranges.file, 1], labels, classes, ranges)
-
-
-def _index(root: Path, split: str) -> Index:
-    """From the cache, if these very shards were listed before."""
-    folder = root / split
-    shards = _shards(folder)
-    key = hashlib.blake2b(f"{VERSION}\0{root}\0{split}\0".encode("utf-8", "surrogateescape"), digest_size=16)
-    stamps = np.empty((len(shards), 2), np.int64)
-    for place, path in enumerate(shards):
+    key = hashlib.blake2b(f"{VERSION}\0{what}\0".encode("utf-8", "surrogateescape"), digest_size=16)
+    stamps = np.empty((len(files), 2), np.int64)
+    for place, path in enumerate(files):
         try:
             status = path.stat()
         except OSError as error:
-            raise BadInput(f"the shard {path} cannot be read: {error.strerror}") from error
+            raise BadInput(f"{path} cannot be read: {error.strerror}") from error
         stamps[place] = status.st_size, status.st_mtime_ns
-        key.update(f"{path.name}\0".encode("utf-8", "surrogateescape"))
-    key.update(stamps.tobytes())
-    kept = cache.folder() / "shards" / f"{key.hexdigest()}.npz"
-    with cache.locked(kept):
-        if not kept.exists():
-            arrays = _read(shards, stamps, split)
-            write_file(kept, lambda path: np.savez(path, **arrays))
-    with np.load(kept, allow_pickle=False) as stored:
-        ranges = Ranges(tuple(map(str, shards)), stamps, stored["shard"], stored["start"], stored["size"])
+        key.update(f"{path}\0".encode("utf-8", "surrogateescape"))
+    key.update(stamps)
+    home = cache.folder() / "shards" / f"{key.hexdigest()}.npz"
+    with cache.locked(home):
+        if not home.exists():
+            arrays = _arrays(read(stamps))
+            write_file(home, lambda path: np.savez(path, **arrays))
+    with np.load(home, allow_pickle=False) as stored:
+        ranges = Ranges(tuple(map(str, files)), stamps, stored["archive"], stored["start"], stored["size"])
         words = tuple(Names(stored["word_text"], stored["word_ends"]))
         return Index(Names(stored["text"], stored["ends"]), ranges, stored["codes"], words)
 
 
-def _shards(folder: Path) -> list[Path]:
+@contextmanager
+def opened(path: Path, stamp: Sequence[int]) -> Iterator[int]:
+    """A descriptor of an archive. Raises BadInput where it cannot be read, or at the end has not the size and time it had."""
     try:
-        found = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
-        raise BadInput(f"the folder {folder} cannot be read: {error.strerror}") from error
-    if packed := [path for path in found if path.name.lower().endswith(COMPRESSED)]:
-        raise BadInput(
-            f"{packed[0]} is compressed, and cannot be read in place: unpack it to a .tar, images gain nothing"
-        )
-    shards = [path for path in found if path.name.lower().endswith(SUFFIX)]
-    if not shards:
-        raise BadInput(f"{folder} has no shards (.tar), which train/ beside it has")
-    return shards
-
-
-def _read(shards: Sequence[Path], stamps: np.ndarray, split: str) -> dict[str, np.ndarray]:
-    """The arrays of an index, from the shards themselves."""
-    console = Console(stderr=True, soft_wrap=True)
-    words: dict[str, int] = {}
-    codes, places, named = [], [], False
-
-    def names() -> Iterator[str]:
-        nonlocal named
-        with ThreadPoolExecutor(THREADS) as pool:
-            below = [f"{split}/{path.name}" if split else path.name for path in shards]
-            found = pool.map(_images, shards, stamps.tolist(), below)
-            shown = track(
-                found, "listing", len(shards), console=console, transient=True, disable=not console.is_terminal
-            )
-            for place, images in enumerate(shown):
-                own = np.array([NONE, *(words.setdefault(word, len(words)) for word in images.words)], np.int64)
-                codes.append(own[images.codes + 1])
-                places.append(np.insert(images.places, 0, place, axis=1))
-                named |= images.named
-                yield from images.paths
-
-    paths = Names.of(names())
-    if not len(paths):
-        raise BadInput(
-            f"no images in the shards in {shards[0].parent}: the accepted files are {ACCEPTED}; ImageNet's own archives are read "
-            "by --data imagenet:DIR"
-        )
-    if named and len(set(paths)) < len(paths):
-        raise BadInput(f"the shards in {shards[0].parent} have one {PATH_KEY} for several images")
-    all_codes, all_places = np.concatenate(codes), np.concatenate(places)
-    if 0 < (without := int((all_codes == NONE).sum())) < len(all_codes):
-        first = paths[int(np.flatnonzero(all_codes == NONE)[0])]
-        raise BadInput(
-            f"{without:,} of {len(paths):,} images in {shards[0].parent} have no class, {first} first: all or none"
-        )
-    vocabulary = Names.of(words)
-    return {
-        "text": paths.text, "ends": paths.ends, "codes": all_codes,
-        "shard": all_places[:, 0].astype(np.int32), "start": all_places[:, 1].copy(), "size": all_places[:, 2].copy(),
-        "word_text": vocabulary.text, "word_ends": vocabulary.ends,
-    }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class _Images:
-    """Those of one shard: their paths, int64 [n, 2] where they start and their sizes, their classes as in `Index`, and whether
-    any has its path from "__path__"."""
-
-    paths: Names
-    places: np.ndarray
-    codes: np.ndarray
-    words: tuple[str, ...]
-    named: bool
-
-
-def _images(shard: Path, stamp: list[int], below: str) -> _Images:
+        raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     try:
-        file = os.open(shard, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise BadInput(f"the shard {shard} cannot be read: {error.strerror}") from error
-    try:
-        archive = Archive(file, str(shard))
-        images: dict[str, Member] = {}
-        labels: dict[str, dict[str, str]] = {suffix: {} for suffix in (*LABEL_SUFFIXES, PATH_KEY)}
-        for member in archive.members():
-            folder, slash, name = member.name.rpartition("/")
-            stem, dot, suffix = name.partition(".")
-            if not stem or any(part.startswith(".") for part in folder.split("/")):
-                continue
-            key, suffix = f"{folder}{slash}{stem}", suffix.lower()
-            if dot + suffix in screen.SUFFIXES:
-                if key in images:
-                    raise BadInput(f"{shard} has two images of one key, {images[key].name!r} and {member.name!r}")
-                images[key] = member
-            elif suffix in LABEL_SUFFIXES and member.size <= LARGEST_LABEL[suffix]:
-                label, path = _said(archive, member, suffix)
-                labels[suffix] |= {} if label is None else {key: label}
-                labels[PATH_KEY] |= {} if path is None else {key: path}
-            elif suffix == "cls":
-                raise BadInput(f"{shard} has {member.name!r} with {member.size} bytes, which is no class")
+        yield file
         status = os.fstat(file)
-        if [status.st_size, status.st_mtime_ns] != stamp:
-            raise BadInput(f"the shard {shard} was written while it was read: start again when it is whole")
+        if (status.st_size, status.st_mtime_ns) != tuple(stamp):
+            raise BadInput(f"{path} was written while it was read: start again when it is whole")
     finally:
         os.close(file)
-    named, words = labels[PATH_KEY], {}
-    paths = Names.of(named.get(key, f"{below}/{member.name}") for key, member in images.items())
-    found = [labels["cls"].get(key, labels["json"].get(key)) for key in images]
-    codes = [NONE if word is None else words.setdefault(word, len(words)) for word in found]
-    places = np.array([(member.start, member.size) for member in images.values()], np.int64).reshape(-1, 2)
-    return _Images(paths, places, np.array(codes, np.int64), tuple(words), any(key in named for key in images))
 
 
-def _said(archive: Archive, member: Member, suffix: str) -> tuple[str | None, str | None]:
-    """The class that a small member names, and the path; None where it names none."""
-    body = archive.read(member.start, member.size)
-    try:
-        content = body.decode().strip() if suffix == "cls" else json.loads(body)
-    except (ValueError, RecursionError) as error:
-        kind = "JSON" if suffix == "json" else "text"
-        raise BadInput(f"{archive.where} has {member.name!r}, which is no {kind}") from error
-    if suffix == "cls":
-        return _word(archive, member, content), None
-    if not isinstance(content, dict):
-        return None, None
-    given: Any = next((content[key] for key in LABEL_KEYS if key in content), None)
-    label = _word(archive, member, str(given)) if type(given) in (int, str) else None
-    path = content.get(PATH_KEY)
-    return label, None if path is None else _word(archive, member, path)
+def shown(parts: Iterable[Part], total: int) -> Iterable[Part]:
+    """The same, with a bar in a terminal: a large set takes minutes, once."""
+    console = Console(stderr=True)
+    return track(parts, "listing archives", total, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _word(archive: Archive, member: Member, word: Any) -> str:
-    usable = isinstance(word, str) and 0 < len(word) <= LARGEST_LABEL["cls"] and "\0" not in word
-    try:
-        if usable:
-            word.encode("utf-8", "surrogateescape")
-            return word
-    except UnicodeEncodeError:
-        pass
-    raise BadInput(f"{archive.where} has {member.name!r}, which names no class or path: {str(word)[:40]!r}")
+def _arrays(parts: Iterable[tuple[int, Part]]) -> dict[str, np.ndarray]:
+    words: dict[str, int] = {}
+    archives, codes, places = [np.empty(0, np.int32)], [np.empty(0, np.int64)], [np.empty((0, 2), np.int64)]
 
+    def paths() -> Iterable[str]:
+        for archive, part in parts:
+            code_of = np.array([NONE, *(words.setdefault(word, len(words)) for word in part.words)], np.int64)
+            codes.append(code_of[part.codes + 1])
+            places.append(part.places)
+            archives.append(np.full(len(part.codes), archive, np.int32))
+            yield from part.paths
 
-def _classes(root: Path, trained: Index) -> tuple[str, ...] | None:
-    """The names of the classes, from classes.txt or from what the training images have."""
-    if not trained.words:
-        return None
-    listed = root / CLASSES
-    if listed.is_file():
-        try:
-            lines = listed.read_bytes().decode("utf-8", "surrogateescape").split("\n")
-        except OSError as error:
-            raise BadInput(f"{listed} cannot be read: {error.strerror}") from error
-        names = tuple(line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1]))
-        if not all(names) or len(set(names)) < len(names):
-            raise BadInput(f"{listed} has a line without a class, or a class twice")
-        return names
-    if all(map(_is_number, trained.words)):
-        return tuple(map(str, range(max(map(int, trained.words)) + 1)))
-    return tuple(sorted(trained.words))
-
-
-def _labels(own: Index, trained: Index, classes: tuple[str, ...], root: Path, split: str) -> np.ndarray:
-    """int64 [n]. Where the training images have numbers, those are the labels."""
-    if not own.words:
-        raise BadInput(f"the shards in {root / split} have no classes, and those in {root / 'train'} have some")
-    numbers, label_of = all(map(_is_number, trained.words)), {name: label for label, name in enumerate(classes)}
-    found = np.empty(len(own.words), np.int64)
-    for code, word in enumerate(own.words):
-        label = (int(word) if _is_number(word) else NONE) if numbers else label_of.get(word, NONE)
-        if not 0 <= label < len(classes):
-            known = root / CLASSES if (root / CLASSES).is_file() else "the training images"
-            raise BadInput(
-                f"the shards in {root / split} have the class {word!r}, which is none of the {len(classes)} of {known}"
-            )
-        found[code] = label
-    return found[own.codes]
-
-
-def _is_number(word: str) -> bool:
-    return word.isascii() and word.isdigit() and int(word[:10]) < MOST_CLASSES
+    names = Names.of(paths())
+    starts, sizes = np.concatenate(places).T
+    if len(np.unique(np.fromiter(map(hash, names), np.int64, len(names)))) < len(names):  # a set of them would be large
+        name, count = Counter(names).most_common(1)[0]
+        if count > 1:
+            raise BadInput(f"{count} images are called {name!r} in the archives; each needs a name of its own")
+    vocabulary = Names.of(words)
+    return {
+        "text": names.text, "ends": names.ends, "codes": np.concatenate(codes), "archive": np.concatenate(archives),
+        "start": starts.copy(), "size": sizes.copy(), "word_text": vocabulary.text, "word_ends": vocabulary.ends,
+    }  # fmt: skip

@@ -70,10 +70,10 @@ class Archive:
         given: dict[str, bytes] = {}  # what headers say of the member behind them
         while True:
             header = self.read(place, BLOCK) if self._end - place >= BLOCK else b""
+            if len(header) < BLOCK and place == self._start:
+                self._refuse_start()
             if len(header) < BLOCK:
-                self._refuse(
-                    "is torn: it stops before the mark that ends a tar" if place > self._start else "is no tar"
-                )
+                self._refuse("is torn: it stops before the mark that ends a tar")
             if not header.strip(b"\0"):
                 if given:
                     self._refuse("is damaged: a header stands before nothing")
@@ -159,13 +159,7 @@ class Archive:
         if not digits.isdigit() or digits.translate(None, b"01234567") or int(digits, 8) != total:
             if place > self._start:
                 self._refuse(f"is torn or damaged: there is no header at byte {place}, where one belongs")
-            start = header[:6]
-            packer = next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
-            self._refuse(
-                f"is compressed by {packer}, and cannot be read in place: unpack it to a .tar"
-                if packer
-                else "is no tar"
-            )
+            self._refuse_start()
 
     def _check_end(self, place: int) -> None:
         """Behind the mark only zeros may follow; `cat` of two archives has the second there, which no reader would see."""
@@ -183,6 +177,13 @@ class Archive:
         if name.startswith(b"/") or b".." in name.split(b"/"):
             self._refuse(f"holds {_shown(name)}, whose name leads out of the archive")
         return name.decode("utf-8", "surrogateescape").removeprefix("./")
+
+    def _refuse_start(self) -> NoReturn:
+        start = self.read(self._start, min(BLOCK, self._end - self._start))
+        packer = next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
+        self._refuse(
+            f"is compressed by {packer}, and cannot be read in place: unpack it to a .tar" if packer else "is no tar"
+        )
 
     def _refuse(self, what: str) -> NoReturn:
         raise BadInput(f"{self.where} {what}")

@@ -11,7 +11,7 @@ import pytest
 from engine.core.errors import BadInput
 from engine.data import sources
 from engine.data.identity import Identity
-from engine.data.shards import index, manifest
+from engine.data.shards import manifest, webdataset
 from engine.data.subsets import few_per_class, subset
 from tests.data.corpus import HOSTILE, HOSTILE_TARS, encoded, tar_bytes
 
@@ -141,7 +141,7 @@ GOOD = {"1.jpg": ONE, "1.cls": b"a", "2.jpg": TWO, "2.cls": b"b"}
         ({**GOOD, "2.json": b"[" * 60_000}, None, "'2.json', which is no JSON"),
         ({**GOOD, "2.json": b'{"label": "\\ud800"}'}, None, "'2.json', which names no class"),
         ({**GOOD, "2.json": b'{"__path__": 5}'}, None, "'2.json', which names no class or path: '5'"),
-        ({**GOOD, "1.json": b'{"__path__": "a"}', "2.json": b'{"__path__": "a"}'}, None, "one __path__ for several"),
+        ({**GOOD, "1.json": b'{"__path__": "a"}', "2.json": b'{"__path__": "a"}'}, None, "2 images are called 'a'"),
         ({"1.cls": b"a"}, None, "no images in the shards"),
         ({"n01.tar": tar_bytes({"a.jpg": ONE})}, None, "no images in the shards .* imagenet:DIR"),
     ],
@@ -195,8 +195,8 @@ def test_shards_are_listed_once_until_one_changes(tmp_path, monkeypatch):
     path = shard(tmp_path / "0.tar", GOOD)
     shard(tmp_path / "1.tar", {"a.jpg": THREE, "a.cls": b"b"})
     first = images_of(tmp_path)
-    read, listed = index._images, []
-    monkeypatch.setattr(index, "_images", lambda shard, *rest: listed.append(shard) or read(shard, *rest))
+    read, listed = webdataset._images, []
+    monkeypatch.setattr(webdataset, "_images", lambda shard, *rest: listed.append(shard) or read(shard, *rest))
     assert images_of(tmp_path).paths == first.paths and not listed
     status = path.stat()
     path.write_bytes(tar_bytes({"1.jpg": TWO, "1.cls": b"a", "2.jpg": TWO, "2.cls": b"b"}, tarfile.GNU_FORMAT))

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import codebook, evals, export, methods
+from engine import codebook, evals, export, methods, shard
 from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.evals import command_line
@@ -149,9 +149,13 @@ def _export(arguments: Sequence[str]) -> None:
     read(export.Export, arguments)
 
 
+def _shard(arguments: Sequence[str]) -> None:
+    read(shard.Shards, arguments)
+
+
 PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "engine.train": _train, "engine.eval": _eval, "engine.study": _study, "engine.codebook": _codebook,
-    "engine.export": _export,
+    "engine.export": _export, "engine.shard": _shard,
 }  # fmt: skip
 
 
@@ -159,7 +163,16 @@ def _known_flags() -> set[str]:
     """Every flag of every command here, with hyphens, and those that switch one off."""
     benchmarks = [importlib.import_module(f"benchmarks.{name}").Options for name in BENCHMARKS]
     kinds = [
-        ("", kind) for kind in (config.Train, command_line.Eval, study.Flags, codebook.Fit, export.Export, *benchmarks)
+        ("", kind)
+        for kind in (
+            config.Train,
+            command_line.Eval,
+            study.Flags,
+            codebook.Fit,
+            export.Export,
+            shard.Shards,
+            *benchmarks,
+        )
     ]
     kinds += [(f"{name}.", methods.get(name).Settings) for name in methods.names()]
     kinds += [(f"{name}.", evals.protocol(name).Settings) for name in evals.protocols()]

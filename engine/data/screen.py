@@ -61,6 +61,14 @@ def _inspect(file: BinaryIO, decode: bool) -> tuple[tuple[int, int], str]:
         return (width, height), ""
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An opened image in 8-bit RGB: grey is repeated, palettes are looked up, CMYK is converted, alpha is dropped."""
+    if not image.mode.startswith("I"):
+        return image.convert("RGB")
+    grey = np.asarray(image).astype(np.int64) >> 8  # 16 bits, which Pillow would cut off at 255
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
 def inspect_all(
     opened: Callable[[int], BinaryIO], count: int, decode: bool, threads: int
 ) -> tuple[np.ndarray, dict[int, str]]:

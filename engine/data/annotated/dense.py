@@ -19,6 +19,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from engine.core.errors import BadInput
+from engine.data.screen import as_rgb
 from engine.data.sources import ImageSet, usable_cpus
 from engine.data.views import IMAGENET_MEAN, IMAGENET_STD
 
@@ -29,11 +30,7 @@ def read(images: ImageSet, index: int) -> Tensor:
     """uint8 [3, H, W] of one image; grey, palettes, CMYK, alpha and 16 bits become RGB. Raises BadInput for what is no image."""
     try:
         with images.open(index) as file, Image.open(file) as image:
-            if image.mode.startswith("I"):  # 16 bits
-                grey = np.asarray(image).astype(np.int64) >> 8
-                pixels = np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, 2)
-            else:
-                pixels = np.array(image.convert("RGB"))
+            pixels = np.array(as_rgb(image))
     except Exception as error:  # decoders raise anything on hostile bytes; whatever it is, the file is bad
         path = images.root / images.paths[index]
         raise BadInput(f"the image {path} cannot be read: {str(error)[:200] or type(error).__name__}") from error

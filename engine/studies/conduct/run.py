@@ -18,13 +18,13 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from engine.core import dist
 from engine.core.errors import BadInput
+from engine.core.lock import held
 from engine.data.sources import ImageSet
 from engine.studies import Study
 from engine.studies.conduct.command_line import Flags
 from engine.studies.conduct.course import Course
 from engine.studies.conduct.grid import HALF, grid, length
 from engine.studies.conduct.judge import Judge, protocols
-from engine.studies.conduct.lock import locked
 from engine.studies.conduct.report import table, write
 from engine.training.loop import StopRequest
 from engine.training.parts import prepare
@@ -70,7 +70,12 @@ def run(flags: Flags, study: Study, console: Console, again: str) -> int:
     judge = Judge(
         images, protocols(study, images, say), ranks.device, parts.precision, flags.threads or None, flags.data
     )
-    with locked(course.out) as lock, StopRequest() as stop, _threads_of_torch(course.threads):
+    busy = "another study, or a training that one left behind"
+    with (
+        held(course.out, f"--out {course.out}", busy) as lock,
+        StopRequest() as stop,
+        _threads_of_torch(course.threads),
+    ):
         course.look()  # again, now that nobody else can be at it
         _introduce(course, images, say)
         try:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -20,7 +19,7 @@ from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.core.lock import held
 from engine.data.shards.packing import How, Packing
-from engine.data.sources import has_split, open_images, usable_cpus
+from engine.data.sources import has_split, open_images
 
 INTERRUPTED = 130  # what shells give for Ctrl-C
 LINE_EVERY = 60.0  # seconds
@@ -43,7 +42,7 @@ class Shards:
     bad_limit: float = 0.001
     """Largest share of unreadable images that is accepted; they are left out, and listed in manifest.json."""
     threads: int = 0
-    """Shards written at the same time; 0 is one for each core."""
+    """Threads that read and resize; 0 is one for each core, up to 16."""
 
     def check(self) -> None:
         """Raise BadInput for a value that cannot be meant."""
@@ -78,7 +77,7 @@ def run(wanted: Shards) -> None:
         begun = f", of {len(packing.shards):,}" if len(left) < len(packing.shards) else ""
         print(f"packing {images:,} images into {len(left):,} shards{begun} in {folder}", flush=True)
         with _shown(images) as watch:
-            packing.run(wanted.threads or usable_cpus(), watch)
+            packing.run(wanted.threads or None, watch)
     size = sum((folder / shard.name).stat().st_size for shard in packing.shards) / 2**30
     taken = time.monotonic() - started
     print(
@@ -89,23 +88,22 @@ def run(wanted: Shards) -> None:
 
 
 @contextmanager
-def _shown(total: int) -> Iterator[Callable[[int], None]]:
+def _shown(total: int) -> Iterator[Callable[[], None]]:
     """Gives what is to be told of images that are done: in a terminal it moves a bar, else it says every minute how far it is."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     started = said = time.monotonic()
-    done, lock = 0, Lock()
+    done = 0
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("packing", total=total)
 
-        def watch(count: int) -> None:
+        def watch() -> None:
             nonlocal said, done
-            progress.advance(bar, count)
-            with lock:
-                done, now = done + count, time.monotonic()
-                if console.is_terminal or now - said < LINE_EVERY:
-                    return
-                said = now
+            progress.advance(bar)
+            done, now = done + 1, time.monotonic()
+            if console.is_terminal or now - said < LINE_EVERY:
+                return
+            said = now
             left = (now - started) * (total - done) / done
             print(f"{done:,} of {total:,} images, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 

@@ -68,10 +68,10 @@ def test_a_full_disk_is_said_and_the_command_goes_on_afterwards(tmp_path, monkey
     folder, out = folder_of_images(tmp_path / "folder"), tmp_path / "out"
     write = shard.Packing._fill
 
-    def full(self, path, wanted, *rest):
+    def full(self, wanted, *rest):
         if wanted.first == 3:
             raise OSError(28, "No space left on device")
-        write(self, path, wanted, *rest)
+        write(self, wanted, *rest)
 
     command = [str(folder), str(out), "--images-per-shard", "3", "--threads", "1"]
     with monkeypatch.context() as patch:
@@ -95,7 +95,7 @@ def test_without_a_terminal_it_says_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr(shard, "LINE_EVERY", 0.0)
     with shard._shown(4) as watch:
         for _ in range(4):
-            watch(1)
+            watch()
     lines = capsys.readouterr().err.splitlines()
     assert [line.partition(" images, ")[0] for line in lines] == [f"{done} of 4" for done in (1, 2, 3, 4)]
     assert lines[-1].endswith("0 min left")

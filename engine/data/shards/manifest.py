@@ -22,7 +22,11 @@ def load(folder: Path) -> dict[str, Any] | None:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError):  # somebody else's, of whatever kind
         return None
-    return content if isinstance(content, dict) and content.get("format") == FORMAT else None
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        return None
+    if not all(isinstance(content.get(key), dict) for key in ("shards", "left_out")):
+        raise BadInput(f"{path} is damaged: remove {folder}, and pack again")
+    return content
 
 
 def save(folder: Path, content: dict[str, Any]) -> None:
@@ -36,12 +40,11 @@ def check_whole(folder: Path) -> None:
     content = load(folder)
     if content is None:
         return
-    shards = content.get("shards")
-    if not content.get("complete") or not isinstance(shards, dict):
+    if not content.get("complete"):
         raise BadInput(
             f"{folder} was not packed to its end: give the same command of engine.shard again, and it goes on"
         )
-    for name, size in shards.items():
+    for name, size in content["shards"].items():
         try:
             found = (folder / name).stat().st_size
         except OSError as error:

@@ -15,17 +15,17 @@ import io
 import json
 import os
 import tarfile
-from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from threading import Event
 
 import numpy as np
 from PIL import Image
 
 from engine.core.durable import write_file
 from engine.core.errors import BadInput
+from engine.data.ahead import loaded
 from engine.data.identity import Identity
 from engine.data.screen import FORMATS, as_rgb
 from engine.data.shards import manifest
@@ -62,10 +62,6 @@ class Shard:
     ids: np.ndarray
 
 
-class Stopped(Exception):
-    """Packing was stopped from outside."""
-
-
 class Packing:
     """Images on their way into a folder.
 
@@ -79,7 +75,6 @@ class Packing:
 
     def __init__(self, splits: Mapping[str, ImageSet], folder: Path, how: How):
         self.splits, self.folder, self.how = splits, folder, how
-        self._stop = Event()
         classes = splits["train"].classes
         if odd := [name for name in classes or () if "\n" in name or name.endswith("\r")]:
             raise BadInput(
@@ -108,37 +103,35 @@ class Packing:
         """(path, reason) of the images that are not packed."""
         return [tuple(entry) for entries in self._content["left_out"].values() for entry in entries]
 
-    def run(self, threads: int, watch: Callable[[int], object]) -> None:
-        """Writes what is left, a shard a thread. `watch` is told of every image, from any thread.
+    def run(self, threads: int | None, watch: Callable[[], object]) -> None:
+        """Writes what is left, shard by shard; threads read and resize ahead. `watch` is called after every image.
 
         Raises:
             BadInput: the folder cannot be written, or too many images turn out unreadable.
         """
+        left = self.left
+        wanted = ((shard.split, index) for shard in left for index in shard.ids.tolist())
+        made = loaded(self._packed, wanted, threads)
         try:
             self._begin()
-            with ThreadPoolExecutor(threads) as pool:
-                waiting = {pool.submit(self._write, shard, watch): shard for shard in self.left}
-                try:
-                    for done in as_completed(waiting):
-                        self._note(waiting.pop(done), done.result())
-                        self._check_left_out()
-                finally:
-                    self._stop.set()
-                    pool.shutdown(cancel_futures=True)
-                    for done, shard in waiting.items():  # what became whole meanwhile
-                        if not done.cancelled() and done.exception() is None:
-                            self._note(shard, done.result())
+            for shard in left:
+                left_out: list[tuple[str, str]] = []
+                write_file(self.folder / shard.name, partial(self._fill, shard, made, left_out, watch))
+                self._note(shard, left_out)
             manifest.save(self.folder, self._content | {"complete": True})
         except OSError as error:
             raise BadInput(
                 f"{self.folder} cannot be written ({error.strerror}): make room, and give the command again"
             ) from error
+        finally:
+            made.close()
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         for path in self.folder.glob("*/.*.tar"):  # by a process that was killed
             path.unlink()
-        manifest.save(self.folder, self._content | {"complete": False})
+        self._content["complete"] = False
+        manifest.save(self.folder, self._content)
         if classes := self.splits["train"].classes:
             text = "".join(f"{name}\n" for name in classes).encode("utf-8", "surrogateescape")
             write_file(self.folder / CLASSES, lambda path: path.write_bytes(text))
@@ -156,43 +149,46 @@ class Packing:
         except OSError:
             return False
 
-    def _write(self, shard: Shard, watch: Callable[[int], object]) -> list[tuple[str, str]]:
-        """Writes a shard; returns what had to be left out of it."""
-        left_out: list[tuple[str, str]] = []
-        write_file(self.folder / shard.name, lambda path: self._fill(path, shard, left_out, watch))
-        return left_out
+    def _packed(self, image: tuple[str, int]) -> tuple[str, bytes] | str:
+        """Of a split's image, what `packed` makes of it; or the reason why it is left out."""
+        split, index = image
+        try:
+            return packed(self.splits[split].read(index).tobytes(), self.how)
+        except Exception as error:  # decoders raise anything on hostile bytes; whatever it is, the image is bad
+            return f"unreadable: {getattr(error, 'strerror', None) or error or type(error).__name__}"[:200]
 
-    def _fill(self, path: Path, shard: Shard, left_out: list[tuple[str, str]], watch: Callable[[int], object]) -> None:
+    def _fill(
+        self,
+        shard: Shard,
+        made: Iterator[tuple[str, bytes] | str],
+        left_out: list[tuple[str, str]],
+        watch: Callable[[], object],
+        path: Path,
+    ) -> None:
         images = self.splits[shard.split]
         with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
             for number, index in enumerate(shard.ids.tolist(), shard.first):
-                if self._stop.is_set():
-                    raise Stopped
-                try:
-                    suffix, content = packed(images.read(index).tobytes(), self.how)
-                except Exception as error:  # decoders raise anything on hostile bytes; whatever it is, the image is bad
-                    reason = f"unreadable: {getattr(error, 'strerror', None) or error or type(error).__name__}"
-                    left_out.append((images.paths[index], reason[:200]))
-                else:
-                    said: dict[str, object] = {PATH_KEY: images.paths[index]}
-                    if images.labels is not None:
-                        label = int(images.labels[index])
-                        _add(tar, f"{number:09d}.cls", str(label).encode())
-                        said = {"cls": label, **said}
-                    _add(tar, f"{number:09d}.json", json.dumps(said).encode())
-                    _add(tar, f"{number:09d}.{suffix}", content)
-                watch(1)
+                found = next(made)
+                watch()
+                if isinstance(found, str):
+                    left_out.append((images.paths[index], found))
+                    continue
+                said: dict[str, object] = {PATH_KEY: images.paths[index]}
+                if images.labels is not None:
+                    label = int(images.labels[index])
+                    _add(tar, f"{number:09d}.cls", str(label).encode())
+                    said = {"cls": label, **said}
+                _add(tar, f"{number:09d}.json", json.dumps(said).encode())
+                _add(tar, f"{number:09d}.{found[0]}", found[1])
 
     def _note(self, shard: Shard, left_out: list[tuple[str, str]]) -> None:
+        """Notes a shard that is there. Raises BadInput where too much had to be left out."""
         known = self._content["left_out"][shard.split]
         known += [list(entry) for entry in left_out if list(entry) not in known]
         self._content["shards"][shard.name] = (self.folder / shard.name).stat().st_size
-        manifest.save(self.folder, self._content | {"complete": False})
-
-    def _check_left_out(self) -> None:
-        for split, images in self.splits.items():
-            left_out = tuple(map(tuple, self._content["left_out"][split]))
-            check_bad(left_out, len(images), images.bad_limit, self.folder / manifest.NAME)
+        manifest.save(self.folder, self._content)
+        images = self.splits[shard.split]
+        check_bad(tuple(map(tuple, known)), len(images), images.bad_limit, self.folder / manifest.NAME)
 
 
 def packed(content: bytes, how: How) -> tuple[str, bytes]:

@@ -35,7 +35,7 @@ def opened(source: Path, **options) -> dict[str, sources.ImageSet]:
 
 def pack(source: Path | dict, out: Path, threads: int = 2, **how) -> Packing:
     packing = Packing(source if isinstance(source, dict) else opened(source), out, How(**how))
-    packing.run(threads, lambda count: None)
+    packing.run(threads, lambda: None)
     return packing
 
 
@@ -116,15 +116,15 @@ def test_packing_goes_on_where_it_was_stopped(folder, tmp_path):
     pack(folder, tmp_path / "whole", images_per_shard=3)
     packing, seen = Packing(opened(folder), tmp_path / "out", How(images_per_shard=3)), []
 
-    def stop(count: int) -> None:
-        seen.append(count)
+    def stop() -> None:
+        seen.append(1)
         if len(seen) == 8:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         packing.run(1, stop)
     there = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*.tar")}
-    assert there == json.loads((tmp_path / "out/manifest.json").read_text())["shards"].keys() and 2 <= len(there) < 8
+    assert there == json.loads((tmp_path / "out/manifest.json").read_text())["shards"].keys() and len(there) == 2
     with pytest.raises(BadInput, match="was not packed to its end"):
         sources.open_images(tmp_path / "out", "train")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/train").iterdir()}

@@ -212,15 +212,18 @@ def test_a_folder_that_was_not_packed_to_its_end_is_refused(tmp_path):
     path = shard(tmp_path / "train/0.tar", GOOD)
     (tmp_path / "manifest.json").write_text('{"of": "somebody else"}')
     assert len(images_of(tmp_path)) == 2
-    manifest.save(tmp_path, {"complete": False, "shards": {}})
+    manifest.save(tmp_path, {"complete": True, "shards": []})
+    with pytest.raises(BadInput, match=r"manifest\.json is damaged"):
+        images_of(tmp_path)
+    manifest.save(tmp_path, {"complete": False, "shards": {}, "left_out": {}})
     with pytest.raises(BadInput, match="was not packed to its end"):
         images_of(tmp_path)
-    manifest.save(tmp_path, {"complete": True, "shards": {"train/0.tar": path.stat().st_size}})
+    manifest.save(tmp_path, {"complete": True, "shards": {"train/0.tar": path.stat().st_size}, "left_out": {}})
     assert len(images_of(tmp_path)) == 2
     for name, size, sentence in (
         ("train/0.tar", 1, "bytes, and manifest.json there says 1"),
         ("train/1.tar", 1, "is missing"),
     ):
-        manifest.save(tmp_path, {"complete": True, "shards": {name: size}})
+        manifest.save(tmp_path, {"complete": True, "shards": {name: size}, "left_out": {}})
         with pytest.raises(BadInput, match=sentence):
             images_of(tmp_path)

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional
@@ -29,9 +31,9 @@ LINE_EVERY = 60.0  # seconds
 class Shards:
     """Pack images into tar shards that are read in place of the folder. Given again, it goes on where it was stopped."""
 
-    data: Positional[str] = ""
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")] = ""
     """What to pack, as --data of engine.train: a folder, digits, NAME:DIR, or shards."""
-    out: Positional[str] = ""
+    out: Annotated[Positional[str], tyro.conf.arg(metavar="OUT")] = ""
     """The folder to write: new, empty, or begun by this very command."""
     short: int = 0
     """Resize images whose short side is longer than this many pixels, and store them as JPEGs; 0 keeps every image as it is."""

@@ -184,8 +184,8 @@ def _locate(source: str | Path | None) -> Path:
     root = Path(source).expanduser()
     if not root.is_dir():
         raise BadInput(
-            f"{source} is no folder: give a folder of images, 'digits' or 'scenes' (the embedded sets), 'synthetic', or NAME:DIR "
-            f"with NAME one of {', '.join(archives.NAMES)}"
+            f"{source} is no folder: give a folder of images or of tar shards, 'digits' or 'scenes' (the embedded sets), "
+            f"'synthetic', or NAME:DIR with NAME one of {', '.join(archives.NAMES)}"
         )
     if (root / "val").is_dir() and not (root / "train").is_dir():
         raise BadInput(f"{root} has a folder val/ but no train/, which names the classes")

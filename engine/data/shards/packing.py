@@ -110,6 +110,8 @@ class Packing:
             BadInput: the folder cannot be written, or too many images turn out unreadable.
         """
         left = self.left
+        if not left and self._content["complete"]:
+            return
         wanted = ((shard.split, index) for shard in left for index in shard.ids.tolist())
         made = loaded(self._packed, wanted, threads)
         try:

@@ -47,15 +47,17 @@ THREADS = 16
 
 def holds_shards(folder: Path) -> bool:
     """Whether this folder's images are in .tar files: it has some, and neither folders nor images beside them."""
+    found = False
     try:
         with os.scandir(folder) as entries:
-            there = [entry for entry in entries if not entry.name.startswith(".")]
-            names = [entry.name.lower() for entry in there]
-            return any(name.endswith((SUFFIX, *COMPRESSED)) for name in names) and not any(
-                name.endswith(screen.SUFFIXES) or entry.is_dir() for name, entry in zip(names, there, strict=True)
-            )
+            for entry in entries:
+                name = entry.name.lower()
+                if not name.startswith(".") and (name.endswith(screen.SUFFIXES) or entry.is_dir()):
+                    return False  # at the first one: there may be a million
+                found |= not name.startswith(".") and name.endswith((SUFFIX, *COMPRESSED))
     except OSError as error:
         raise BadInput(f"the folder {folder} cannot be read: {error.strerror}") from error
+    return found
 
 
 def of_shards(root: Path, split: str) -> Listing:

@@ -136,6 +136,9 @@ def test_packing_goes_on_where_it_was_stopped(folder, tmp_path):
         name: data for name, data in out.items() if name != "manifest.json"
     }
     assert json.loads(whole["manifest.json"]) == json.loads(out["manifest.json"])
+    time = (tmp_path / "out/manifest.json").stat().st_mtime_ns
+    pack(folder, tmp_path / "out", images_per_shard=3)
+    assert (tmp_path / "out/manifest.json").stat().st_mtime_ns == time, "nothing is touched where nothing is left to do"
     (tmp_path / "out/train/00001.tar").write_bytes(b"cut off")
     pack(folder, tmp_path / "out", images_per_shard=3)
     assert content(tmp_path / "out")["train/00001.tar"] == whole["train/00001.tar"]

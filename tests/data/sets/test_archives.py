@@ -481,7 +481,8 @@ def test_a_matlab_file_that_declares_more_than_it_holds_is_refused_unread(tmp_pa
         ("cifar10:/no/such", "cifar10:/no/such names no folder"),
         (
             "cifar11:/data",
-            "cifar11:/data is no folder: give a folder of images, 'digits' or 'scenes' (the embedded sets), 'synthetic', or "
+            "cifar11:/data is no folder: give a folder of images or of tar shards, "
+            "'digits' or 'scenes' (the embedded sets), 'synthetic', or "
             "NAME:DIR with NAME one of",
         ),
         ("imagenet100:EMPTY", "EMPTY has no list of the 100 classes"),

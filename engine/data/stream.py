@@ -12,7 +12,7 @@ from nvidia.dali.data_node import DataNode
 from engine.data import screen
 from engine.data.batch import Batch
 from engine.data.encoded import ByName, Plan, ReadAhead, source
-from engine.data.graph import Graph, decode
+from engine.data.graph import Graph, decode, with_header
 from engine.data.sources import ImageSet, check_bad, substitutes, usable_cpus
 
 MAX_THREADS = 16
@@ -104,7 +104,7 @@ class Stream:
 
         def define() -> tuple[DataNode, ...]:
             images, *given = fn.external_source(give, num_outputs=1 + len(names), batch=True)
-            return self._graph(read.encoded(images), dict(zip(names, given)), self._decoder)
+            return self._graph(with_header(read.encoded(images)), dict(zip(names, given)), self._decoder)
 
         pipeline = pipeline_def(define, enable_conditionals=self._branches)(
             batch_size=self._batch,
@@ -152,6 +152,6 @@ class Stream:
 def _one_file_pipeline(device_id: int | None, decoder: str) -> Pipeline:
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True)
     with pipeline:
-        pipeline.set_outputs(decode(fn.external_source(name="encoded"), decoder))
+        pipeline.set_outputs(decode(with_header(fn.external_source(name="encoded")), decoder))
     pipeline.build()
     return pipeline

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from engine import codebook, evals, export, methods, plan, replay
+from engine import codebook, evals, export, methods, plan, replay, shard
 from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.evals import command_line
@@ -153,28 +153,21 @@ def _export(arguments: Sequence[str]) -> None:
     read(export.Export, arguments)
 
 
+def _shard(arguments: Sequence[str]) -> None:
+    read(shard.Shards, arguments)
+
+
 PARSERS: dict[str, Callable[[Sequence[str]], None]] = {
     "engine.train": _train, "engine.eval": _eval, "engine.study": _study, "engine.codebook": _codebook,
-    "engine.export": _export, "engine.plan": plan.parse, "engine.replay": _replay,
+    "engine.export": _export, "engine.plan": plan.parse, "engine.replay": _replay, "engine.shard": _shard,
 }  # fmt: skip
 
 
 def _known_flags() -> set[str]:
     """Every flag of every command here, with hyphens, and those that switch one off."""
     benchmarks = [importlib.import_module(f"benchmarks.{name}").Options for name in BENCHMARKS]
-    kinds = [
-        ("", kind)
-        for kind in (
-            config.Train,
-            command_line.Eval,
-            study.Flags,
-            codebook.Fit,
-            export.Export,
-            plan.Flags,
-            replay.Replay,
-            *benchmarks,
-        )
-    ]
+    commands = (config.Train, command_line.Eval, study.Flags, codebook.Fit, export.Export, plan.Flags, replay.Replay)
+    kinds = [("", kind) for kind in (*commands, shard.Shards, *benchmarks)]
     kinds += [(f"{name}.", methods.get(name).Settings) for name in methods.names()]
     kinds += [(f"{name}.", evals.protocol(name).Settings) for name in evals.protocols()]
     named = {(prefix, field.name) for prefix, kind in kinds for field in settings_of(kind)}

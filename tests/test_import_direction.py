@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train", "eval", "study", "plan", "replay", "codebook", "export"}
+COMMANDS = {"train", "eval", "study", "plan", "replay", "codebook", "export", "shard"}
 # From the commands down to the kernels; a room may use those below it, not those beside it.
 FLOORS = [
     COMMANDS,

@@ -36,6 +36,14 @@ Inputs = Mapping[str, np.ndarray]  # by name, one row per image
 Graph = Callable[[DataNode, Mapping[str, DataNode], str], tuple[DataNode, ...]]
 
 
+def with_header(encoded: DataNode) -> DataNode:
+    """The same bytes, of which no decoder hears before the headers of the whole batch were read. Else DALI 2.4 ends the process
+    (SIGSEGV) where a batch has images and something that is none; so it is an error like others.
+    """
+    nothing = 0 * fn.cast(fn.peek_image_shape(encoded)[0], dtype=types.INT32)
+    return fn.reinterpret(encoded, shape=fn.stack(fn.cast(encoded.shape()[0], dtype=types.INT32) + nothing))
+
+
 def decode(encoded: DataNode, decoder: str) -> DataNode:
     """The whole image, uint8 RGB, HWC."""
     return fn.decoders.image(encoded, device=decoder, output_type=types.RGB, adjust_orientation=False)

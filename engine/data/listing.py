@@ -1,11 +1,16 @@
 """Which files a split has, with their classes, before any of them is looked at; and how image folders are listed.
 
 A `Listing` is all that a kind of data set has to give; screening, substitutes and labels follow from it in `engine.data.sources`.
+
+A folder is walked at every start: only the sizes and times of its files tell of one that was written anew in place (the time of
+the folder doesn't), and what screening knows of a file holds for that size and time only. Shards, whose few files say the same
+for all images in them, are listed once (`engine.data.shards.index`).
 """
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +18,8 @@ import numpy as np
 
 from engine.core.errors import BadInput
 from engine.data import screen
+from engine.data.names import Names
+from engine.data.stored import Ranges, Stored
 
 ACCEPTED = ", ".join(suffix[1:] for suffix in screen.SUFFIXES)
 
@@ -26,27 +33,59 @@ class File(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Listing:
-    """The n files of a split.
+class Listing(Stored):
+    """The n images of a split.
 
     Attributes:
         root: folder that the paths are relative to.
-        files: in the order of their ids.
+        paths: in the order of their ids.
+        sizes, modified: int64 [n], as of `File`; of an image in a larger file, the modification time of that.
         labels: int64 [n], or None where the set has no classes.
         classes: names, the label is the index; or None.
+        ranges: where images that are no files lie; or None.
     """
 
     root: Path
-    files: list[File]
+    paths: Names
+    sizes: np.ndarray
+    modified: np.ndarray
     labels: np.ndarray | None = None
     classes: tuple[str, ...] | None = None
+    ranges: Ranges | None = None
 
     @classmethod
-    def of_classes(cls, root: Path, members: Sequence[tuple[str, Sequence[File]]], classes: Sequence[str]) -> "Listing":
+    def of(
+        cls,
+        root: Path,
+        files: Iterable[File],
+        labels: np.ndarray | None = None,
+        classes: tuple[str, ...] | None = None,
+    ) -> "Listing":
+        """From files, which are gone through once and not kept."""
+        sizes, modified = array("q"), array("q")
+
+        def paths() -> Iterator[str]:
+            for path, size, time in files:
+                sizes.append(size)
+                modified.append(time)
+                yield path
+
+        names = Names.of(paths())
+        return cls(root, names, np.array(sizes, np.int64), np.array(modified, np.int64), labels, classes)
+
+    @classmethod
+    def of_classes(cls, root: Path, members: Iterable[tuple[str, Iterable[File]]], classes: Sequence[str]) -> "Listing":
         """From (class, its files), in order."""
-        index = {name: label for label, name in enumerate(classes)}
-        labels = [index[name] for name, files in members for _ in files]
-        return cls(root, [file for _, files in members for file in files], np.array(labels, np.int64), tuple(classes))
+        index, labels = {name: label for label, name in enumerate(classes)}, array("q")
+
+        def files() -> Iterator[File]:
+            for name, within in members:
+                for file in within:
+                    labels.append(index[name])
+                    yield file
+
+        found = cls.of(root, files())
+        return replace(found, labels=np.array(labels, np.int64), classes=tuple(classes))
 
 
 def is_flat(root: Path) -> bool:
@@ -61,16 +100,15 @@ def of_folder(root: Path, split: str) -> Listing:
         BadInput: no images, an empty class, a class in val that train lacks, or an unreadable folder.
     """
     if is_flat(root):
-        files = list(walk(root, ""))
-        if not files:
+        found = Listing.of(root, walk(root, ""))
+        if not len(found.paths):
             raise BadInput(f"no images in {root}: the accepted files are {ACCEPTED}")
-        return Listing(root, files)
+        return found
     classes = class_names(root, "train")
     if (root / "val").is_dir() and (unknown := sorted(set(class_names(root, "val")) - set(classes))):
         raise BadInput(f"{root / 'val'} has the class {unknown[0]!r} that {root / 'train'} has not")
-    return Listing.of_classes(
-        root, [(name, in_class(root, f"{split}/{name}")) for name in class_names(root, split)], classes
-    )
+    members = ((name, in_class(root, f"{split}/{name}")) for name in class_names(root, split))
+    return Listing.of_classes(root, members, classes)
 
 
 def class_names(root: Path, split: str) -> tuple[str, ...]:

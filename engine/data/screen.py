@@ -6,9 +6,10 @@ images above 64 megapixels, which are never decoded. A decode look also finds tr
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -17,33 +18,20 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF")
 MAX_PIXELS = 64_000_000
 DECODED_UP_TO = 50_000  # images; for more, a full decode costs minutes, and what it would find is mended in training
+PART = 64  # images that a thread takes at a time
 TIFF_WIDTH, TIFF_HEIGHT = 256, 257
 TIFF_MODES = ("L", "P", "RGB", "RGBA", "CMYK", "I;16", "I;16B")  # what the decoder of the pipeline takes, too
 
 
-def inspect(path: str | Path, decode: bool) -> tuple[tuple[int, int], str]:
-    """Looks at one file. Returns ((width, height) in pixels as stored, "") or ((0, 0), the reason to refuse it).
+def inspect(opened: Callable[[], BinaryIO], decode: bool) -> tuple[tuple[int, int], str]:
+    """Looks at the file that `opened` gives. Returns ((width, height) in pixels as stored, "") or ((0, 0), the reason to refuse
+    it).
 
     The EXIF orientation is left alone, here and in the pipeline.
     """
     try:
-        if os.path.getsize(path) == 0:
-            return (0, 0), "empty file"
-        with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if image.format == "TIFF":  # Pillow swaps the sides of a rotated TIFF, the pipeline does not
-                width, height = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
-                if image.mode not in TIFF_MODES:
-                    return (0, 0), f"TIFF of pixel type {image.mode}"
-            if width * height > MAX_PIXELS:
-                return (0, 0), f"{width}x{height} pixels, above the limit of {MAX_PIXELS / 1e6:.0f} megapixels"
-            # a JPEG with further pictures behind the first (format MPO) is one picture to every decoder
-            if image.format in ("PNG", "WEBP", "TIFF") and (frames := getattr(image, "n_frames", 1)) > 1:
-                return (0, 0), f"animated or multi-page ({frames} frames)"
-            if decode:
-                image.draft(image.mode, (1, 1))  # JPEG: reads all the data, but computes an eighth of the pixels
-                image.load()
-            return (width, height), ""
+        with opened() as file:
+            return _inspect(file, decode)
     except Image.DecompressionBombError:
         return (0, 0), f"above the limit of {MAX_PIXELS / 1e6:.0f} megapixels"
     except UnidentifiedImageError:
@@ -52,12 +40,53 @@ def inspect(path: str | Path, decode: bool) -> tuple[tuple[int, int], str]:
         return (0, 0), f"unreadable: {getattr(error, 'strerror', None) or error or type(error).__name__}"
 
 
-def inspect_all(root: Path, paths: Sequence[str], decode: bool, threads: int) -> tuple[np.ndarray, dict[int, str]]:
-    """Looks at every file. Returns sizes int32 [n, 2] (width, height; 0 where bad) and {index: reason} of the bad."""
+def _inspect(file: BinaryIO, decode: bool) -> tuple[tuple[int, int], str]:
+    if file.seek(0, os.SEEK_END) == 0:
+        return (0, 0), "empty file"
+    file.seek(0)
+    with Image.open(file, formats=FORMATS) as image:
+        width, height = image.size
+        if image.format == "TIFF":  # Pillow swaps the sides of a rotated TIFF, the pipeline does not
+            width, height = image.tag_v2[TIFF_WIDTH], image.tag_v2[TIFF_HEIGHT]
+            if image.mode not in TIFF_MODES:
+                return (0, 0), f"TIFF of pixel type {image.mode}"
+        if width * height > MAX_PIXELS:
+            return (0, 0), f"{width}x{height} pixels, above the limit of {MAX_PIXELS / 1e6:.0f} megapixels"
+        # a JPEG with further pictures behind the first (format MPO) is one picture to every decoder
+        if image.format in ("PNG", "WEBP", "TIFF") and (frames := getattr(image, "n_frames", 1)) > 1:
+            return (0, 0), f"animated or multi-page ({frames} frames)"
+        if decode:
+            image.draft(image.mode, (1, 1))  # JPEG: reads all the data, but computes an eighth of the pixels
+            image.load()
+        return (width, height), ""
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An opened image in 8-bit RGB: grey is repeated, palettes are looked up, CMYK is converted, alpha is dropped."""
+    if not image.mode.startswith("I"):
+        return image.convert("RGB")
+    grey = np.asarray(image).astype(np.int64) >> 8  # 16 bits, which Pillow would cut off at 255
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def inspect_all(
+    opened: Callable[[int], BinaryIO], count: int, decode: bool, threads: int
+) -> tuple[np.ndarray, dict[int, str]]:
+    """Looks at `count` files, which `opened` gives by index.
+
+    Returns:
+        sizes int32 [count, 2] (width, height; 0 where bad), and {index: reason} of the bad.
+    """
     Image.init()  # the plug-ins register themselves once, before threads ask for them
-    prefix = str(root) + os.sep
+    sizes, reasons = np.zeros((count, 2), np.int32), {}
+
+    def look(part: int) -> None:
+        for index in range(part, min(part + PART, count)):
+            sizes[index], reason = inspect(partial(opened, index), decode)
+            if reason:
+                reasons[index] = reason
+
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")  # Pillow's remarks on odd files: the verdict says what matters
-        verdicts = list(pool.map(lambda path: inspect(prefix + path, decode), paths))
-    sizes = np.array([size for size, _ in verdicts], np.int32).reshape(-1, 2)
-    return sizes, {index: reason for index, (_, reason) in enumerate(verdicts) if reason}
+        list(pool.map(look, range(0, count, PART)))
+    return sizes, dict(sorted(reasons.items()))

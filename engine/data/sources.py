@@ -1,7 +1,8 @@
 """Which images there are: lists a source, screens it once, and says what is read in place of a bad file.
 
-Image folders are listed by `engine.data.listing`, published sets by `engine.data.sets.archives`. Sets with objects have
-readers of their own, `engine.data.annotated.coco` and `engine.data.annotated.voc`, which are screened here, too.
+Image folders are listed by `engine.data.listing`, tar shards by `engine.data.shards.webdataset`, published sets by
+`engine.data.sets.archives`. Sets with objects have readers of their own,
+`engine.data.annotated.coco` and `engine.data.annotated.voc`, which are screened here, too.
 """
 
 import hashlib
@@ -16,17 +17,19 @@ import numpy as np
 
 from engine.core.errors import BadInput
 from engine.data import cache, listing, screen
-from engine.data.listing import File, Listing
+from engine.data.listing import Listing
 from engine.data.sets import archives, digits, scenes, synthetic
+from engine.data.shards.webdataset import holds_shards, of_shards
+from engine.data.stored import Ranges, Stored
 
-SCREEN_VERSION = 1  # rises when screening judges differently, so that old verdicts are not reused
+SCREEN_VERSION = 2  # rises when screening judges differently, so that old verdicts are not reused
 BAD_LIMIT = 0.001
 SHOWN = 3
 EMBEDDED = ("", "digits", "scenes")
 
 
 @dataclass(frozen=True)
-class ImageSet:
+class ImageSet(Stored):
     """A listed and screened set of n image files; an image's id is its place in the list.
 
     Attributes:
@@ -39,6 +42,7 @@ class ImageSet:
         substitute: int64 [n], the id that is read for each id: itself, or for a bad file the next good one, cyclically.
         bad: (path, reason) of every bad file, in order.
         bad_limit: fraction of bad files above which work stops, also counting those found while training.
+        ranges: where the images lie that are no files of their own, but parts of shards; or None.
     """
 
     root: Path
@@ -50,6 +54,7 @@ class ImageSet:
     substitute: np.ndarray
     bad: tuple[tuple[str, str], ...] = ()
     bad_limit: float = BAD_LIMIT
+    ranges: Ranges | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -77,8 +82,9 @@ def open_images(
         source: None or "digits" for the embedded set with classes, "scenes" for the training images of the one with objects,
             without labels; "synthetic" or "synthetic:N" for images that are made (`engine.data.made`); NAME:DIR for a published
             set that lies in DIR (`engine.data.sets.archives` says which); else a folder: train/CLASS/* and val/CLASS/* (images
-            may lie deeper), or any folder of images without labels, searched with its subfolders. Files of other suffixes than
-            jpg, jpeg, png, webp, bmp, tif and tiff are passed over, and so are hidden ones.
+            may lie deeper), or any folder of images without labels, searched with its subfolders, or tar shards
+            (`engine.data.shards.webdataset` says how they lie). Files of other suffixes than jpg, jpeg, png, webp, bmp, tif and
+            tiff are passed over, and so are hidden ones.
         split: which part; a folder without train/ and val/ has "train" only.
         bad_limit: fraction of unreadable files above which this refuses.
         screening: "decode" reads all pixels, "header" only headers; "auto" decodes up to 50,000 images. The verdicts
@@ -103,14 +109,25 @@ def of_listing(
     listed: Listing, split: str, bad_limit: float = BAD_LIMIT, screening: Literal["auto", "header", "decode"] = "auto"
 ) -> ImageSet:
     """Screens listed files; arguments as for `open_images`, any name for a split. Raises BadInput if too many are bad."""
-    paths = [file.path for file in listed.files]
+    paths = listed.paths
     decode = screening == "decode" or (screening == "auto" and len(paths) <= screen.DECODED_UP_TO)
-    sizes, reasons, ledger = _screen(listed.root, listed.files, decode)
+    sizes, reasons, ledger = _screen(listed, decode)
     bad = tuple((paths[index], reason) for index, reason in reasons.items())
     check_bad(bad, len(paths), bad_limit, ledger)
     good = np.ones(len(paths), bool)
     good[list(reasons)] = False
-    return ImageSet(listed.root, split, paths, listed.labels, listed.classes, sizes, substitutes(good), bad, bad_limit)
+    return ImageSet(
+        listed.root,
+        split,
+        paths,
+        listed.labels,
+        listed.classes,
+        sizes,
+        substitutes(good),
+        bad,
+        bad_limit,
+        listed.ranges,
+    )
 
 
 def _synthetic(count: int, split: str) -> ImageSet:
@@ -137,8 +154,7 @@ def has_split(source: str | Path | None, split: Literal["train", "val"]) -> bool
     if synthetic.named(source):
         return split == "train"
     if chosen := archives.named(source):
-        archives.check(*chosen)
-        return True
+        return archives.has_split(*chosen, split)
     root = _locate(source)
     return split == "train" if listing.is_flat(root) else (root / split).is_dir()
 
@@ -168,8 +184,8 @@ def _locate(source: str | Path | None) -> Path:
     root = Path(source).expanduser()
     if not root.is_dir():
         raise BadInput(
-            f"{source} is no folder: give a folder of images, 'digits' or 'scenes' (the embedded sets), 'synthetic', or NAME:DIR "
-            f"with NAME one of {', '.join(archives.NAMES)}"
+            f"{source} is no folder: give a folder of images or of tar shards, 'digits' or 'scenes' (the embedded sets), "
+            f"'synthetic', or NAME:DIR with NAME one of {', '.join(archives.NAMES)}"
         )
     if (root / "val").is_dir() and not (root / "train").is_dir():
         raise BadInput(f"{root} has a folder val/ but no train/, which names the classes")
@@ -182,19 +198,25 @@ def _list(source: str | Path | None, split: Literal["train", "val"]) -> Listing:
     root = _locate(source)
     if not has_split(source, split):
         raise BadInput(f"{root} has no {split} split: it needs a folder {split}/ with one folder of images per class")
+    if holds_shards(root if listing.is_flat(root) else root / "train"):
+        return of_shards(root, split)
     return listing.of_folder(root, split)
 
 
-def _screen(root: Path, files: list[File], decode: bool) -> tuple[np.ndarray, dict[int, str], Path]:
+def _screen(listed: Listing, decode: bool) -> tuple[np.ndarray, dict[int, str], Path]:
     """Sizes, {index: reason} and the ledger file; from the cache if these very files were screened before."""
-    key = hashlib.blake2b(f"{SCREEN_VERSION}\0{decode}\0{root}\0".encode("utf-8", "surrogateescape"), digest_size=16)
-    key.update("\0".join(f"{path}\0{size}\0{time}" for path, size, time in files).encode("utf-8", "surrogateescape"))
+    paths = listed.paths
+    key = hashlib.blake2b(
+        f"{SCREEN_VERSION}\0{decode}\0{listed.root}\0".encode("utf-8", "surrogateescape"), digest_size=16
+    )
+    for column in (paths.ends, paths.text, listed.sizes, listed.modified):
+        key.update(column)
     verdicts = cache.folder() / "screened" / f"{key.hexdigest()}.npz"
     ledger = verdicts.with_suffix(".bad.txt")
     with cache.locked(verdicts):
         if not verdicts.exists():
-            sizes, reasons = screen.inspect_all(root, [file.path for file in files], decode, 2 * usable_cpus())
-            lines = "".join(f"{files[index][0]}\t{reason}\n" for index, reason in reasons.items())
+            sizes, reasons = screen.inspect_all(listed.open, len(paths), decode, 2 * usable_cpus())
+            lines = "".join(f"{paths[place]}\t{reason}\n" for place, reason in reasons.items())
             ledger.write_text(lines, encoding="utf-8", errors="surrogateescape")
             with tempfile.NamedTemporaryFile(dir=verdicts.parent, delete=False) as aside:
                 ids, words = np.array(list(reasons), np.int64), np.array(list(reasons.values()), str)

@@ -1,7 +1,8 @@
 """Runs a DALI pipeline over numbered steps, and goes on without a file that it cannot decode."""
 
 import os
-from collections.abc import Callable, MutableSequence
+from collections.abc import MutableSequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -10,14 +11,12 @@ from nvidia.dali.data_node import DataNode
 
 from engine.data import screen
 from engine.data.batch import Batch
-from engine.data.graph import Graph, Inputs, decode
+from engine.data.encoded import ByName, Plan, ReadAhead, source
+from engine.data.graph import Graph, decode, with_header
 from engine.data.sources import ImageSet, check_bad, substitutes, usable_cpus
 
 MAX_THREADS = 16
 QUEUE = 2  # batches made ahead
-
-# a step -> the ids that are read, int64 [b], and what the graph is given for them; StopIteration past the last step
-Plan = Callable[[int], tuple[np.ndarray, Inputs]]
 
 
 class Files:
@@ -32,10 +31,6 @@ class Files:
             self.good &= np.array([path not in found for path in images.paths])
             self.substitute = substitutes(self.good)
 
-    def path(self, index: int) -> np.ndarray:
-        """uint8 [characters], as DALI takes a file name."""
-        return np.frombuffer(os.fsencode(f"{self.images.root}/{self.images.paths[index]}"), np.uint8)
-
     def condemn(self, index: int, reason: str) -> None:
         """Note a file as bad. Raises BadInput where these are too many now."""
         entry = (self.images.paths[index], reason)
@@ -44,10 +39,6 @@ class Files:
         self.good[index] = False
         check_bad(self.bad, len(self.images), self.images.bad_limit, "the run's ledger")
         self.substitute = substitutes(self.good)
-
-
-def _read(paths: DataNode) -> DataNode:
-    return fn.io.file.read(paths, dont_use_mmap=True)  # a mapped file that shrinks meanwhile would kill the process
 
 
 class Stream:
@@ -75,6 +66,7 @@ class Stream:
         self._step, self._retried = start, -1
         self._flying: dict[int, np.ndarray] = {}
         self._pipeline: Pipeline | None = None
+        self._source: ByName | ReadAhead | None = None
 
     def __iter__(self) -> "Stream":
         return self
@@ -96,20 +88,23 @@ class Stream:
     def close(self) -> None:
         """Frees the pipeline; batches already given stay valid."""
         self._pipeline = None
+        if self._source is not None:
+            self._source.close()
         self._flying.clear()
 
     def _build(self) -> Pipeline:
         first = self._step
         names = list(self._plan(first)[1])
+        read = self._source = source(self._files.images, self._plan, self._threads)
 
         def give(iteration: int) -> list:
-            ids, inputs = self._plan(first + iteration)
-            self._flying[first + iteration] = ids
-            return [[self._files.path(index) for index in ids], *(inputs[name] for name in names)]
+            step = read(first + iteration)
+            self._flying[first + iteration] = step.ids
+            return [step.images(), *(step.inputs[name] for name in names)]
 
         def define() -> tuple[DataNode, ...]:
-            paths, *given = fn.external_source(give, num_outputs=1 + len(names), batch=True)
-            return self._graph(_read(paths), dict(zip(names, given)), self._decoder)
+            images, *given = fn.external_source(give, num_outputs=1 + len(names), batch=True)
+            return self._graph(with_header(read.encoded(images)), dict(zip(names, given)), self._decoder)
 
         pipeline = pipeline_def(define, enable_conditionals=self._branches)(
             batch_size=self._batch,
@@ -127,7 +122,8 @@ class Stream:
 
     def _mend(self, error: RuntimeError) -> None:
         """Finds the bad files of the first failing step in flight; without one, tries the step once more."""
-        flying, self._flying, self._pipeline = self._flying, {}, None
+        flying, self._flying = self._flying, {}
+        self.close()
         for step in sorted(flying):
             if found := self._undecodable(flying[step]):
                 for index, reason in found.items():
@@ -143,12 +139,12 @@ class Stream:
         for index in np.unique(ids).tolist():
             pipeline = pipeline or _one_file_pipeline(self._device_id, self._decoder)
             try:
-                (pixels,) = pipeline.run(path=[self._files.path(index)])
+                (pixels,) = pipeline.run(encoded=[images.read(index)])
                 height, width, _ = pixels.shape()[0]
                 if (width, height) != tuple(images.sizes[index]):
                     found[index] = f"changed: {width}x{height} pixels now"
-            except RuntimeError:
-                _, reason = screen.inspect(images.root / images.paths[index], decode=True)
+            except (RuntimeError, OSError):
+                _, reason = screen.inspect(partial(images.open, index), decode=True)
                 found[index], pipeline = reason or "unreadable: the decoder refuses it", None
         return found
 
@@ -156,6 +152,6 @@ class Stream:
 def _one_file_pipeline(device_id: int | None, decoder: str) -> Pipeline:
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True)
     with pipeline:
-        pipeline.set_outputs(decode(_read(fn.external_source(name="path")), decoder))
+        pipeline.set_outputs(decode(with_header(fn.external_source(name="encoded")), decoder))
     pipeline.build()
     return pipeline

@@ -22,6 +22,7 @@ def subset(images: ImageSet, ids: np.ndarray | Tensor) -> ImageSet:
         sizes=images.sizes[ids],
         substitute=np.arange(len(ids)),
         bad=(),
+        ranges=images.ranges and images.ranges.take(ids),
     )
 
 

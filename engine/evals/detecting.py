@@ -18,6 +18,7 @@ from engine.core import optim
 from engine.core.draws import seed_of
 from engine.core.errors import BadInput
 from engine.core.plotting import Figure
+from engine.data import ahead
 from engine.data.annotated import dense
 from engine.data.annotated.jitter import Example, Jitter, back, fit, jittered
 from engine.data.annotated.objects import ObjectSet
@@ -123,7 +124,7 @@ def batches(
         labels, masks = images.objects[index].labels[kept], images.masks(index)[kept]
         return jittered(dense.read(images.images, index), labels, masks, jitter, seed, step, row)
 
-    examples = dense.loaded(example, range(recipe.epochs * per_epoch * batch), threads)
+    examples = ahead.loaded(example, range(recipe.epochs * per_epoch * batch), threads)
     while members := list(islice(examples, batch)):
         yield members
 
@@ -161,7 +162,7 @@ def truth_of(images: ObjectSet, ids: np.ndarray, threads: int | None = None) -> 
         runs = encoded(images.masks(index))
         return Truth((height, width), objects.boxes, objects.labels, objects.areas, objects.ignored, runs)
 
-    return list(dense.loaded(truth, ids.tolist(), threads))
+    return list(ahead.loaded(truth, ids.tolist(), threads))
 
 
 @torch.no_grad()
@@ -173,7 +174,7 @@ def found_by(model: nn.Module, images: ObjectSet, ids: np.ndarray, size: int, su
         pixels = dense.read(images.images, index)
         return tuple(pixels.shape[1:]), fit(pixels, size)
 
-    found, pairs = [], dense.loaded(read, ids.tolist(), subject.threads)
+    found, pairs = [], ahead.loaded(read, ids.tolist(), subject.threads)
     while members := list(islice(pairs, max(1, min(16, _PIXELS_AT_ONCE // size**2)))):
         with torch.autocast(subject.device.type, torch.bfloat16, enabled=subject.precision == "bf16"):
             outputs = model([dense.normalised(pixels.to(subject.device)) for _, pixels in members])

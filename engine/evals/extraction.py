@@ -106,9 +106,8 @@ def _key(encoder: Encoder, images: ImageSet, batch_size: int, precision: str, de
     settings = [encoder.fingerprint, encoder.size, encoder.pooling, batch_size, precision, device.type]
     environment = [torch.__version__, kernels.describe(device)]
     digest = hashlib.sha256(f"{images.root}\n".encode())
-    for path, good in zip(images.paths, images.good.tolist()):
-        stat = (images.root / path).stat() if good else None
-        digest.update(f"{path} {stat and (stat.st_size, stat.st_mtime_ns)}\n".encode("utf-8", "surrogateescape"))
+    for index, (path, good) in enumerate(zip(images.paths, images.good.tolist())):
+        digest.update(f"{path} {images.stamp(index) if good else None}\n".encode("utf-8", "surrogateescape"))
     return hashlib.sha256(json.dumps([settings, environment, digest.hexdigest()]).encode()).hexdigest()
 
 

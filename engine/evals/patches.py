@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.core.errors import BadInput
+from engine.data import ahead
 from engine.data.annotated import dense
 from engine.data.annotated.dense import Frame
 from engine.data.annotated.objects import VOID, ObjectSet
@@ -122,7 +123,7 @@ def shown(
         masks, ignored = masks[:, rows, columns], ignored[rows, columns]
         return Shown(index, how.image(pixels), masks, ignored, {})
 
-    for each in dense.loaded(read, indices, subject.threads):
+    for each in ahead.loaded(read, indices, subject.threads):
         input_13HW = dense.normalised(each.pixels)[None]
         maps = subject.maps_by_layer(input_13HW, layers)
         each.maps.update({layer: map_1hwC[0].cpu() for layer, map_1hwC in maps.items()})

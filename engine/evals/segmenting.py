@@ -15,6 +15,7 @@ from engine.core import optim
 from engine.core.draws import seed_of
 from engine.core.errors import BadInput
 from engine.core.plotting import Figure
+from engine.data import ahead
 from engine.data.annotated import crops, dense
 from engine.data.annotated.objects import VOID, ObjectSet, SemanticSet
 from engine.evals import charts, label_maps, training
@@ -181,7 +182,7 @@ def judged(model: nn.Module, test: SemanticSet, recipe: Recipe, subject: Subject
     def read(index: int) -> tuple[Tensor, Tensor]:
         return dense.read(test.images, index), torch.from_numpy(test.semantic(index))
 
-    for pixels_3HW, truth_HW in dense.loaded(read, range(len(test)), subject.threads):
+    for pixels_3HW, truth_HW in ahead.loaded(read, range(len(test)), subject.threads):
         counts.add(truth_HW, predicted(model, pixels_3HW, recipe, subject).cpu())
     model.train()
     return counts

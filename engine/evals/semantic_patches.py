@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from engine.core.errors import BadInput
+from engine.data import ahead
 from engine.data.annotated import dense
 from engine.data.annotated.dense import Frame
 from engine.data.annotated.objects import VOID, SemanticSet
@@ -54,7 +55,7 @@ def majority(labels_HW: np.ndarray, how: Frame, void: bool = True) -> np.ndarray
 
 def labels(images: SemanticSet, how: Frame, threads: int | None = None) -> np.ndarray:
     """The majority labels of all images, uint8 [n, h, w]. Raises BadInput for a mask that cannot be read."""
-    read = dense.loaded(lambda index: majority(images.semantic(index), how), range(len(images)), threads)
+    read = ahead.loaded(lambda index: majority(images.semantic(index), how), range(len(images)), threads)
     return np.stack(list(read))
 
 
@@ -114,7 +115,7 @@ def encoded(
     def read(index: int) -> tuple[Tensor, np.ndarray | None]:
         return how.image(dense.read(images.images, index)), images.semantic(index) if with_truth else None
 
-    loaded = zip(indices, dense.loaded(read, indices, subject.threads), strict=True)
+    loaded = zip(indices, ahead.loaded(read, indices, subject.threads), strict=True)
     while batch := list(islice(loaded, subject.batch_size)):
         ids, pairs = zip(*batch)
         pixels, truths = zip(*pairs)

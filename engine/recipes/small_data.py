@@ -43,10 +43,10 @@ SETS = {
 
 
 def of(data: str) -> str:
-    """The set that `--data` names as NAME:DIR, or "".
+    """The small set that `--data` names as NAME:DIR, or "".
 
     Raises:
         BadInput: DIR is missing.
     """
     named = archives.named(data)
-    return named[0] if named else ""
+    return named[0] if named and named[0] in SETS else ""

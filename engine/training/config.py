@@ -58,9 +58,10 @@ class Train:
     """A timm ViT name; default vit_micro_patch8_32 on the embedded digits, vit_base_patch16_224 on a folder, and ViT-S with the
     set's image and patch size on a published set."""
     data: str = ""
-    """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg, or a flat unlabelled one; or NAME:DIR, a published set as it lies
-    in DIR, with NAME one of cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100; or synthetic (synthetic:N), as many
-    images as ImageNet (N) that are made on the device and show nothing, to time a run. Default: the embedded digits."""
+    """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg, or a flat unlabelled one; or train/*.tar and val/*.tar, shards in
+    WebDataset's layout (docs/methods.md); or NAME:DIR, a published set as it lies in DIR, with NAME one of cifar10, cifar100,
+    svhn, flowers102, tiny-imagenet, imagenet100, imagenet; or synthetic (synthetic:N), as many images as ImageNet (N) that are
+    made on the device and show nothing, to time a run. Default: the embedded digits."""
     weights: str = ""
     """Start from these (a published file, a run folder, an exported folder); where stages follow MAE, leave that one out."""
     preset: str = "auto"

@@ -1,8 +1,13 @@
-"""Small image files of every kind: good, odd and hostile."""
+"""Small image files and tar archives of every kind: good, odd and hostile."""
 
+import bz2
+import gzip
+import io
+import lzma
 import struct
+import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +86,80 @@ def with_bad_file(root, bad):
     for path in bad:
         HOSTILE["truncated.jpg"][0](root / "train" / path)
     return root
+
+
+def tar_bytes(files: Mapping[str, bytes], form: int = tarfile.USTAR_FORMAT, **fields) -> bytes:
+    """A tar of these files; `fields` are set on every member's `TarInfo`."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w", format=form, errors="surrogateescape") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            for field, value in fields.items():
+                setattr(member, field, value)
+            tar.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
+
+
+def forged(archive: bytes, start: int, field: bytes, at: int = 0) -> bytes:
+    """A tar whose header at byte `at` has this field from its byte `start` on, with the check sum that goes with it."""
+    header = bytearray(archive[at : at + 512])
+    header[start : start + len(field)] = field
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return archive[:at] + bytes(header) + archive[at + 512 :]
+
+
+def encoded(seed: int = 0, suffix: str = "jpeg") -> bytes:
+    """The bytes of a picture."""
+    stream = io.BytesIO()
+    picture(48 + 5 * (seed % 7), 40 + 3 * (seed % 5), seed).save(stream, format=suffix)
+    return stream.getvalue()
+
+
+_ONE = {"a/one.jpg": encoded(1)}
+_TWO = {**_ONE, "b/two.jpg": encoded(2)}
+_SECOND = 512 + -(-len(encoded(1)) // 512) * 512  # where the second member of _TWO begins
+_PAX = {"pax_headers": {"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}}
+
+# bytes of archives that must be refused whole, and what the sentence must say
+HOSTILE_TARS: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "is no tar"),
+    "words": (b"no archive at all\n" * 99, "is no tar"),
+    "an image": (encoded(1) * 9, "is no tar"),
+    "gzip": (gzip.compress(tar_bytes(_ONE)), "is compressed by gzip"),
+    "bzip2": (bz2.compress(tar_bytes(_ONE)), "is compressed by bzip2"),
+    "xz": (lzma.compress(tar_bytes(_ONE)), "is compressed by xz"),
+    "torn in a header": (tar_bytes(_TWO)[: _SECOND + 100], "is torn"),
+    "torn between members": (tar_bytes(_TWO)[:_SECOND], "is torn: it stops before the mark"),
+    "torn in an image": (tar_bytes(_TWO)[: _SECOND + 600], "'b/two.jpg' is declared to have"),
+    "damaged in the middle": (tar_bytes(_TWO)[:_SECOND] + b"x" * 512 + tar_bytes(_TWO)[_SECOND + 512 :], "no header at byte"),
+    "one behind the other": (tar_bytes(_ONE) + tar_bytes({"b/two.jpg": b"x"}), "goes on behind the mark"),
+    "larger than the file": (forged(tar_bytes(_ONE), 124, b"00000777777\0"), "'a/one.jpg' is declared to have 262143 bytes"),
+    "larger than any file": (forged(tar_bytes(_ONE), 124, b"\x80" + b"\xff" * 11), "beyond its end"),
+    "of a negative size": (forged(tar_bytes(_ONE), 124, b"\xff" * 12), "declares no size"),
+    "of no size": (forged(tar_bytes(_ONE), 124, b"9" * 11 + b"\0"), "declares no size"),
+    "symbolic link": (tar_bytes({"a.jpg": b""}, type=tarfile.SYMTYPE, linkname="/etc/passwd"), "which is a symbolic link"),
+    "hard link": (tar_bytes({"a.jpg": b""}, type=tarfile.LNKTYPE, linkname="b.jpg"), "which is a hard link"),
+    "character device": (tar_bytes({"a.jpg": b""}, type=tarfile.CHRTYPE), "which is a device"),
+    "block device": (tar_bytes({"a.jpg": b""}, type=tarfile.BLKTYPE), "which is a device"),
+    "pipe": (tar_bytes({"a.jpg": b""}, type=tarfile.FIFOTYPE), "which is a pipe"),
+    "old sparse file": (forged(tar_bytes(_ONE), 156, b"S"), "which is a sparse file"),
+    "new sparse file": (tar_bytes(_ONE, tarfile.PAX_FORMAT, **_PAX), "which is a sparse file"),
+    "unknown kind": (forged(tar_bytes(_ONE), 156, b"Z"), "unknown kind b'Z'"),
+    "absolute name": (tar_bytes({"/etc/one.jpg": b"x"}), "'/etc/one.jpg', whose name leads out"),
+    "name that leads up": (tar_bytes({"a/../../one.jpg": b"x"}), "whose name leads out"),
+    "long name that leads up": (tar_bytes({"../" + "x" * 200: b""}, tarfile.GNU_FORMAT), "whose name leads out"),
+    "pax name that leads up": (tar_bytes({"../" + "é" * 200: b""}, tarfile.PAX_FORMAT), "whose name leads out"),
+    "folder that leads up": (tar_bytes({"../a": b""}, type=tarfile.DIRTYPE), "whose name leads out"),
+    "no name": (forged(tar_bytes(_ONE), 0, b"\0" * 100), "is named ''"),
+    "a name of 5000 bytes": (tar_bytes({"x" * 5000: b""}, tarfile.GNU_FORMAT), "is named 'xxx"),
+    "one name twice": (tar_bytes(_ONE)[:_SECOND] + tar_bytes({"a/one.jpg": b"else"}), "'a/one.jpg' twice"),
+    "pax header of no record": (forged(tar_bytes({"x": b"words" * 9}), 156, b"x"), "damaged pax header"),
+    "pax header of a lying record": (forged(tar_bytes({"x": b"99 path=a\n"}), 156, b"x"), "damaged pax header"),
+    "pax size that is none": (tar_bytes(_ONE, tarfile.PAX_FORMAT, pax_headers={"size": "-5"}), "as the size of"),
+    "pax size beyond the end": (tar_bytes(_ONE, tarfile.PAX_FORMAT, pax_headers={"size": "123456789"}), "beyond its end"),
+    "one name for all": (forged(tar_bytes({"x": b"10 path=a\n"}), 156, b"g"), "gives all members one path"),
+    "header of 2 MB": (forged(tar_bytes({"x": bytes(1 << 21)}), 156, b"L"), "more than any name needs"),
+    "header before nothing": (forged(tar_bytes({"x": b"name\0"}), 156, b"L"), "stands before nothing"),
+}  # fmt: skip

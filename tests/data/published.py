@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
-from tests.data.corpus import picture
+from tests.data.corpus import picture, tar_bytes
 
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 CIFAR100 = tuple(f"thing_{index:02d}" for index in range(100))
@@ -167,6 +167,47 @@ def write_imagenet100(folder: Path, kaggle: bool) -> dict[str, dict[str, int]]:
     )
     write_files(folder, {"Labels.json" if kaggle else "imagenet100.txt": listed.encode()})
     return expected
+
+
+def write_imagenet(folder: Path, plain: bool, classes: int = 5, each: int = 3) -> dict[str, dict[str, int]]:
+    """ImageNet's archives with a few images: a tar of tars, a tar, and the classes in a devkit or a plain list. Numbers of
+    classes do not follow the WNIDs. Returns {split: {path: label}}, in the order of an unpacked folder."""
+    wnids, generator = WNIDS[:classes], np.random.default_rng(0)
+    numbers = generator.permutation(classes) + 1
+    inner = {
+        wnid: {f"{wnid}_{index}.JPEG": jpeg(label * each + index) for index in generator.permutation(each).tolist()}
+        for label, wnid in enumerate(wnids)
+    }
+    order = generator.permutation(np.arange(classes * 2) % classes)
+    tars = {f"{wnid}.tar": tar_bytes(inner[wnid], tarfile.GNU_FORMAT) for wnid in (*wnids[2:], *wnids[:2])}
+    val = {f"ILSVRC2012_val_{n:08d}.JPEG": jpeg(n) for n in generator.permutation(len(order) + 1).tolist() if n}
+    write_files(folder, {"ILSVRC2012_img_train.tar": tar_bytes(tars), "ILSVRC2012_img_val.tar": tar_bytes(val)})
+    if plain:
+        listed = "".join(f"{wnids[label]}\n" for label in order)
+        write_files(folder, {"imagenet_2012_validation_synset_labels.txt": listed.encode()})
+    else:
+        kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("num_children", "O")]
+        rows = [(int(number), wnid, "a thing, or two", 0) for number, wnid in zip(numbers, wnids)]
+        meta = io.BytesIO()
+        savemat(
+            meta,
+            {"synsets": np.array([*rows, (classes + 1, "n09999999", "above", 2)], kinds)[:, None]},
+            do_compression=True,
+        )
+        truth = "".join(f"{numbers[label]}\n" for label in order).encode()
+        data = {"ILSVRC2012_validation_ground_truth.txt": truth, "meta.mat": meta.getvalue(), "readme.txt": b"words"}
+        devkit = {
+            f"ILSVRC2012_devkit_t12/{'data/' * (name != 'readme.txt')}{name}": part for name, part in data.items()
+        }
+        write_tar(folder / "ILSVRC2012_devkit_t12.tar.gz", devkit)
+    return {
+        "train": {f"train/{wnid}/{name}": label for label, wnid in enumerate(wnids) for name in sorted(inner[wnid])},
+        "val": {
+            f"val/{wnid}/ILSVRC2012_val_{n + 1:08d}.JPEG": label
+            for label, wnid in enumerate(wnids)
+            for n in np.flatnonzero(order == label)
+        },
+    }
 
 
 def write_masked(image: Path, mask: Path, values: np.ndarray, colours: np.ndarray, palette: bool = False) -> None:

@@ -7,7 +7,7 @@ from engine.core.errors import BadInput
 from engine.data import sources
 from engine.data.pipeline import eval_batches
 from engine.data.views import byol_views
-from tests.data.corpus import picture, with_bad_file
+from tests.data.corpus import encoded, picture, with_bad_file
 from tests.data.loading import SIZE, assert_same, loader, take
 
 
@@ -43,6 +43,22 @@ def test_a_file_that_vanishes_or_changes_is_found(tmp_path):
     assert {path: reason.split()[0] for path, reason in ledger} == {
         "train/a/photo001.jpg": "unreadable:", "train/b/photo002.jpg": "changed:"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_a_file_that_is_no_image_any_more_does_not_end_the_process(tmp_path, views):
+    """Its header is read before the batch is decoded; DALI's decoder would crash."""
+    images = sources.open_images(with_bad_file(tmp_path, []), "train", bad_limit=0.3)
+    became = {1: b"\0", 2: b"words, where an image was", 4: encoded(1)[:300], 7: bytes(5000), 9: b""}
+    for index, content in became.items():
+        (tmp_path / images.paths[index]).write_bytes(content)
+    ledger = []
+    for _ in range(3):  # a crash doesn't come every time
+        ledger.clear()
+        (batch,) = take(loader(images, byol_views(SIZE)[:views], batch_size=20, ledger=ledger, threads=2), 1)
+        assert not set(became) & set(batch.ids.tolist())
+    assert [path for path, _ in sorted(ledger)] == [images.paths[index] for index in became]
+    assert {reason for path, reason in ledger if path == images.paths[9]} == {"empty file"}
 
 
 def test_too_many_files_found_bad_while_training_end_the_run(tmp_path):

@@ -343,7 +343,10 @@ def test_damage_that_shows_late_gets_one_sentence_too(sets, tmp_path, capsys):
             "davis:ROOT/davis has no masks; give scenes, ",
         ),
         (["propagation", "--video", "coco:ROOT/coco"], "coco:ROOT/coco has no video; give clips, davis:DIR."),
-        (["knn", "--data", "coco:ROOT/coco"], "coco:ROOT/coco is no folder: give a folder of images, "),
+        (
+            ["knn", "--data", "coco:ROOT/coco"],
+            "coco:ROOT/coco is no folder: give a folder of images or of tar shards, ",
+        ),
         (["knn", "--data", "ROOT/folder"], "knn k = 20 is more than the 8 training images"),
         (["multilabel", "--objects-size", "100"], "inputs of 100x100 pixels are no multiple of the patch size 8"),
         (

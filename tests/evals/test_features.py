@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from engine.core.errors import BadInput
+from engine.data.shards.packing import How, Packing
 from engine.data.sources import open_images
 from engine.evals import extraction, features
 from engine.evals.extraction import extract
@@ -213,3 +214,18 @@ def test_threads_come_back():
         assert torch.get_num_threads() == 1
         raise RuntimeError
     assert torch.get_num_threads() == before
+
+
+def test_images_in_shards_have_the_features_of_their_files_and_a_place_in_the_cache(folder, tmp_path):
+    images, cache = open_images(folder, "train"), tmp_path / "features"
+    Packing({"train": images}, tmp_path / "shards", How(images_per_shard=9)).run(1, lambda: None)
+    values = extract(raw_pixels(), images, name="x").values
+    for already in (0, 24):
+        counting = Counting("a")
+        found = extract(counting.encoder, open_images(tmp_path / "shards", "train"), name="x", cache=cache)
+        assert torch.equal(found.values, values) and found.paths == tuple(images.paths)
+        assert counting.images == 24 - already
+    os.utime(tmp_path / "shards/train/00001.tar", ns=(1, 1))
+    again = Counting("a")
+    extract(again.encoder, open_images(tmp_path / "shards", "train"), name="x", cache=cache)
+    assert again.images == 24

@@ -17,6 +17,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from engine.data import ahead
 from engine.data.annotated import dense
 from engine.data.annotated.objects import VOID, SemanticSet
 from engine.data.augment import epoch_order, uniforms
@@ -104,7 +105,7 @@ def batches(
         numbers_U = uniforms(slice(row, row + 1), COLUMNS, seed, _CROP, step)[0]
         return crop(cropping, dense.read(images.images, index), torch.from_numpy(images.semantic(index)), numbers_U)
 
-    crops = dense.loaded(made, range(batch * steps), threads)
+    crops = ahead.loaded(made, range(batch * steps), threads)
     for _ in range(steps):
         pixels, labels = zip(*(next(crops) for _ in range(batch)))
         yield dense.normalised(torch.stack(pixels)), torch.stack(labels).long()

@@ -6,11 +6,8 @@ so PIL decodes and torchvision resizes.
 Shapes: H x W pixels of an image as stored, h x w of the input made of it, N masks.
 """
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,23 +16,18 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as tv
 
 from engine.core.errors import BadInput
-from engine.data.sources import ImageSet, usable_cpus
+from engine.data.screen import as_rgb
+from engine.data.sources import ImageSet
 from engine.data.views import IMAGENET_MEAN, IMAGENET_STD
-
-T = TypeVar("T")
 
 
 def read(images: ImageSet, index: int) -> Tensor:
     """uint8 [3, H, W] of one image; grey, palettes, CMYK, alpha and 16 bits become RGB. Raises BadInput for what is no image."""
-    path = images.root / images.paths[index]
     try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I"):  # 16 bits
-                grey = np.asarray(image).astype(np.int64) >> 8
-                pixels = np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, 2)
-            else:
-                pixels = np.array(image.convert("RGB"))
+        with images.open(index) as file, Image.open(file) as image:
+            pixels = np.array(as_rgb(image))
     except Exception as error:  # decoders raise anything on hostile bytes; whatever it is, the file is bad
+        path = images.root / images.paths[index]
         raise BadInput(f"the image {path} cannot be read: {str(error)[:200] or type(error).__name__}") from error
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
@@ -94,20 +86,3 @@ class Frame:
         share = self.size / min(height, width)
         covering = [max(self.size, round(height * share)), max(self.size, round(width * share))]
         return tv.center_crop(tv.resize(x, covering, how, antialias=True), [self.size, self.size])
-
-
-def loaded(make: Callable[[int], T], indices: Iterable[int], threads: int | None = None) -> Iterator[T]:
-    """make(index) of each index, in order, a few ahead in threads of their own; what `make` raises comes at its place."""
-    threads = threads or min(usable_cpus(), 16)
-    with ThreadPoolExecutor(threads) as pool:
-        waiting: deque = deque()
-        try:
-            for index in indices:
-                waiting.append(pool.submit(make, index))
-                if len(waiting) > 2 * threads:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()

@@ -144,7 +144,7 @@ def readable(
         except ValueError as error:
             raise BadInput(f"{source} lists {path!r}, which is no name of a file") from error
         files.append(File(path, status.st_size, status.st_mtime_ns))
-    images = sources.of_listing(Listing(root, files), split, bad_limit, screening)
+    images = sources.of_listing(Listing.of(root, files), split, bad_limit, screening)
     kept = np.flatnonzero(images.good)
     return dataclasses.replace(subset(images, kept), bad=images.bad), kept
 

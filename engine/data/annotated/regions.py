@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from engine.data.annotated.dense import loaded
+from engine.data.ahead import loaded
 from engine.data.annotated.objects import BACKGROUND, VOID, Objects, ObjectSet, SemanticSet
 from engine.data.sources import ImageSet
 

@@ -6,13 +6,9 @@ image's place in its split. The cache's folder is named after path, size and mod
 Shape suffixes: N images, H = W = 32 pixels, C = 3 channels.
 """
 
-import gzip
 import hashlib
-import io
 import re
 import sys
-import tarfile
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +20,12 @@ from rich.progress import track
 
 from engine.core.errors import BadInput
 from engine.data import cache
-from engine.data.sets import matlab, pickled
+from engine.data.sets import gzipped, matlab, pickled
 
 VERSION = 1  # rises when pixels or folders change: an old cache is not taken for the new set
 SIDE, PIXELS = 32, 3 * 32 * 32
 LARGEST = 1 << 28  # bytes of a file; the largest, CIFAR-100's training images, has 155 MB
-UNPACKED = 1 << 30  # bytes of an archive; CIFAR's have 190 MB
+LIMITS = gzipped.Limits("CIFAR", LARGEST, 1 << 30)  # an archive unpacks to 190 MB
 CLASS = re.compile(r"[A-Za-z0-9][A-Za-z0-9 _-]*")  # becomes the name of a folder
 
 
@@ -136,7 +132,12 @@ def _find(name: str, forms: Sequence[_Cifar], folder: Path) -> tuple[_Cifar, Pat
 
 
 def _read_cifar(form: _Cifar, place: Path) -> Arrays:
-    contents = _members(place, form) if place.is_file() else {name: _content(place / name) for name in form.files}
+    wanted = {f"{form.folder}/{name}": name for name in form.files}
+    contents = (
+        gzipped.read(place, wanted, LIMITS)
+        if place.is_file()
+        else {name: _content(place / name) for name in form.files}
+    )
     where = f"{place}:{form.folder}/" if place.is_file() else f"{place}/"
     classes, rows = _class_names(form, where + form.names, contents[form.names])
     splits = {}
@@ -154,43 +155,6 @@ def _content(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
-
-
-class _Bounded(io.RawIOBase):
-    """An unpacked stream that ends in BadInput where it grows beyond what any archive of CIFAR holds."""
-
-    def __init__(self, stream: gzip.GzipFile, path: Path):
-        self.stream, self.path, self.left = stream, path, UNPACKED
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(min(size, self.left + 1) if size >= 0 else self.left + 1)
-        self.left -= len(data)
-        if self.left < 0:
-            raise BadInput(f"{self.path} unpacks to more than {UNPACKED >> 20} MiB, which no archive of CIFAR does")
-        return data
-
-
-def _members(archive: Path, form: _Cifar) -> dict[str, bytes]:
-    """The contents of the expected files. Nothing is unpacked to the disk, and other members are passed over."""
-    wanted = {f"{form.folder}/{name}": name for name in form.files}
-    found: dict[str, bytes] = {}
-    try:
-        with gzip.open(archive) as stream, tarfile.open(fileobj=_Bounded(stream, archive), mode="r|") as tar:
-            for member in tar:
-                name = wanted.get(member.name.removeprefix("./"))
-                if name is None:
-                    continue
-                if not member.isreg() or name in found:
-                    raise BadInput(f"{archive} has {member.name} as something else than one regular file")
-                if member.size > LARGEST:
-                    raise BadInput(f"{archive} has {member.name} with {member.size} bytes, more than any file of CIFAR")
-                found[name] = tar.extractfile(member).read()
-                if len(found) == len(wanted):
-                    return found
-    except (tarfile.TarError, EOFError, OSError, zlib.error) as error:
-        raise BadInput(f"{archive} is no whole .tar.gz: {error}") from error
-    missing = next(path for path, name in wanted.items() if name not in found)
-    raise BadInput(f"{archive} has no {missing}")
 
 
 def _class_names(form: _Cifar, file: str, data: bytes) -> tuple[tuple[str, ...], int | None]:

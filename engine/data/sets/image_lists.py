@@ -45,7 +45,7 @@ def flowers102(folder: Path, split: str) -> Listing:
         raise BadInput(f"{root / 'jpg'} has {len(found)} images and imagelabels.mat {len(labels)} labels")
     chosen = ids["trnid" if split == "train" else "tstid"] - 1
     classes = tuple(str(number) for number in range(1, FLOWERS + 1))
-    return Listing(root, [found[wanted[index]] for index in chosen], labels[chosen] - 1, classes)
+    return Listing.of(root, [found[wanted[index]] for index in chosen], labels[chosen] - 1, classes)
 
 
 def tiny_imagenet(folder: Path, split: str) -> Listing:

@@ -1,7 +1,11 @@
-"""Arrays of numbers in MATLAB files up to version 7, as SVHN and Flowers-102 have them."""
+"""MATLAB files up to version 7: arrays of numbers, as SVHN and Flowers-102 have them, and of structs, as ImageNet has them."""
 
 import math
+import struct
+import zlib
+from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +13,8 @@ from engine.core.errors import BadInput
 
 NUMBERS = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64", "single", "double")
 DEFLATE = 1032  # the most that zlib makes of a byte
+HEADER, COMPRESSED = 128, 15  # bytes before the first element; the type of one that zlib packed
+UNPACKED = 1 << 26  # bytes of structs; ImageNet's have a few
 
 
 def read(path: Path, *names: str) -> list[np.ndarray]:
@@ -52,3 +58,53 @@ def whole(path: Path, name: str, values: np.ndarray, low: int, high: int) -> np.
         found = f"{outside[0]:g}" if len(outside) else "nothing"
         raise BadInput(f"{path} holds {found} in {name!r}, where whole numbers from {low} to {high} belong")
     return row.astype(np.int64)
+
+
+def read_records(path: Path, content: bytes, name: str, *fields: str) -> list[tuple[Any, ...]]:
+    """The values of these fields of an array of structs, as devkits have them: numbers and texts, in order.
+
+    Args:
+        path: what to call the content in messages.
+        content: of a file up to version 7; it may not unpack to more than 64 MiB.
+
+    Raises:
+        BadInput: the content is damaged, or holds something else.
+    """
+    from scipy import io  # wanted once
+
+    try:
+        unpacked = _unpacked(content)
+        declared = {name: (shape, kind) for name, shape, kind in io.whosmat(BytesIO(unpacked))}
+        shape, kind = declared.get(name, ((), "nothing"))
+        if kind != "struct" or math.prod(shape) > len(unpacked):
+            raise BadInput(f"{path} holds {kind} {list(shape)} as {name!r}, where an array of structs belongs")
+        found = np.atleast_1d(io.loadmat(BytesIO(unpacked), variable_names=[name], squeeze_me=True)[name])
+        if missing := [field for field in fields if field not in (found.dtype.names or ())]:
+            raise BadInput(f"{path} has no {missing[0]} in {name!r}")
+        return list(zip(*(found[field].tolist() for field in fields), strict=True))
+    except BadInput:
+        raise
+    except Exception as error:  # the reader raises anything on hostile bytes; whatever it is, the file is no good
+        raise BadInput(
+            f"{path} is no MATLAB file that can be read: {str(error)[:200] or type(error).__name__}"
+        ) from error
+
+
+def _unpacked(content: bytes) -> bytes:
+    """The same file with nothing compressed in it. Its elements have a type and a length before them, as the format has it."""
+    order = "<" if content[126:128] == b"IM" else ">"
+    parts, place, room = [content[:HEADER]], HEADER, UNPACKED
+    while place + 8 <= len(content):
+        kind, length = struct.unpack_from(f"{order}II", content, place)
+        element = content[place : place + 8 + length]
+        if kind == COMPRESSED:
+            unpacking = zlib.decompressobj()
+            element = unpacking.decompress(element[8:], room)
+            if unpacking.unconsumed_tail:
+                raise ValueError(f"it unpacks to more than {UNPACKED >> 20} MiB")
+        parts.append(element)
+        room -= len(element)
+        if room <= 0:
+            raise ValueError(f"it unpacks to more than {UNPACKED >> 20} MiB")
+        place += 8 + length
+    return b"".join(parts)

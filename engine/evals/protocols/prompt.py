@@ -30,7 +30,7 @@ from tyro.conf import Suppress
 
 from engine.core.errors import BadInput
 from engine.core.plotting import Figure
-from engine.data.annotated import dense
+from engine.data import ahead
 from engine.data.annotated.dense import Frame
 from engine.data.annotated.objects import ObjectSet
 from engine.evals import patches
@@ -195,7 +195,7 @@ def judge(
         return [_score(shown, place, settings, one) for place in chosen[shown.index]]
 
     images = patches.shown(subject, objects, list(chosen), how, settings.layers)
-    rows = [row for of_image in dense.loaded(score, images, subject.threads) for row in of_image]
+    rows = [row for of_image in ahead.loaded(score, images, subject.threads) for row in of_image]
     labels = np.concatenate([objects.objects[index].labels[places] for index, places in chosen.items()])
     asked = 1 + settings.random_prompts if one else 1
 

@@ -35,6 +35,7 @@ from torchvision.transforms.v2 import functional as tv
 
 from engine.core.errors import BadInput
 from engine.core.plotting import Figure
+from engine.data import ahead
 from engine.data.annotated import dense
 from engine.data.annotated.davis import Video, VideoSet
 from engine.data.views import IMAGENET_STD
@@ -302,7 +303,7 @@ def _features(
         normalised[0] *= IMAGENET_STD[0] / settings.red_std
         return normalised
 
-    frames = dense.loaded(frame, range(len(video)), subject.threads)
+    frames = ahead.loaded(frame, range(len(video)), subject.threads)
     while batch := list(islice(frames, at_a_time)):
         found_BNC = functional.normalize(subject.maps(torch.stack(batch)).flatten(1, 2), dim=-1)
         if not torch.isfinite(found_BNC).all():

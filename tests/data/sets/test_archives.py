@@ -7,6 +7,7 @@ import os
 import pickle
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -448,7 +449,7 @@ def test_a_member_that_is_no_regular_file_of_its_size_is_refused(attributes, sen
 
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, home, monkeypatch):
-    monkeypatch.setattr(arrays, "UNPACKED", 1 << 20)
+    monkeypatch.setattr(arrays, "LIMITS", replace(arrays.LIMITS, unpacked=1 << 20))
     write_tar(tmp_path / "cifar-10-python.tar.gz", {"zeros": bytes(4 << 20)})
     with pytest.raises(BadInput, match="unpacks to more than 1 MiB, which no archive of CIFAR does"):
         sources.open_images(f"cifar10:{tmp_path}", "train")
@@ -480,7 +481,8 @@ def test_a_matlab_file_that_declares_more_than_it_holds_is_refused_unread(tmp_pa
         ("cifar10:/no/such", "cifar10:/no/such names no folder"),
         (
             "cifar11:/data",
-            "cifar11:/data is no folder: give a folder of images, 'digits' or 'scenes' (the embedded sets), 'synthetic', or "
+            "cifar11:/data is no folder: give a folder of images or of tar shards, "
+            "'digits' or 'scenes' (the embedded sets), 'synthetic', or "
             "NAME:DIR with NAME one of",
         ),
         ("imagenet100:EMPTY", "EMPTY has no list of the 100 classes"),

@@ -1,0 +1,134 @@
+"""`python -m engine.shard DATA OUT`: pack images into tar shards, once, for storage that is slow with many small files.
+
+OUT is then read by --data in place of DATA, by all commands, and is the same set: same ids, labels and classes.
+`engine.data.shards.packing` says what is in it.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tyro.conf import Positional
+
+from engine.core.errors import BadInput
+from engine.core.flags import read
+from engine.core.owner import owned
+from engine.core.stopping import StopRequest
+from engine.data.shards.packing import How, Packing
+from engine.data.sources import has_split, open_images
+
+LINE_EVERY = 60.0  # seconds
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Pack images into tar shards that are read in place of the folder. Given again, it goes on where it was stopped."""
+
+    data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")] = ""
+    """What to pack, as --data of engine.train: a folder, digits, NAME:DIR, or shards."""
+    out: Annotated[Positional[str], tyro.conf.arg(metavar="OUT")] = ""
+    """The folder to write: new, empty, or begun by this very command."""
+    short: int = 0
+    """Resize images whose short side is longer than this many pixels, and store them as JPEGs; 0 keeps every image as it is."""
+    quality: int = 95
+    """Of the JPEGs of resized images."""
+    images_per_shard: int = 5000
+    """Images of a shard."""
+    bad_limit: float = 0.001
+    """Largest share of unreadable images that is accepted; they are left out, and listed in manifest.json."""
+    threads: int = 0
+    """Threads that read and resize; 0 is one for each core, up to 16."""
+
+    def check(self) -> None:
+        """Raise BadInput for a value that cannot be meant."""
+        if not self.data or not self.out:
+            raise BadInput("what to pack or where to is missing: python -m engine.shard DATA OUT")
+        if self.data.partition(":")[0] == "synthetic":
+            raise BadInput("synthetic images are made on the device, and there is nothing to pack: name a folder")
+        rules = {
+            "short": (self.short >= 0, "a number of pixels, or 0"),
+            "quality": (1 <= self.quality <= 100, "a whole number from 1 to 100"),
+            "images-per-shard": (self.images_per_shard >= 1, "a whole number from 1"),
+            "bad-limit": (0 <= self.bad_limit <= 1, "a share from 0 to 1"),
+            "threads": (self.threads >= 0, "a whole number from 0"),
+        }
+        for name, (holds, wanted) in rules.items():
+            if not holds:
+                raise BadInput(f"--{name} is {getattr(self, name.replace('-', '_'))}; it must be {wanted}.")
+
+
+def run(wanted: Shards) -> None:
+    """Open, plan, write, and say what there is."""
+    splits = {
+        split: open_images(wanted.data, split, wanted.bad_limit)
+        for split in ("train", "val")
+        if has_split(wanted.data, split)
+    }
+    folder, started = Path(wanted.out).expanduser(), time.monotonic()
+    with owned(folder, print):
+        packing = Packing(splits, folder, How(wanted.short, wanted.quality, wanted.images_per_shard))
+        left = packing.left
+        images = sum(len(shard.ids) for shard in left)
+        begun = f", of {len(packing.shards):,}" if len(left) < len(packing.shards) else ""
+        print(f"packing {images:,} images into {len(left):,} shards{begun} in {folder}", flush=True)
+        with _shown(images) as watch:
+            packing.run(wanted.threads or None, watch)
+    size = sum((folder / shard.name).stat().st_size for shard in packing.shards) / 2**30
+    taken = time.monotonic() - started
+    print(
+        f"{folder} has {len(packing.shards):,} shards of {size:.2f} GiB, in {taken:.0f} s; train with --data {folder}"
+    )
+    if packing.left_out:
+        print(f"{len(packing.left_out):,} unreadable images are left out; manifest.json there lists them")
+
+
+@contextmanager
+def _shown(total: int) -> Iterator[Callable[[], None]]:
+    """Gives what is to be told of images that are done: in a terminal it moves a bar, else it says every minute how far it is."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    started = said = time.monotonic()
+    done = 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("packing", total=total)
+
+        def watch() -> None:
+            nonlocal said, done
+            progress.advance(bar)
+            done, now = done + 1, time.monotonic()
+            if console.is_terminal or now - said < LINE_EVERY:
+                return
+            said = now
+            left = (now - started) * (total - done) / done
+            print(f"{done:,} of {total:,} images, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+
+        yield watch
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit status: 0, 2 for input that cannot be used, 128 + the signal that stopped it."""
+    try:
+        wanted = read(
+            Shards, sys.argv[1:] if arguments is None else arguments, prog="engine.shard", description=Shards.__doc__
+        )
+        wanted.check()
+        with StopRequest():
+            run(wanted)
+        return 0
+    except BadInput as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as stopped:
+        print("stopped; the same command goes on", file=sys.stderr)
+        return getattr(stopped, "status", 130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

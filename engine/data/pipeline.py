@@ -43,8 +43,8 @@ class TrainLoader:
         ledger: receives (path, reason) of every file that this process finds bad while training.
 
     Raises:
-        BadInput: batch larger than the set or not divisible by `world`; while iterating: more bad files, those of
-            screening and those that this process found, than the set's bad_limit.
+        BadInput: batch larger than the set or not divisible by `world`; while iterating: no good file is left, or the storage
+            stays away.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class TrainLoader:
         self.steps_per_epoch = len(images) // batch_size
         self._rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-        self._files = Files(images, [] if ledger is None else ledger)
+        self._files = Files(images, [] if ledger is None else ledger, patient=True)
         self._stream: Stream | Made | None = None
         self._step = start_step  # of a loader without views
         if not self.views:
@@ -105,6 +105,11 @@ class TrainLoader:
         """Frees the pipeline; batches already given stay valid."""
         if self._stream is not None:
             self._stream.close()
+
+    @property
+    def over_limit(self) -> bool:
+        """Whether more files are bad, by screening and by what this process found, than the set's bad_limit allows."""
+        return self._files.too_many
 
     def _ids(self, step: int) -> np.ndarray:
         epoch, place = divmod(step, self.steps_per_epoch)

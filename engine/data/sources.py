@@ -165,14 +165,14 @@ def substitutes(good: np.ndarray) -> np.ndarray:
     return good_ids[np.searchsorted(good_ids, np.arange(len(good))) % len(good_ids)]
 
 
-def check_bad(bad: tuple[tuple[str, str], ...], total: int, limit: float, ledger: str | Path) -> None:
-    """Raises BadInput if more than `limit` of `total` files are bad; the sentence points to the full list."""
+def check_bad(bad: tuple[tuple[str, str], ...], total: int, limit: float, ledger: str | Path = "") -> None:
+    """Raises BadInput if more than `limit` of `total` files are bad, or all of them; the sentence names `ledger`."""
     if len(bad) <= limit * total and len(bad) < total:
         return
     first = "; ".join(f"{path}: {reason}" for path, reason in bad[:SHOWN]) + ("; ..." if len(bad) > SHOWN else "")
     raise BadInput(
-        f"{len(bad)} of {total} images are bad, above the limit of {limit:g} ({first}): mend or remove them "
-        f"(all are listed in {ledger}), or raise the limit"
+        f"{len(bad)} of {total} images are bad, above the limit of {limit:g} ({first}): mend or remove them"
+        f"{ledger and f' (all are listed in {ledger})'}, or raise the limit"
     )
 
 

@@ -1,6 +1,8 @@
 """Runs a DALI pipeline over numbered steps, and goes on without a file that it cannot decode."""
 
 import os
+import sys
+import time
 from collections.abc import MutableSequence
 from functools import partial
 
@@ -9,6 +11,7 @@ import torch
 from nvidia.dali import Pipeline, fn, pipeline_def
 from nvidia.dali.data_node import DataNode
 
+from engine.core.errors import BadInput
 from engine.data import screen
 from engine.data.batch import Batch
 from engine.data.encoded import ByName, Plan, ReadAhead, source
@@ -17,13 +20,19 @@ from engine.data.sources import ImageSet, check_bad, substitutes, usable_cpus
 
 MAX_THREADS = 16
 QUEUE = 2  # batches made ahead
+PAUSES = (1, 2, 4, 8, 16, 32, 60)  # s: storage that is away comes back soon, or somebody has to see to it
 
 
 class Files:
-    """What is known of the files by now: the verdicts of screening and those of training."""
+    """What is known of the files by now: the verdicts of screening and those of training.
 
-    def __init__(self, images: ImageSet, ledger: MutableSequence[tuple[str, str]]):
-        self.images, self.ledger = images, ledger
+    Args:
+        patient: go on with more bad files than the limit, as long as there is a good one: who reads asks for `too_many`, so that
+            a run can end where all its processes do, with all that it has.
+    """
+
+    def __init__(self, images: ImageSet, ledger: MutableSequence[tuple[str, str]], patient: bool = False):
+        self.images, self.ledger, self.patient = images, ledger, patient
         self.good, self.substitute = images.good, images.substitute
         self.bad = (*images.bad, *ledger)
         if ledger:  # a resumed run knows what it had found
@@ -32,13 +41,18 @@ class Files:
             self.substitute = substitutes(self.good)
 
     def condemn(self, index: int, reason: str) -> None:
-        """Note a file as bad. Raises BadInput where these are too many now."""
+        """Note a file as bad. Raises BadInput where these are too many now, or all."""
         entry = (self.images.paths[index], reason)
         self.ledger.append(entry)
         self.bad += (entry,)
         self.good[index] = False
-        check_bad(self.bad, len(self.images), self.images.bad_limit, "the run's ledger")
+        check_bad(self.bad, len(self.images), 1.0 if self.patient else self.images.bad_limit)
         self.substitute = substitutes(self.good)
+
+    @property
+    def too_many(self) -> bool:
+        """Whether more files are bad than the limit allows."""
+        return len(self.bad) > self.images.bad_limit * len(self.images)
 
 
 class Stream:
@@ -134,19 +148,41 @@ class Stream:
         self._retried = self._step
 
     def _undecodable(self, ids: np.ndarray) -> dict[int, str]:
-        """{id: reason} of the files that fail when decoded alone, as the pipeline decodes them."""
-        images, found, pipeline = self._files.images, {}, None
-        for index in np.unique(ids).tolist():
+        """{id: reason} of the files that fail when decoded alone. Where most cannot even be read, it is the storage that is away:
+        that is waited for, and is no fault of theirs.
+
+        Raises:
+            BadInput: it stays away.
+        """
+        root, ids = self._files.images.root, np.unique(ids)
+        for pause in (*PAUSES, None):
+            found, unread = self._looked_at(ids)
+            if unread <= len(ids) // 2 and (not unread or root.is_dir()):
+                return found
+            what = f"{unread} of {len(ids)} images of a batch in {root} cannot be read ({next(iter(found.values()))})"
+            if pause is None:
+                raise BadInput(
+                    f"{what}, after {sum(PAUSES)} s of waiting; see whether the storage is there, then --resume."
+                )
+            print(f"{what}: waiting {pause} s for the storage", file=sys.stderr, flush=True)
+            time.sleep(pause)
+        raise AssertionError
+
+    def _looked_at(self, ids: np.ndarray) -> tuple[dict[int, str], int]:
+        """{id: reason} of those that the pipeline's decoder refuses, and how many of them could not be read at all."""
+        images, found, pipeline, unread = self._files.images, {}, None, 0
+        for index in ids.tolist():
             pipeline = pipeline or _one_file_pipeline(self._device_id, self._decoder)
             try:
                 (pixels,) = pipeline.run(encoded=[images.read(index)])
                 height, width, _ = pixels.shape()[0]
                 if (width, height) != tuple(images.sizes[index]):
                     found[index] = f"changed: {width}x{height} pixels now"
-            except (RuntimeError, OSError):
+            except (RuntimeError, OSError) as error:
+                unread += isinstance(error, OSError)
                 _, reason = screen.inspect(partial(images.open, index), decode=True)
                 found[index], pipeline = reason or "unreadable: the decoder refuses it", None
-        return found
+        return found, unread
 
 
 def _one_file_pipeline(device_id: int | None, decoder: str) -> Pipeline:

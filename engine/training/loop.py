@@ -58,6 +58,7 @@ def run_stage(
     watch: Callable[[], AbstractContextManager[None]],
     probe: Callable[[], dict[str, float | str]],
     save: Callable[[], None],
+    over_limit: Callable[[], bool],
     labels: np.ndarray | None,
 ) -> None:
     """Train from `state.step` to the end of the stage.
@@ -67,12 +68,14 @@ def run_stage(
         drawn: the random choices of a step, asked for step by step.
         watch: entered around every step, for a profile.
         probe: measures the encoder; its values are logged.
-        save: makes the state durable.
+        save: makes the state durable; where bad files are too many over all ranks it says so by BadInput, then.
+        over_limit: whether this rank knows of too many.
         labels: class by dataset id, where the data have classes: only for the agreement of looked-up neighbours.
 
     Raises:
         Stopped: a signal came; the state was saved.
-        BadInput: too many updates in a row were not finite.
+        BadInput: too many updates in a row were not finite; or the batches or `save` raise it. What was trained is saved then,
+            but where another rank can't be asked to.
     """
     log.start_stage(
         stage.name,
@@ -87,7 +90,7 @@ def run_stage(
     waits = Waits(device)
     while state.step < stage.total_steps:
         with watch():
-            batch = waits.fetch(batches)
+            batch = _fetched(waits, batches, save, log)
             images, ids = batch.images, to_device(batch.ids, device)
             done, last = stage.first_step + state.step + 1, state.step + 1 == stage.total_steps
             logs = last or (state.step + 1) % cadence.log_every == 0
@@ -100,16 +103,29 @@ def run_stage(
                 log.log(done, values, waited=dist.largest(waits.seconds(), device))
                 _check_guard(state, stage, cadence)
         # Ranks agree on stopping only where they wait for one another anyway.
-        stopping = dist.any_rank(stop.raised, device) if logs or dist.world_size() == 1 else False
+        agreeing = logs or dist.world_size() == 1
+        stopping = agreeing and dist.any_rank(stop.raised, device)
+        too_many = agreeing and dist.any_rank(over_limit(), device)
         if last or _due(state.step, stage, cadence.probe_every):
             with log.aside():
                 measured = probe()
             log.log(done, measured, kind="probe")
-        if last or stopping or _due(state.step, stage, cadence.save_every):
+        if last or stopping or too_many or _due(state.step, stage, cadence.save_every):
             with log.aside():
                 save()
         if stopping:
             raise Stopped
+
+
+def _fetched(waits: Waits, batches: Iterator[Batch], save: Callable[[], None], log: RunLog) -> Batch:
+    """The next batch. Where there is none, what was trained is saved first, unless that takes other ranks."""
+    try:
+        return waits.fetch(batches)
+    except BadInput:
+        if dist.world_size() == 1:
+            with log.aside():
+                save()
+        raise
 
 
 def _due(step: int, stage: Stage, every: int) -> bool:

@@ -186,7 +186,8 @@ def _train(
             run_stage(
                 state, stage, loader, drawn, log,
                 Cadence(train.log_every, train.probe_every, train.save_every, train.abort_after), stop, watch=watch,
-                probe=_probe(parts, state, out), save=partial(_save, parts, state, out), labels=parts.images(stage.index).labels,
+                probe=_probe(parts, state, out), save=partial(_save, parts, state, out),
+                over_limit=lambda: loader.over_limit, labels=parts.images(stage.index).labels,
             )  # fmt: skip
     finally:
         loader.close()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from engine.core.errors import BadInput
-from engine.data import sources
+from engine.data import sources, stream
 from engine.data.pipeline import eval_batches
 from engine.data.views import byol_views
 from tests.data.corpus import encoded, picture, with_bad_file
@@ -61,13 +61,53 @@ def test_a_file_that_is_no_image_any_more_does_not_end_the_process(tmp_path, vie
     assert {reason for path, reason in ledger if path == images.paths[9]} == {"empty file"}
 
 
-def test_too_many_files_found_bad_while_training_end_the_run(tmp_path):
+def test_too_many_files_found_bad_while_training_are_told_and_replaced(tmp_path):
+    """The run ends where all its processes do, with what it has; an evaluation ends at once."""
     with_bad_file(tmp_path, ["a/photo003.jpg", "a/photo004.jpg"])
     images = sources.open_images(tmp_path, "train", bad_limit=0.05, screening="header")
-    ledger = []
+    ledger, batches = [], loader(images, batch_size=20)
+    assert not batches.over_limit
+    batches = loader(images, batch_size=20, ledger=ledger)
+    take(batches, 1)
+    assert batches.over_limit and len(ledger) == 2
     with pytest.raises(BadInput, match="2 of 20 images are bad"):
-        take(loader(images, batch_size=20, ledger=ledger), 1)
-    assert len(ledger) == 2
+        list(eval_batches(images, SIZE, 20, threads=1))
+
+
+def test_a_set_of_which_nothing_is_left_ends_the_run(tmp_path):
+    images = sources.open_images(with_bad_file(tmp_path, []), "train", bad_limit=1.0)
+    for path in images.paths:
+        (tmp_path / path).write_bytes(b"no image")
+    with pytest.raises(BadInput, match="20 of 20 images are bad"):
+        take(loader(images, batch_size=20), 1)
+
+
+def test_storage_that_was_away_is_waited_for_and_condemns_nobody(tmp_path, monkeypatch, capsys):
+    images = sources.open_images(with_bad_file(tmp_path / "images", []), "train", bad_limit=0.1)
+    expected = take(loader(images, batch_size=10), 3)
+    (tmp_path / "images").rename(tmp_path / "away")
+    paused = []
+
+    def comes_back(seconds: float) -> None:
+        paused.append(seconds)
+        if len(paused) == 3:
+            (tmp_path / "away").rename(tmp_path / "images")
+
+    monkeypatch.setattr(stream.time, "sleep", comes_back)
+    ledger = []
+    assert_same(expected, take(loader(images, batch_size=10, ledger=ledger), 3))
+    assert paused == [1, 2, 4] and not ledger
+    assert "10 of 10 images of a batch in" in capsys.readouterr().err
+
+
+def test_storage_that_stays_away_is_said(tmp_path, monkeypatch):
+    images = sources.open_images(with_bad_file(tmp_path / "images", []), "train", bad_limit=0.1)
+    (tmp_path / "images").rename(tmp_path / "away")
+    paused, ledger = [], []
+    monkeypatch.setattr(stream.time, "sleep", paused.append)
+    with pytest.raises(BadInput, match=r"cannot be read .* after 123 s of waiting; see whether the storage is there"):
+        take(loader(images, batch_size=10, ledger=ledger), 1)
+    assert paused == list(stream.PAUSES) and not ledger
 
 
 def test_evaluation_goes_on_without_a_file_found_bad(tmp_path):

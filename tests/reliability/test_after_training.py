@@ -10,8 +10,10 @@ from PIL import Image
 
 from engine import train
 from engine.core.extras import Extras
+from engine.core.optim import Moment
+from engine.data import stream
 from engine.methods.mae import Mae
-from engine.training import pictures
+from engine.training import checkpoint, pictures
 from tests.reliability.images import FLAGS, folder_of_images
 
 
@@ -84,6 +86,49 @@ def test_names_and_files_that_are_in_the_way_are_not(tmp_path: Path, capsys: pyt
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert "left_out" not in summary and summary["evaluation"] == {}
     assert "evaluation by cluster is left out: cluster needs at least two classes" in capsys.readouterr().out
+
+
+def test_too_many_bad_files_end_a_run_that_is_saved_and_says_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    images, run, begin = folder_of_images(tmp_path / "images"), tmp_path / "run", Mae.begin
+
+    def spoils(self: Mae, moment: Moment) -> None:
+        if moment.step == 2:
+            (images / "train" / "cat" / "1.png").write_bytes(b"no image any more")
+        begin(self, moment)
+
+    monkeypatch.setattr(Mae, "begin", spoils)
+    arguments = [*FLAGS, "--epochs", "6", "--save-every", "0", "--data", str(images), "--out", str(run)]
+    assert train.main(arguments) == 2
+    said = capsys.readouterr().err
+    assert "1 of 8 images are bad" in said and f"all are listed in {run / 'bad_files.json'}" in said
+    assert json.loads((run / "bad_files.json").read_text())[0][0] == "train/cat/1.png"
+    (saved,) = checkpoint.found(run / "checkpoints")
+    assert checkpoint.damage(saved) == "" and int(saved.name.removeprefix("step-")) >= 3
+    monkeypatch.undo()
+    assert train.main(["--resume", str(run), "--bad-limit", "0.5"]) == 0
+
+
+def test_storage_that_stays_away_ends_a_run_that_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    images, run, begin = folder_of_images(tmp_path / "images"), tmp_path / "run", Mae.begin
+
+    def unmounts(self: Mae, moment: Moment) -> None:
+        if moment.step == 2:
+            images.rename(tmp_path / "away")
+        begin(self, moment)
+
+    monkeypatch.setattr(Mae, "begin", unmounts)
+    monkeypatch.setattr(stream.time, "sleep", lambda seconds: None)
+    arguments = [*FLAGS, "--epochs", "6", "--save-every", "0", "--data", str(images), "--out", str(run)]
+    assert train.main(arguments) == 2
+    assert "see whether the storage is there" in capsys.readouterr().err
+    assert checkpoint.damage(checkpoint.found(run / "checkpoints")[0]) == "" and not (run / "bad_files.json").exists()
+    monkeypatch.undo()
+    (tmp_path / "away").rename(images)
+    assert train.main(["--resume", str(run)]) == 0
 
 
 def test_a_stop_request_is_not_an_error_of_a_part():

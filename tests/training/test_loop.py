@@ -54,7 +54,7 @@ def train(state: TrainState, folder: Path, log_every: int = 3, stops: bool = Fal
         stop.raised = stops
         run_stage(
             state, Stage("mae", 0, 1, 0, STEPS, STEPS, IMAGES), batches(), drawn, log, Cadence(log_every, 0, 0, 10), stop,
-            watch=nullcontext, probe=dict, save=lambda: None, labels=None,
+            watch=nullcontext, probe=dict, save=lambda: None, over_limit=lambda: False, labels=None,
         )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ its workers, as the one that draws the crops does in ours, so images are also co
 processes of a loader took together, which is what counts where other work shares the machine.
 
 Candidates are timed in turn, round by round (as in `benchmarks.rounds`), each from the moment on where what it had made ahead is
-used up, and rests while others run. What ours does in which part of the time comes from the same loader without the work of the
-others: files read, crops drawn and batches handed over; decoding besides; and all.
+used up, and rests while others run. What part of ours takes how much of its processor time comes from the same loader without
+the rest: files read, crops drawn and batches handed over; decoding besides; and all.
 """
 
 import importlib.util
@@ -190,8 +190,8 @@ def _processor_seconds() -> float:
 
 
 def _shares(median: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Of the time that ours takes for an image."""
-    files, decoded, whole = (1 / median[loader]["images_per_second"] for loader in (*PARTS, OURS))
+    """Of the processor time that ours takes for an image."""
+    files, decoded, whole = (1 / median[loader]["images_per_core_second"] for loader in (*PARTS, OURS))
     return {"files and hand-over": files / whole, "decode": (decoded - files) / whole, "augment": 1 - decoded / whole}
 
 
@@ -273,23 +273,24 @@ def show(record: dict[str, Any]) -> None:
         title=f"loaders alone: {files['count']:,} files of {width:.0f} x {height:.0f}, {files['mean_bytes'] / 1024:.0f} KiB; "
         f"{record['cores']} cores, medians of {options['rounds']} rounds"
     )
-    for heading in ("views", "threads", "loader", "images/s", "ours / this", "images/core s", "ours / this"):
-        table.add_column(heading, justify="left" if heading in ("views", "loader") else "right")
+    for heading in ("case", "loader", "images/s", "ratio", "a core s", "ratio"):
+        name = heading in ("case", "loader")
+        table.add_column(heading, justify="left" if name else "right", no_wrap=True)
     for case, found in record["cases"].items():
-        views, threads = case.split(", ")
-        best = max((loader for loader in PEERS if loader in found["median"]), key=lambda peer: _rate(found, peer))
+        peers = [loader for loader in PEERS if loader in found["median"]]
+        best = max(peers, key=lambda peer: found["median"][peer]["images_per_core_second"])
         for loader, one in found["median"].items():
-            if loader in PARTS:
-                continue
-            cells = [cell for key in RATES for cell in (f"{one[key]:,.1f}", f"{one[f'ours_over_this_{key}']:.2f}x")]
-            table.add_row(views, threads, f"* {loader}" if loader == best else loader, *cells)
+            if loader not in PARTS:
+                cells = [cell for key in RATES for cell in (f"{one[key]:,.1f}", f"{one[f'ours_over_this_{key}']:.2f}x")]
+                table.add_row(case, f"* {loader}" if loader == best else loader, *cells)
         table.add_section()
     Console().print(table)
-    print("* the best peer.")
+    print(
+        "case: views, threads. a core s: images for each second of a core. ratio: ours over this. * the best peer by a core s."
+    )
     for case, found in record["cases"].items():
-        views, threads = case.split(", ")
         shares = ", ".join(f"{part} {share:.0%}" for part, share in found["shares"].items())
-        print(f"ours, {views}, {threads} thread{'s' if threads != '1' else ''}: {shares}.")
+        print(f"ours, {case}: {shares} of its processor time.")
     for peer, why in record["left_out"].items():
         print(f"{peer} is left out: {why}.")
 

@@ -90,9 +90,9 @@ def test_what_is_made_ahead_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     assert seconds == 8 and busy >= 0
 
 
-def test_shares_of_ours_are_of_its_own_time():
+def test_shares_of_ours_are_of_its_own_processor_time():
     rates = {data.OURS: 10.0, data.PARTS[0]: 100.0, data.PARTS[1]: 25.0}
-    shares = data._shares({name: {"images_per_second": rate} for name, rate in rates.items()})
+    shares = data._shares({name: {"images_per_core_second": rate} for name, rate in rates.items()})
     assert shares == pytest.approx({"files and hand-over": 0.1, "decode": 0.3, "augment": 0.6})
 
 
@@ -117,7 +117,7 @@ def test_the_command_times_all_loaders_and_writes_a_record(tmp_path: Path, capsy
             for one, ours in zip(rounds_of, found["rounds"][data.OURS], strict=True):
                 for key in data.RATES:
                     assert one[f"ours_over_this_{key}"] == pytest.approx(ours[key] / one[key]), loader_name
-    assert "ours, dino, 1 thread: files and hand-over" in shown
+    assert "ours, dino, 1: files and hand-over" in shown
 
 
 @pytest.mark.parametrize(

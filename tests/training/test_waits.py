@@ -44,6 +44,34 @@ def test_the_time_in_the_loader_is_counted_from_the_second_batch_on(clock):
     assert waits.seconds() == 0
 
 
+@pytest.mark.parametrize(
+    ("queued", "fetching", "idle"),
+    [(1.0, 0.3, 0.0), (1.0, 1.0, 0.0), (1.0, 1.4, 0.4), (0.0, 0.3, 0.3)],
+    ids=["busy", "just busy", "idle at the end", "idle all along"],
+)
+def test_a_gpu_waits_only_where_it_has_nothing_queued(monkeypatch, clock, queued, fetching, idle):
+    """Events as a stream has them: reached when the host has recorded them and all that was queued before is done."""
+    free = clock.now  # when the device will be done with its queue
+
+    class Event:
+        def __init__(self, enable_timing: bool):
+            assert enable_timing
+
+        def record(self, stream: object) -> None:
+            self.reached = max(clock.now, free)
+
+        def elapsed_time(self, later: "Event") -> float:
+            return 1e3 * (later.reached - self.reached)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    waits, batches = Waits(torch.device("cuda", 0)), loader(clock, fetching)
+    waits.fetch(batches)
+    free = clock.now + queued
+    waits.fetch(batches)
+    assert waits.seconds() == pytest.approx(idle)
+
+
 def test_an_exhausted_loader_is_not_hidden(clock):
     with pytest.raises(StopIteration):
         Waits(CPU).fetch(iter(()))

@@ -3,6 +3,7 @@
     python -m benchmarks.data
 
     ours                  the engine's loader on a folder
+    ours, shards          the same files, packed by engine.shard and read where they lie
     torchvision, tensors  torch's DataLoader; decoded to uint8 tensors, v2 transforms of tensors
     torchvision, Pillow   torch's DataLoader; decoded by Pillow, v2 transforms of its images
     timm                  timm's loader for training; of one cropped and flipped view, the only one it makes
@@ -26,6 +27,7 @@ import os
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -49,11 +51,19 @@ from benchmarks.peers.loaders import AHEAD, Spdl, Timm, Torchvision
 from engine.core.errors import BadInput
 from engine.data.augment import epoch_order
 from engine.data.graph import Graph, branches, decode, view_graph, view_inputs
+from engine.data.shards.packing import How, Packing
 from engine.data.sources import ImageSet, open_images
 from engine.data.stream import QUEUE, Files, Stream
 from engine.data.views import Augmentation, byol_views, minimal, multi_crop
 
-OURS, TENSORS, PILLOW, TIMM, SPDL = "ours", "torchvision, tensors", "torchvision, Pillow", "timm", "spdl"
+OURS, SHARDS, TENSORS, PILLOW, TIMM, SPDL = (
+    "ours",
+    "ours, shards",
+    "torchvision, tensors",
+    "torchvision, Pillow",
+    "timm",
+    "spdl",
+)
 PEERS = (TENSORS, PILLOW, TIMM, SPDL)
 RATES = ("images_per_second", "images_per_core_second")
 PARTS = ("ours, files only", "ours, decoded only")
@@ -86,6 +96,12 @@ def measure(options: Options) -> dict[str, Any]:
     _check(options)
     torch.set_num_threads(1)  # of the process that takes the batches
     images = open_images(options.data or photographs.write(options.images), "train")
+    with tempfile.TemporaryDirectory() as folder:
+        Packing({"train": images}, Path(folder), How()).run(None, lambda: None)
+        return _of_images(images, open_images(folder, "train"), options)
+
+
+def _of_images(images: ImageSet, shards: ImageSet, options: Options) -> dict[str, Any]:
     batch = options.batch_size
     if batch > len(images):
         raise BadInput(f"--batch-size is {batch}, but there are {len(images)} images; choose at most so many.")
@@ -95,7 +111,7 @@ def measure(options: Options) -> dict[str, Any]:
     found = {}
     for name, threads in itertools.product(options.views, options.threads):
         views = _views(name, options.image_size)
-        found[f"{name}, {threads}"] = case = _in_turn(images, views, name, threads, options, left_out)
+        found[f"{name}, {threads}"] = case = _in_turn(images, shards, views, name, threads, options, left_out)
         rates = ", ".join(f"{loader} {_rate(case, loader):,.1f}" for loader in case["median"])
         print(f"{name} with {threads} thread(s), images/s: {rates}", file=sys.stderr)
     paths = [Path(images.root, path) for path in images.paths]
@@ -138,6 +154,7 @@ def _views(name: str, side: int) -> tuple[Augmentation, ...]:
 
 def _in_turn(
     images: ImageSet,
+    shards: ImageSet,
     views: Sequence[Augmentation],
     name: str,
     threads: int,
@@ -149,7 +166,7 @@ def _in_turn(
     ahead = max(QUEUE, AHEAD * threads)  # batches that a loader may have made before it is timed, and after
     warm = ahead + ahead % threads + threads  # workers give their batches in turn, one burst after another
     count = warm + options.batches + ahead
-    candidates = _candidates(images, views, batch, count, threads, left_out)
+    candidates = _candidates(images, shards, views, batch, count, threads, left_out)
     found: dict[str, list[dict[str, float]]] = {loader: [] for loader in candidates}
     for number in range(-1, options.rounds):  # the first starts workers and isn't kept
         for loader, epoch in candidates.items():
@@ -196,9 +213,15 @@ def _shares(median: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def _candidates(
-    images: ImageSet, views: Sequence[Augmentation], batch: int, count: int, threads: int, left_out: Mapping[str, str]
+    images: ImageSet,
+    shards: ImageSet,
+    views: Sequence[Augmentation],
+    batch: int,
+    count: int,
+    threads: int,
+    left_out: Mapping[str, str],
 ) -> dict[str, Epoch]:
-    """What is timed, by name. A further source of ours, such as shards, is one more entry with its own `ImageSet`."""
+    """What is timed, by name; shards hold the same images."""
     graphs = {
         OURS: partial(view_graph, views),
         PARTS[0]: _files_only,
@@ -207,6 +230,7 @@ def _candidates(
     found: dict[str, Epoch] = {
         name: partial(_ours, images, views, graph, batch, count, threads) for name, graph in graphs.items()
     }
+    found[SHARDS] = partial(_ours, shards, views, graphs[OURS], batch, count, threads)
     paths = [f"{images.root}/{path}" for path in np.array(images.paths)[images.good]]
     peers = {
         TENSORS: lambda: Torchvision(paths, views, batch, count, threads, tensors=True),

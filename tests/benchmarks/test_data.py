@@ -104,7 +104,7 @@ def test_the_command_times_all_loaders_and_writes_a_record(tmp_path: Path, capsy
     assert data.main([*arguments, "--out", str(out)]) == 0
     record, shown = json.loads(out.read_text()), capsys.readouterr().out
     spdl = {data.SPDL} if importlib.util.find_spec("spdl") else set()
-    every = {data.OURS, *data.PARTS, data.TENSORS, data.PILLOW} | spdl
+    every = {data.OURS, data.SHARDS, *data.PARTS, data.TENSORS, data.PILLOW} | spdl
     assert {case: set(found["median"]) for case, found in record["cases"].items()} == {
         "mae, 1": every | {data.TIMM}, "dino, 1": every
     }  # fmt: skip

@@ -1,6 +1,6 @@
 """Fills the table of docs/low_budget.md: what a ViT-L costs, counted and modelled by `engine.plan`.
 
-    python docs/low_budget.py
+    PYTHONPATH=. python docs/low_budget.py
 
 counts a step of each stage of each row for each share of the batch that fits the card, in as few micro-batches as do, and writes
 the table between the two marks. The first time it takes minutes; counts are kept until the code changes.
@@ -11,11 +11,11 @@ import sys
 import time
 from pathlib import Path
 
+from engine.data.sources import open_images
 from engine.plan import IMAGENET, Asked
 from engine.planning import bill, cards, options
 from engine.planning.bill import Spread
 from engine.training import config
-from engine.data.sources import open_images
 
 PAGE = Path(__file__).with_suffix(".md")
 MARKS = "<!-- table of docs/low_budget.py -->", "<!-- end of the table -->"

@@ -1,6 +1,8 @@
 """Files and folders that are there whole or not at all: written aside, flushed to the disk, renamed into place."""
 
+import errno
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -8,14 +10,40 @@ from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+# what a full, read-only, slow or vanished disk answers; and a folder that somebody else removed or may write alone
+_OF_DISKS = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.EFBIG,
+    errno.EHOSTDOWN, errno.EREMOTEIO,
+)  # fmt: skip
+_OF_FOLDERS = (errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR)
+_NO_FLUSHING = (errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # of folders, as SMB and some network file systems
+
 
 def flush(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, survive a power cut."""
+    """Make a file's content, or a folder's list of names, survive a power cut; where a file system can't do so with folders, the
+    names are left to it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FLUSHING or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)
+
+
+def storage_fault(error: Exception, folder: Path) -> str:
+    """What is wrong with the disk that a folder lies on, or with the folder, in the system's words, if that is what an error is
+    about; else nothing."""
+    number = error.errno if isinstance(error, OSError) else None
+    where = str(error.filename) if isinstance(error, OSError) else str(error)
+    if isinstance(error, SafetensorError) and (told := re.search(r"\(os error (\d+)\)", where)):
+        number = int(told[1])
+    if number in _OF_DISKS or (number in _OF_FOLDERS and str(folder) in where):
+        return os.strerror(number)
+    return ""
 
 
 def new_folder(stem: str) -> Path:

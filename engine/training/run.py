@@ -7,9 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 import kernels
 from engine.core import dist
+from engine.core.durable import storage_fault
 from engine.core.errors import BadInput
 from engine.core.extras import Extras
 from engine.core.gpus import peak_flops
@@ -42,12 +44,18 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
 
     Raises:
         Interrupted: a signal came where it could not wait, or a second one; what stands then was told.
+        BadInput: the folder cannot be written (any more); with what is safe, and how to go on.
     """
     out = Path(dist.share(str(folder.of_run(parts.plan, parts.ranks.first))))
     ranks, track = parts.ranks, parts.plan.train.track
     log = RunLog(out if ranks.first else None, rank=ranks.rank, peak_flops=_peak_flops(ranks), track=track)
     with owned(out, log.message) if ranks.first else nullcontext():
-        return _run(parts, out, log, evaluate)
+        try:
+            return _run(parts, out, log, evaluate)
+        except (OSError, SafetensorError) as error:
+            if fault := storage_fault(error, out):
+                raise BadInput(f"{out} cannot be written any more ({fault}). {_how_to_go_on(out)}") from error
+            raise
 
 
 def _run(parts: Parts, out: Path, log: RunLog, evaluate: Evaluate) -> int:
@@ -84,6 +92,16 @@ def _run(parts: Parts, out: Path, log: RunLog, evaluate: Evaluate) -> int:
                 raise
         dist.barrier()
     return 1 if extras.left_out else 0
+
+
+def _how_to_go_on(out: Path) -> str:
+    """After a disk has failed."""
+    again = f"mend that, and go on with: python -m engine.train --resume {out}"
+    try:
+        safe = next((one.name for one in checkpoint.found(out / "checkpoints") if not checkpoint.damage(one)), "")
+    except OSError:
+        return f"What is safe cannot be read now; {again}"
+    return f"Checkpoint {safe} is whole; {again}" if safe else "Nothing was saved yet; make room, and start again."
 
 
 def _what_stands(out: Path) -> str:

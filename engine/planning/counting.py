@@ -3,7 +3,8 @@
 `count` starts a process that sees the device and runs this file, with torch's own CUDA code and the engine's own update, in the
 precision and with the options of the run; what it found is kept in the user's cache, under all that it depends on.
 
-Images are memory that nobody wrote. Of several processes one is counted: what they send each other is not, nor are rows of the
+Ops run by their reference unless --kernels names others: a card that is calibrated may take better ones. Images are memory that
+nobody wrote. Of several processes one is counted: what they send each other is not, nor are rows of the
 others that a loss compares with.
 """
 

@@ -22,6 +22,7 @@ def described(plan: Plan, precision: str, card: Card, gpus: int, images: int) ->
     how += [f"{train.accumulate} micro-batches"] * (train.accumulate > 1)
     how += [f"recompute {train.recompute}"] * (train.recompute != "none")
     how += [f"residual stream in {train.residual}"] * (train.residual != "fp32")
+    how += [f"kernels {'reference' if train.kernels == 'auto' else train.kernels}"]
     return (
         f"{train.method} ({plan.source}) with {plan.model} on {images:,} images; {gpus} x {card.name}, {', '.join(how)}\n"
         f"counted: launches, bytes, operations, memory; modelled: time, {card.origin}, in brackets at worst and at best\n"

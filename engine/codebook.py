@@ -43,7 +43,7 @@ class Fit:
     flip: float = 0.5
     """Probability of a horizontal flip."""
     patches: int = 0
-    """Patches to fit to; 0 is 50 for each code."""
+    """Patches to fit to; 0 is 50 for each code, or those of 32 crops of every image, where these are fewer."""
     normalise: bool = True
     """Compare patches normalised one by one, so that codes tell of shapes, not of brightness."""
     bad_limit: float = 0.001

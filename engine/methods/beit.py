@@ -55,7 +55,7 @@ class Settings(StageSettings):
     codebook: str = ""
     """File of a codebook (of python -m engine.codebook or another run); default: one is fitted to the data as a stage begins."""
     codebook_patches: int = 0
-    """Patches that a codebook is fitted to; 0 is 50 for each code."""
+    """Patches that a codebook is fitted to; 0 is 50 for each code, or those of 32 crops of every image, where these are fewer."""
     codebook_normalise: bool = True
     """Codes of a codebook that is fitted are of patches normalised one by one, so that they tell of shapes, not of brightness."""
 

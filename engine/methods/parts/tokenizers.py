@@ -26,6 +26,7 @@ from engine.data.views import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 PATCHES_PER_CODE = 50
 PATCHES_PER_CROP = 16
 CROPS_AT_ONCE = 256
+CROPS_OF_AN_IMAGE = 32  # more show nothing new, and of a few images would be cut for minutes
 KIND = "tessera codebook"
 CELL = 8  # pixels of the discrete VAE's input for one code
 
@@ -126,11 +127,12 @@ class Codebook(nn.Module):
 
         Args:
             view: how crops are made.
-            count: patches to find them in; 0 is 50 for each code.
+            count: patches to find them in; 0 is 50 for each code, and of few images fewer, those of 32 crops of each.
             watch: passes on the sample as it is read, part by part; told how many parts there are.
         """
-        count = max(count or PATCHES_PER_CODE * self.codes, self.codes)
         per_image = min(PATCHES_PER_CROP, (view.size[0] // self.patch_size) * (view.size[1] // self.patch_size))
+        wanted = min(PATCHES_PER_CODE * self.codes, CROPS_OF_AN_IMAGE * per_image * len(images))
+        count = max(count or wanted, self.codes)
         crops = min(CROPS_AT_ONCE, len(images))
         parts = self._sample(images, view, seed, crops, per_image, device, threads)
         total = -(-count // (crops * per_image))

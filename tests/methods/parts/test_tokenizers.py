@@ -18,6 +18,7 @@ from engine.core.errors import BadInput
 from engine.data.sources import open_images
 from engine.data.views import minimal
 from engine.methods.parts.tokenizers import Codebook, DiscreteVae, k_means
+from tests.reliability.images import folder_of_images
 
 
 def draw(seed: int = 0) -> torch.Generator:
@@ -273,3 +274,19 @@ def test_other_files_are_refused_and_nothing_in_them_is_run(tmp_path: Path):
         with pytest.raises(BadInput, match=message):
             DiscreteVae.read(tmp_path / name, 16)
     assert not (tmp_path / "mark").exists()
+
+
+def test_a_few_images_are_not_cut_for_minutes(tmp_path: Path):
+    folder_of_images(tmp_path, per_class=3)
+    images, read = open_images(tmp_path, "train"), []
+
+    def watch(parts, total):
+        for part in parts:
+            read.append(len(part))
+            yield part
+
+    Codebook(600, 8, True).fit(images, minimal((32, 32)), 0, threads=1, watch=watch)
+    assert 32 * 16 * len(images) <= sum(read) <= 33 * 16 * len(images) < 50 * 600
+    read.clear()
+    Codebook(600, 8, True).fit(images, minimal((32, 32)), 0, 6000, threads=1, watch=watch)
+    assert sum(read) >= 6000  # as asked for

@@ -105,6 +105,7 @@ def _named(place: Path, name: str) -> list[Path]:
 
 
 def _write(folder: Path, files: dict[str, list[Path]], into: Path, home: Path) -> None:
+    """Writes all splits as shards; what can be refused before the images are read is."""
     parquet_files.check_installed()
     console = Console(stderr=True, soft_wrap=True)
     everything = [path for found in files.values() for path in found]
@@ -119,8 +120,8 @@ def _write(folder: Path, files: dict[str, list[Path]], into: Path, home: Path) -
         )
     told = f"{len(classes):,} classes of {columns.label!r}" if classes is not None else "no classes"
     console.print(
-        f"{folder}: writing {images:,} images of {columns.image!r}, with {told}, as {needed / 2**30:,.2f} GiB of shards into "
-        f"{home}, once",
+        f"{folder}: writing {images:,} images of {columns.image!r}, with {told}, as about {needed / 2**30:,.2f} GiB of shards "
+        f"into {home}, once",
         highlight=False,
         markup=False,
     )

@@ -105,10 +105,10 @@ def images(path: Path, column: str) -> Iterator[bytes]:
                     raise BadInput(
                         f"{path} has {len(data):,} bytes in row {done}, more than an image of {LARGEST >> 20} MiB"
                     )
-                yield data
                 done += 1
-        if done != rows:
-            raise BadInput(f"{path} is damaged: it has {done:,} rows, and declares {rows:,}")
+                _check_rows(path, done, rows, done <= rows)
+                yield data
+        _check_rows(path, done, rows, done == rows)
 
 
 def codes(path: Path, columns: Columns, vocabulary: dict[str, int]) -> np.ndarray:
@@ -130,7 +130,14 @@ def codes(path: Path, columns: Columns, vocabulary: dict[str, int]) -> np.ndarra
             most = len(vocabulary) if columns.words else int(parts[-1].max(initial=0))
             if most >= MOST_CLASSES:
                 raise BadInput(f"{path} has {columns.label!r} up to {most:,}, more than there are classes of images")
+        rows, done = file.metadata.num_rows, sum(map(len, parts))
+        _check_rows(path, done, rows, done == rows)
     return np.concatenate(parts)
+
+
+def _check_rows(path: Path, done: int, rows: int, holds: bool) -> None:
+    if not holds:
+        raise BadInput(f"{path} is damaged: it declares {rows:,} rows, and {done:,} were read")
 
 
 def _columns(path: Path) -> Columns:

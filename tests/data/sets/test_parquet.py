@@ -191,7 +191,7 @@ def test_they_are_written_once_and_again_when_a_file_changes(tmp_path, home, mon
     said = capsys.readouterr().err
     assert written == [1]
     assert (
-        f"{tmp_path / 'set'}: writing 15 images of 'image.bytes', with 3 classes of 'label', as 0.00 GiB of shards"
+        f"{tmp_path / 'set'}: writing 15 images of 'image.bytes', with 3 classes of 'label', as about 0.00 GiB of shards"
         in said
     )
     with monkeypatch.context() as patch:
@@ -387,6 +387,14 @@ def test_few_images_are_in_memory_at_a_time(tmp_path, monkeypatch):
     finally:
         pa.set_memory_pool(before)
     assert 1 << 20 < pool.max_memory() < 24 << 20
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_rows_that_are_not_as_many_as_declared_are_refused(tmp_path, monkeypatch, rows):
+    path = write(tmp_path / "train.parquet", good())
+    monkeypatch.setattr(parquet_files, "_stored", lambda file: (rows, 1000))
+    with pytest.raises(BadInput, match=rf"train.parquet is damaged: it declares {rows} rows, and 3 were read"):
+        list(parquet_files.images(path, "image.bytes"))
 
 
 def test_a_cache_without_room_is_said_before_anything_is_written(tmp_path, home, monkeypatch):

@@ -6,25 +6,22 @@ OUT is then read by --data in place of DATA, by all commands, and is the same se
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tyro.conf import Positional
 
 from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.core.owner import owned
 from engine.core.stopping import StopRequest
+from engine.data.shards.members import IMAGES_PER_SHARD
 from engine.data.shards.packing import How, Packing
+from engine.data.shards.progress import watched
 from engine.data.sources import has_split, open_images
-
-LINE_EVERY = 60.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -32,14 +29,14 @@ class Shards:
     """Pack images into tar shards that are read in place of the folder. Given again, it goes on where it was stopped."""
 
     data: Annotated[Positional[str], tyro.conf.arg(metavar="DATA")] = ""
-    """What to pack, as --data of engine.train: a folder, digits, NAME:DIR, or shards."""
+    """What to pack, as --data of engine.train: a folder, digits, NAME:DIR (parquet:DIR by way of the user's cache), or shards."""
     out: Annotated[Positional[str], tyro.conf.arg(metavar="OUT")] = ""
     """The folder to write: new, empty, or begun by this very command."""
     short: int = 0
     """Resize images whose short side is longer than this many pixels, and store them as JPEGs; 0 keeps every image as it is."""
     quality: int = 95
     """Of the JPEGs of resized images."""
-    images_per_shard: int = 5000
+    images_per_shard: int = IMAGES_PER_SHARD
     """Images of a shard."""
     bad_limit: float = 0.001
     """Largest share of unreadable images that is accepted; they are left out, and listed in manifest.json."""
@@ -78,7 +75,7 @@ def run(wanted: Shards) -> None:
         images = sum(len(shard.ids) for shard in left)
         begun = f", of {len(packing.shards):,}" if len(left) < len(packing.shards) else ""
         print(f"packing {images:,} images into {len(left):,} shards{begun} in {folder}", flush=True)
-        with _shown(images) as watch:
+        with watched(images, "packing") as watch:
             packing.run(wanted.threads or None, watch)
     size = sum((folder / shard.name).stat().st_size for shard in packing.shards) / 2**30
     taken = time.monotonic() - started
@@ -87,29 +84,6 @@ def run(wanted: Shards) -> None:
     )
     if packing.left_out:
         print(f"{len(packing.left_out):,} unreadable images are left out; manifest.json there lists them")
-
-
-@contextmanager
-def _shown(total: int) -> Iterator[Callable[[], None]]:
-    """Gives what is to be told of images that are done: in a terminal it moves a bar, else it says every minute how far it is."""
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    started = said = time.monotonic()
-    done = 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("packing", total=total)
-
-        def watch() -> None:
-            nonlocal said, done
-            progress.advance(bar)
-            done, now = done + 1, time.monotonic()
-            if console.is_terminal or now - said < LINE_EVERY:
-                return
-            said = now
-            left = (now - started) * (total - done) / done
-            print(f"{done:,} of {total:,} images, {left / 60:.0f} min left", file=sys.stderr, flush=True)
-
-        yield watch
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -89,13 +89,3 @@ def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shard.Packing, "run", stop)
     assert shard.main(["digits", str(tmp_path / "out")]) == 130
     assert "stopped; the same command goes on" in capsys.readouterr().err
-
-
-def test_without_a_terminal_it_says_how_far_it_is(monkeypatch, capsys):
-    monkeypatch.setattr(shard, "LINE_EVERY", 0.0)
-    with shard._shown(4) as watch:
-        for _ in range(4):
-            watch()
-    lines = capsys.readouterr().err.splitlines()
-    assert [line.partition(" images, ")[0] for line in lines] == [f"{done} of 4" for done in (1, 2, 3, 4)]
-    assert lines[-1].endswith("0 min left")

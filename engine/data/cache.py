@@ -1,11 +1,12 @@
 """The user's cache folder, a lock for processes that fill it at the same time, and sets of files that are written there once."""
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +20,15 @@ def folder() -> Path:
     if chosen := os.environ.get("TESSERA_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "tessera"
+
+
+def home_of(name: str, files: Iterable[Path]) -> Path:
+    """The folder for what is made from these files, known by path, size and modification time of each. Raises OSError."""
+    key = hashlib.blake2b(digest_size=8)
+    for path in files:
+        status = path.stat()
+        key.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+    return folder() / f"{name}-{key.hexdigest()}"
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Which images there are: lists a source, screens it once, and says what is read in place of a bad file.
 
-Image folders are listed by `engine.data.listing`, tar shards by `engine.data.shards.webdataset`, published sets by
-`engine.data.sets.archives`. Sets with objects have readers of their own,
-`engine.data.annotated.coco` and `engine.data.annotated.voc`, which are screened here, too.
+Image folders are listed by `engine.data.listing`, tar shards by `engine.data.shards.webdataset`, published sets and
+parquet files by `engine.data.sets.archives`. Sets with objects have readers of their own, `engine.data.annotated.coco` and
+`engine.data.annotated.voc`, which are screened here, too.
 """
 
 import hashlib
@@ -81,8 +81,8 @@ def open_images(
     Args:
         source: None or "digits" for the embedded set with classes, "scenes" for the training images of the one with objects,
             without labels; "synthetic" or "synthetic:N" for images that are made (`engine.data.made`); NAME:DIR for a published
-            set that lies in DIR (`engine.data.sets.archives` says which); else a folder: train/CLASS/* and val/CLASS/* (images
-            may lie deeper), or any folder of images without labels, searched with its subfolders, or tar shards
+            set, or parquet files, in DIR (`engine.data.sets.archives` says which); else a folder: train/CLASS/* and val/CLASS/*
+            (images may lie deeper), or any folder of images without labels, searched with its subfolders, or tar shards
             (`engine.data.shards.webdataset` says how they lie). Files of other suffixes than jpg, jpeg, png, webp, bmp, tif and
             tiff are passed over, and so are hidden ones.
         split: which part; a folder without train/ and val/ has "train" only.

@@ -35,7 +35,8 @@ class Eval:
     data: str = ""
     """For protocols that read classes: an image folder, train/CLASS/*.jpg and val/CLASS/*.jpg; or shards,
     train/*.tar and val/*.tar (docs/methods.md); or NAME:DIR, a published set as it lies in DIR, with NAME one of cifar10,
-    cifar100, svhn, flowers102, tiny-imagenet, imagenet100, imagenet. Default: the embedded digits."""
+    cifar100, svhn, flowers102, tiny-imagenet, imagenet100, imagenet, or parquet, files as Hugging Face has them. Default: the
+    embedded digits."""
     objects: str = ""
     """For protocols that read objects, masks or classes of pixels: NAME:DIR with NAME one of coco, voc, and for classes of
     pixels ade20k, coco-stuff too (DIR as published); voc-regions is voc with each class of pixels as one object, davis-frames

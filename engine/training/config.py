@@ -60,8 +60,9 @@ class Train:
     data: str = ""
     """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg, or a flat unlabelled one; or train/*.tar and val/*.tar, shards in
     WebDataset's layout (docs/methods.md); or NAME:DIR, a published set as it lies in DIR, with NAME one of cifar10, cifar100,
-    svhn, flowers102, tiny-imagenet, imagenet100, imagenet; or synthetic (synthetic:N), as many images as ImageNet (N) that are
-    made on the device and show nothing, to time a run. Default: the embedded digits."""
+    svhn, flowers102, tiny-imagenet, imagenet100, imagenet, or parquet, files as Hugging Face has them; or synthetic
+    (synthetic:N), as many images as ImageNet (N) that are made on the device and show nothing, to time a run. Default: the
+    embedded digits."""
     weights: str = ""
     """Start from these (a published file, a run folder, an exported folder); where stages follow MAE, leave that one out."""
     preset: str = "auto"

@@ -176,7 +176,7 @@ def test_a_published_set_brings_its_model_and_sizes(name: str):
     assert (given.encoder["img_size"], given.encoder["patch_size"]) == ([96, 96], 16)
     named = config.parse(["--method", "mae", "--data", f"{name}:/data", "--model", "vit_tiny_patch16_224"])
     assert named.model == "vit_tiny_patch16_224" and "img_size" not in named.encoder
-    assert {*small_data.SETS, "imagenet"} == set(archives.NAMES)
+    assert {*small_data.SETS, "imagenet", "parquet"} == set(archives.NAMES)
     assert (
         config.parse(["--method", "mae", "--data", "imagenet:/data"]).source
         == config.parse(["--method", "mae", "--data", "/"]).source

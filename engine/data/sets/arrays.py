@@ -6,7 +6,6 @@ image's place in its split. The cache's folder is named after path, size and mod
 Shape suffixes: N images, H = W = 32 pixels, C = 3 channels.
 """
 
-import hashlib
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -198,14 +197,11 @@ def _batch(form: _Cifar, file: str, data: bytes, rows: int | None) -> tuple[np.n
 
 def _written(name: str, files: Sequence[Path], read: Callable[[], Arrays]) -> Path:
     """The image folder in the cache that was or now is made from these files."""
-    key = hashlib.blake2b(digest_size=8)
-    for path in files:
-        try:
-            status = path.stat()
-        except OSError as error:
-            raise BadInput(f"{path} is missing: {name} needs {', '.join(file.name for file in files)}") from error
-        key.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
-    home = cache.folder() / f"{name}-{VERSION}-{key.hexdigest()}"
+    try:
+        home = cache.home_of(f"{name}-{VERSION}", files)
+    except OSError as error:
+        needed = ", ".join(file.name for file in files)
+        raise BadInput(f"{error.filename} is missing: {name} needs {needed}") from error
     return cache.kept(home, lambda folder: _write(name, home, folder, read()))
 
 

@@ -12,9 +12,7 @@ packed the same way give the same bytes.
 
 import hashlib
 import io
-import json
 import os
-import tarfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,7 +27,7 @@ from engine.data.ahead import loaded
 from engine.data.identity import Identity
 from engine.data.screen import FORMATS, as_rgb
 from engine.data.shards import manifest
-from engine.data.shards.webdataset import CLASSES, PATH_KEY
+from engine.data.shards.members import IMAGES_PER_SHARD, add_image, check_classes, new_shard, write_classes
 from engine.data.sources import ImageSet, check_bad
 
 SUFFIXES = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp", "BMP": "bmp", "TIFF": "tif"}
@@ -49,7 +47,7 @@ class How:
 
     short: int = 0
     quality: int = 95
-    images_per_shard: int = 5000
+    images_per_shard: int = IMAGES_PER_SHARD
 
 
 @dataclass(frozen=True)
@@ -75,11 +73,7 @@ class Packing:
 
     def __init__(self, splits: Mapping[str, ImageSet], folder: Path, how: How):
         self.splits, self.folder, self.how = splits, folder, how
-        classes = splits["train"].classes
-        if odd := [name for name in classes or () if "\n" in name or name.endswith("\r")]:
-            raise BadInput(
-                f"the class {odd[0]!r} has a line break in its name, and {CLASSES} has a name a line: rename it"
-            )
+        check_classes(splits["train"].classes or (), splits["train"].root)
         wanted = {"how": asdict(how), "sets": {split: _described(images) for split, images in splits.items()}}
         found = manifest.load(folder)
         if found is None:
@@ -135,8 +129,7 @@ class Packing:
         self._content["complete"] = False
         manifest.save(self.folder, self._content)
         if classes := self.splits["train"].classes:
-            text = "".join(f"{name}\n" for name in classes).encode("utf-8", "surrogateescape")
-            write_file(self.folder / CLASSES, lambda path: path.write_bytes(text))
+            write_classes(self.folder, classes)
 
     def _planned(self, split: str) -> list[Shard]:
         ids, each = np.flatnonzero(self.splits[split].good), self.how.images_per_shard
@@ -168,20 +161,15 @@ class Packing:
         path: Path,
     ) -> None:
         images = self.splits[shard.split]
-        with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        with new_shard(path) as tar:
             for number, index in enumerate(shard.ids.tolist(), shard.first):
                 found = next(made)
                 watch()
                 if isinstance(found, str):
                     left_out.append((images.paths[index], found))
                     continue
-                said: dict[str, object] = {PATH_KEY: images.paths[index]}
-                if images.labels is not None:
-                    label = int(images.labels[index])
-                    _add(tar, f"{number:09d}.cls", str(label).encode())
-                    said = {"cls": label, **said}
-                _add(tar, f"{number:09d}.json", json.dumps(said).encode())
-                _add(tar, f"{number:09d}.{found[0]}", found[1])
+                label = None if images.labels is None else int(images.labels[index])
+                add_image(tar, number, images.paths[index], label, *found)
 
     def _note(self, shard: Shard, left_out: list[tuple[str, str]]) -> None:
         """Notes a shard that is there. Raises BadInput where too much had to be left out."""
@@ -215,9 +203,3 @@ def _described(images: ImageSet) -> dict[str, object]:
     digest = hashlib.blake2b(np.ascontiguousarray(images.sizes), digest_size=16)
     digest.update("\0".join(images.classes or ()).encode("utf-8", "surrogateescape"))
     return {"images": len(images), "names": identity.names, "sizes_and_classes": digest.hexdigest()}
-
-
-def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    tar.addfile(member, io.BytesIO(content))

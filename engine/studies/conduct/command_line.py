@@ -21,8 +21,8 @@ class Flags:
     study: Annotated[Positional[str], tyro.conf.arg(help=f"Which study: {', '.join(studies.names())}.")] = ""
     data: str = ""
     """An image folder: train/CLASS/*.jpg and val/CLASS/*.jpg; or shards, train/*.tar and val/*.tar; or NAME:DIR, a published set
-    as it lies in DIR, with NAME one of cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100, imagenet. Default: the
-    embedded digits."""
+    as it lies in DIR, with NAME one of cifar10, cifar100, svhn, flowers102, tiny-imagenet, imagenet100, imagenet, or parquet,
+    files as Hugging Face has them. Default: the embedded digits."""
     model: str = ""
     """A timm ViT name; default vit_micro_patch8_32 on the embedded digits, vit_base_patch16_224 on a folder, and ViT-S with the
     set's image and patch size on a published set."""

@@ -1,0 +1,34 @@
+"""How far the writing of shards is, told while it goes on."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+LINE_EVERY = 60.0  # seconds
+
+
+@contextmanager
+def watched(total: int, what: str) -> Iterator[Callable[[], None]]:
+    """Gives what is to be told of images that are done: in a terminal it moves a bar, else it says every minute how far it is."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    started = said = time.monotonic()
+    done = 0
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(what, total=total)
+
+        def watch() -> None:
+            nonlocal said, done
+            progress.advance(bar)
+            done, now = done + 1, time.monotonic()
+            if console.is_terminal or now - said < LINE_EVERY:
+                return
+            said = now
+            left = (now - started) * (total - done) / done
+            print(f"{done:,} of {total:,} images, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+
+        yield watch

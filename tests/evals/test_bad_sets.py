@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from xml.etree import ElementTree
 
 import pytest
@@ -11,8 +12,10 @@ import torch
 from PIL import Image
 
 from engine import eval as command
+from engine.core.errors import BadInput
 from engine.data.annotated import clips
 from engine.data.sets import scenes
+from engine.evals import judging
 from engine.model import vit, weights
 
 MODEL = "random:vit_micro_patch8_32"
@@ -396,8 +399,17 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, capsys, never_encoded
         model.blocks[3].mlp.fc1.bias[5] = float("nan")
     weights.export(model, tmp_path / "broken")
     said = refused(["--weights", str(tmp_path / "broken"), "--protocol", "all"], tmp_path, capsys)
-    assert "broken contain NaN or infinity in blocks.3.mlp.fc1.bias: these weights cannot be evaluated" in said
+    assert "1 of them (blocks.3.mlp.fc1.bias has values that are not finite)" in said
     assert not never_encoded
+
+
+def test_an_encoder_that_is_not_finite_is_refused_as_files_are(tmp_path):
+    """One that no file was read for: of a run that has just ended."""
+    model = vit.create("vit_micro_patch8_32")
+    with torch.no_grad():
+        model.norm.weight[3] = float("inf")
+    with pytest.raises(BadInput, match=r"mine contain NaN or infinity in norm\.weight"):
+        judging._check_finite(SimpleNamespace(name="mine", encoder=SimpleNamespace(model=model)))
 
 
 @pytest.fixture

@@ -26,10 +26,6 @@ class Peak:
 
     bytes: dict[str, int] = field(default_factory=dict)
 
-    @property
-    def total(self) -> int:
-        return sum(self.bytes.values())
-
 
 @contextmanager
 def recorded(update: Update) -> Iterator[Peak]:
@@ -73,9 +69,9 @@ def _standing(update: Update) -> dict[str, int]:
 
 def _made(events: list[dict[str, Any]], of_gradients: set[int]) -> dict[str, int]:
     """What was made during the step and lay there at its peak."""
-    alive: dict[int, tuple[int, str]] = {}
+    alive: dict[int, tuple[int, int]] = {}  # by address the size, and which event made it
     now = most = 0
-    at_peak: dict[int, tuple[int, str]] = {}
+    at_peak: dict[int, tuple[int, int]] = {}
     last_made: dict[int, int] = {}
     for number, event in enumerate(events):
         if event["action"] == "alloc":

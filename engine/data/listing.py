@@ -21,6 +21,12 @@ from engine.data import screen
 from engine.data.names import Names
 from engine.data.stored import Ranges, Stored
 
+SPELLINGS = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid"),
+    "test": ("test", "testing"),
+}  # of splits, each also with a capital, or in capitals
+LEFT_BY_SYSTEMS = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN", "System Volume Information")
 ACCEPTED = ", ".join(suffix[1:] for suffix in screen.SUFFIXES)
 
 
@@ -88,9 +94,15 @@ class Listing(Stored):
         return replace(found, labels=np.array(labels, np.int64), classes=tuple(classes))
 
 
+def split_folder(root: Path, split: str) -> str | None:
+    """What a folder calls a split, spelled as others do (Train, training, validation); None where it has none."""
+    spelled = (way(name) for name in SPELLINGS.get(split, (split,)) for way in (str, str.capitalize, str.upper))
+    return next((name for name in spelled if (root / name).is_dir()), None)
+
+
 def is_flat(root: Path) -> bool:
     """Whether a folder's images have no classes: it has no train/."""
-    return not (root / "train").is_dir()
+    return split_folder(root, "train") is None
 
 
 def of_folder(root: Path, split: str) -> Listing:
@@ -104,16 +116,18 @@ def of_folder(root: Path, split: str) -> Listing:
         if not len(found.paths):
             raise BadInput(f"no images in {root}: the accepted files are {ACCEPTED}")
         return found
-    classes = class_names(root, "train")
-    if (root / "val").is_dir() and (unknown := sorted(set(class_names(root, "val")) - set(classes))):
-        raise BadInput(f"{root / 'val'} has the class {unknown[0]!r} that {root / 'train'} has not")
-    members = ((name, in_class(root, f"{split}/{name}")) for name in class_names(root, split))
+    folders = {name: split_folder(root, name) for name in ("train", "val", split)}
+    classes = class_names(root, folders["train"])
+    if folders["val"] and (unknown := sorted(set(class_names(root, folders["val"])) - set(classes))):
+        raise BadInput(f"{root / folders['val']} has the class {unknown[0]!r} that {root / folders['train']} has not")
+    folder = folders[split]
+    members = ((name, in_class(root, f"{folder}/{name}")) for name in class_names(root, folder))
     return Listing.of_classes(root, members, classes)
 
 
 def class_names(root: Path, split: str) -> tuple[str, ...]:
     """The folders of a split. Raises BadInput if there are none."""
-    names = tuple(sorted(entry.name for entry in _scan(root / split) if entry.is_dir() and entry.name[0] != "."))
+    names = tuple(sorted(entry.name for entry in _scan(root / split) if entry.is_dir() and not _is_foreign(entry.name)))
     if not names:
         raise BadInput(f"no class folders in {root / split}: images belong in {split}/CLASS/")
     return names
@@ -134,7 +148,7 @@ def walk(root: Path, folder: str, above: frozenset[str] = frozenset()) -> Iterat
         return
     for entry in sorted(_scan(root / folder), key=lambda entry: entry.name):
         path = f"{folder}/{entry.name}" if folder else entry.name
-        if entry.name.startswith("."):
+        if _is_foreign(entry.name):
             continue
         if entry.is_dir():
             yield from walk(root, path, above | {real})
@@ -144,6 +158,11 @@ def walk(root: Path, folder: str, above: frozenset[str] = frozenset()) -> Iterat
                 yield File(path, status.st_size, status.st_mtime_ns)
             except OSError:  # a dangling link keeps its place in the list; screening says what is wrong with it
                 yield File(path, -1, 0)
+
+
+def _is_foreign(name: str) -> bool:
+    """Whether an entry is hidden, or what systems leave in anybody's folders: copies of images that are none."""
+    return name.startswith(".") or name in LEFT_BY_SYSTEMS
 
 
 def _scan(folder: Path) -> list[os.DirEntry]:

@@ -83,8 +83,9 @@ def open_images(
             without labels; "synthetic" or "synthetic:N" for images that are made (`engine.data.made`); NAME:DIR for a published
             set, or parquet files, in DIR (`engine.data.sets.archives` says which); else a folder: train/CLASS/* and val/CLASS/*
             (images may lie deeper), or any folder of images without labels, searched with its subfolders, or tar shards
-            (`engine.data.shards.webdataset` says how they lie). Files of other suffixes than jpg, jpeg, png, webp, bmp, tif and
-            tiff are passed over, and so are hidden ones.
+            (`engine.data.shards.webdataset` says how they lie). Splits may be spelled otherwise (Train, training, validation);
+            a test split is never trained on unless it is named itself. Files of other suffixes than jpg, jpeg, jfif, png, webp,
+            bmp, tif and tiff are passed over, and so are hidden ones and what systems leave (__MACOSX, @eaDir).
         split: which part; a folder without train/ and val/ has "train" only.
         bad_limit: fraction of unreadable files above which this refuses.
         screening: "decode" reads all pixels, "header" only headers; "auto" decodes up to 50,000 images. The verdicts
@@ -156,7 +157,7 @@ def has_split(source: str | Path | None, split: Literal["train", "val"]) -> bool
     if chosen := archives.named(source):
         return archives.has_split(*chosen, split)
     root = _locate(source)
-    return split == "train" if listing.is_flat(root) else (root / split).is_dir()
+    return split == "train" if listing.is_flat(root) else listing.split_folder(root, split) is not None
 
 
 def substitutes(good: np.ndarray) -> np.ndarray:
@@ -187,8 +188,13 @@ def _locate(source: str | Path | None) -> Path:
             f"{source} is no folder: give a folder of images or of tar shards, 'digits' or 'scenes' (the embedded sets), "
             f"'synthetic', or NAME:DIR with NAME one of {', '.join(archives.NAMES)}"
         )
-    if (root / "val").is_dir() and not (root / "train").is_dir():
-        raise BadInput(f"{root} has a folder val/ but no train/, which names the classes")
+    if listing.is_flat(root):
+        if held_out := listing.split_folder(root, "val"):
+            raise BadInput(f"{root} has a folder {held_out}/ but no train/, which names the classes")
+        if held_out := listing.split_folder(root, "test"):
+            raise BadInput(
+                f"{root} has a folder {held_out}/ but no train/: name the folder to train on, that or another"
+            )
     return root.resolve()
 
 
@@ -198,7 +204,7 @@ def _list(source: str | Path | None, split: Literal["train", "val"]) -> Listing:
     root = _locate(source)
     if not has_split(source, split):
         raise BadInput(f"{root} has no {split} split: it needs a folder {split}/ with one folder of images per class")
-    if holds_shards(root if listing.is_flat(root) else root / "train"):
+    if holds_shards(root / (listing.split_folder(root, "train") or "")):
         return of_shards(root, split)
     return listing.of_folder(root, split)
 

@@ -64,8 +64,8 @@ def test_links_that_lead_back_up_end(tmp_path):
         (lambda root: (root / "train/empty").mkdir(), "train", "train/empty has no images"),
         (lambda root: (root / "val/empty").mkdir(), "val", "class 'empty' that"),
         (lambda root: write_photos(root / "val/bird", 1), "train", "class 'bird' that"),
-        (lambda root: os.rename(root / "train", root / "training"), "train", "no train/"),
-        (lambda root: os.rename(root / "val", root / "validation"), "val", "no val split"),
+        (lambda root: os.rename(root / "train", root / "exercises"), "train", "no train/"),
+        (lambda root: os.rename(root / "val", root / "held_out"), "val", "no val split"),
         (
             lambda root: [os.rename(root / "train" / name, root / name) for name in ("cat", "dog")],
             "val",
@@ -77,6 +77,40 @@ def test_a_wrong_layout_is_named(tmp_path, spoil, split, sentence):
     spoil(make_classes(tmp_path))
     with pytest.raises(BadInput, match=sentence):
         sources.open_images(tmp_path, split)
+
+
+@pytest.mark.parametrize(
+    ("train", "val"), [("Train", "Val"), ("TRAIN", "VAL"), ("training", "validation"), ("train", "valid")]
+)
+def test_splits_spelled_otherwise_are_found_and_a_test_split_is_left_alone(train, val, tmp_path):
+    expected = sources.open_images(make_classes(tmp_path / "plain"), "train")
+    other = make_classes(tmp_path / "other")
+    for old, new in (("train", train), ("val", val)):
+        (other / old).rename(other / new)
+    write_photos(other / "test" / "cat", 2)
+    found = sources.open_images(other, "train")
+    assert found.classes == expected.classes and found.labels.tolist() == expected.labels.tolist()
+    assert list(found.paths) == [path.replace("train/", f"{train}/") for path in expected.paths]
+    assert sources.has_split(other, "val")
+    assert list(sources.open_images(other, "val").paths)[0] == f"{val}/cat/photo000.jpg"
+
+
+def test_a_test_split_alone_is_not_trained_on_unasked(tmp_path):
+    write_photos(tmp_path / "Test" / "cat", 2)
+    write_photos(tmp_path / "more", 2)
+    with pytest.raises(BadInput, match=r"has a folder Test/ but no train/: name the folder to train on"):
+        sources.open_images(tmp_path, "train")
+    assert len(sources.open_images(tmp_path / "Test", "train")) == 2
+
+
+def test_what_systems_leave_is_passed_over(tmp_path):
+    make_classes(tmp_path)
+    for place in ("train/__MACOSX", "train/cat/@eaDir", "train/cat/.thumbnails"):
+        write_photos(tmp_path / place, 1)
+    (tmp_path / "train/dog/photo000.jpg").rename(tmp_path / "train/dog/photo000.JFIF")
+    found = sources.open_images(tmp_path, "train")
+    assert found.classes == ("cat", "dog") and len(found) == 6 and not found.bad
+    assert "train/dog/photo000.JFIF" in list(found.paths)
 
 
 def test_wrong_arguments_are_named(tmp_path):

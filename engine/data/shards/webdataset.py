@@ -29,7 +29,7 @@ import numpy as np
 
 from engine.core.errors import BadInput
 from engine.data import screen
-from engine.data.listing import ACCEPTED, Listing
+from engine.data.listing import ACCEPTED, Listing, split_folder
 from engine.data.names import Names
 from engine.data.shards import manifest
 from engine.data.shards.index import NONE, Index, Part, kept, opened, shown
@@ -68,13 +68,14 @@ def of_shards(root: Path, split: str) -> Listing:
             others not; classes that do not agree; no images; or packing by `engine.shard` did not come to its end.
     """
     manifest.check_whole(root)
-    split = split if (root / "train").is_dir() else ""
-    own = _index(root, split)
-    trained = _index(root, "train") if split == "val" else own
+    train = split_folder(root, "train") or ""
+    folder = (split_folder(root, split) or "") if train else ""
+    own = _index(root, folder)
+    trained = _index(root, train) if folder != train else own
     classes = _classes(root, trained)
     if classes is None and own.words:
-        raise BadInput(f"the shards in {root / split} have classes, and those in {root / 'train'} have none")
-    labels = None if classes is None else _labels(own, trained, classes, root, split)
+        raise BadInput(f"the shards in {root / folder} have classes, and those in {root / train} have none")
+    labels = None if classes is None else _labels(own, trained, classes, root, folder)
     ranges = own.ranges
     return Listing(root, own.paths, ranges.size, ranges.stamps[ranges.file, 1], labels, classes, ranges)
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
+from unicodedata import normalize
 
 import numpy as np
 
@@ -118,10 +119,18 @@ def of_folder(root: Path, split: str) -> Listing:
         return found
     folders = {name: split_folder(root, name) for name in ("train", "val", split)}
     classes = class_names(root, folders["train"])
-    if folders["val"] and (unknown := sorted(set(class_names(root, folders["val"])) - set(classes))):
-        raise BadInput(f"{root / folders['val']} has the class {unknown[0]!r} that {root / folders['train']} has not")
+    # one name may be written in two ways (é, or e and an accent): file systems of different makes have each its own
+    known = {normalize("NFC", name): name for name in classes}
+    if len(known) < len(classes):
+        twice = next(name for name in classes if known[normalize("NFC", name)] != name)
+        raise BadInput(f"{root / folders['train']} has the class {twice!r} in two forms of Unicode; merge the folders")
+    for name in class_names(root, folders["val"]) if folders["val"] else ():
+        if normalize("NFC", name) not in known:
+            raise BadInput(f"{root / folders['val']} has the class {name!r} that {root / folders['train']} has not")
     folder = folders[split]
-    members = ((name, in_class(root, f"{folder}/{name}")) for name in class_names(root, folder))
+    members = (
+        (known[normalize("NFC", name)], in_class(root, f"{folder}/{name}")) for name in class_names(root, folder)
+    )
     return Listing.of_classes(root, members, classes)
 
 

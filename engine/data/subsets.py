@@ -77,7 +77,7 @@ def listed(files: Sequence[Path], paths: Sequence[str] | None, protocol: str) ->
     subsets: dict[str, list[np.ndarray]] = {}
     for file in files:
         try:
-            names = [line.strip() for line in file.read_text().splitlines() if line.strip()]
+            names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise BadInput(f"{protocol} split file {file} cannot be read; give a text file of image names.") from error
         unclear = [name for name in names if row_of.get(name) is None]

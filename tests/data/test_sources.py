@@ -92,7 +92,7 @@ def test_splits_spelled_otherwise_are_found_and_a_test_split_is_left_alone(train
     assert found.classes == expected.classes and found.labels.tolist() == expected.labels.tolist()
     assert list(found.paths) == [path.replace("train/", f"{train}/") for path in expected.paths]
     assert sources.has_split(other, "val")
-    assert list(sources.open_images(other, "val").paths)[0] == f"{val}/cat/photo000.jpg"
+    assert next(iter(sources.open_images(other, "val").paths)) == f"{val}/cat/photo000.jpg"
 
 
 def test_a_test_split_alone_is_not_trained_on_unasked(tmp_path):
@@ -101,6 +101,16 @@ def test_a_test_split_alone_is_not_trained_on_unasked(tmp_path):
     with pytest.raises(BadInput, match=r"has a folder Test/ but no train/: name the folder to train on"):
         sources.open_images(tmp_path, "train")
     assert len(sources.open_images(tmp_path / "Test", "train")) == 2
+
+
+def test_a_name_in_two_forms_of_unicode_is_one_class(tmp_path):
+    composed, apart = "caf\u00e9", "cafe\u0301"
+    make_classes(tmp_path, train=(composed, "dog"), val=(apart, "dog"))
+    val = sources.open_images(tmp_path, "val")
+    assert val.classes == (composed, "dog") and sorted(val.labels.tolist()) == [0] * 3 + [1] * 3
+    write_photos(tmp_path / "train" / apart, 1)
+    with pytest.raises(BadInput, match="in two forms of Unicode"):
+        sources.open_images(tmp_path, "train")
 
 
 def test_what_systems_leave_is_passed_over(tmp_path):

@@ -60,7 +60,7 @@ def _names(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         return tuple(f"class {number}" for number in range(1, CLASSES + 1))
     try:
-        rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as text") from error
     rows = [row for row in rows if row[0].strip().isdigit()]

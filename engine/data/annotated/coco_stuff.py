@@ -67,7 +67,7 @@ def _names(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         return tuple(f"id {number}" for number in USED)
     try:
-        lines = [line.partition(":") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.partition(":") for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"{path} cannot be read as text") from error
     named = {number.strip(): name.strip() for number, _, name in lines}

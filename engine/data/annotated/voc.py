@@ -189,7 +189,7 @@ def _names(root: Path, split: str, part: str) -> list[str]:
 def read_lines(path: Path) -> list[list[str]]:
     """The words of every line that has any. Raises BadInput for what cannot be read."""
     try:
-        return [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [line.split() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -22,7 +22,7 @@ from engine.studies.conduct import command_line as study
 from engine.training import config
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = ("engine", "kernels", "benchmarks", "docs", "tests", "csrc")
 BENCHMARKS = ("gpu", "throughput", "multicrop", "detection_attention")
 ELSEWHERE = {

@@ -14,7 +14,7 @@ from engine.core.lasting import lasting
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Fixed 2-D sine-cosine positions of MAE and MoCo v3, fp32 [h*w, dim].
+    """Fixed 2-D sine-cosine positions of MAE, fp32 [h*w, dim]; MoCo v3's have the two halves the other way round.
 
     Half the channels belong to each axis, width first; base 10000. Raises BadInput unless dim is a multiple of 4.
     """

@@ -1,8 +1,8 @@
 """BEiT. B = microsoft/unilm beit/ (its README's pre-training command and defaults); arXiv 2106.08254.
 
 B's codes are those of DALL-E's discrete VAE, which saw about 250 million images: give its file with --beit.tokenizer. Without it
-they are a codebook's, fitted to the data, which is ours. Pixels are normalised by ImageNet's mean and deviation, as by B's command
-for ImageNet (its default would scale them to [-1, 1]). Weights start as MAE's do, B's smaller with depth.
+they are a codebook's, fitted to the data, which is ours. Pixels are normalised by ImageNet's mean and deviation, as by B's
+command for ImageNet (its default would scale them to [-1, 1]). Weights start as MAE's do, B's smaller with depth.
 """
 
 from dataclasses import replace

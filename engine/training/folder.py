@@ -1,20 +1,25 @@
 """The run folder: where it is, and what lies in it.
 
-config.json, metrics.jsonl, summary.json, tensorboard/, checkpoints/, export/ (the newest encoder, which timm loads), stages/ (the
-encoder at the end of each stage), evaluation/, pictures/, and bad_files.json if there were any. With --track, wandb/, trackio/ or
-mlflow/, and trackers.json (the run's id in each); with --profile, profile/ (operators.txt, trace.json.gz, on GPUs memory.pickle).
+config.json, metrics.jsonl, events.jsonl (what became of the run), summary.json, tensorboard/, checkpoints/, export/ (the newest
+encoder, which timm loads), stages/ (the encoder at the end of each stage), evaluation/, pictures/, and bad_files.json if there
+were any. With --track, wandb/, trackio/ or mlflow/, and trackers.json (the run's id in each); with --profile, profile/
+(operators.txt, trace.json.gz, on GPUs memory.pickle).
 """
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from engine.core.durable import new_folder, write_file
 from engine.core.errors import BadInput
 from engine.model import weights
 from engine.training.config import Plan
+from engine.training.log import EVENTS
 from engine.training.loop import Stage
 from engine.training.parts import Parts
 from engine.training.state import TrainState
+
+BAD_FILES = "bad_files.json"
 
 
 def of_run(plan: Plan, first: bool = True) -> Path:
@@ -53,8 +58,19 @@ def export(parts: Parts, state: TrainState, folder: Path) -> None:
         weights.export(state.method.evaluated, folder, classifier=state.method.classifier, classes=classes)
 
 
-def list_bad_files(parts: Parts, state: TrainState, folder: Path) -> None:
-    """Write which images were unreadable and replaced, if any were."""
-    bad = [*parts.train_images.bad, *state.bad_files]
-    if bad:
-        write_file(folder / "bad_files.json", lambda aside: aside.write_text(json.dumps(bad, indent=1)))
+def list_bad_files(parts: Parts, state: TrainState, folder: Path) -> list[str]:
+    """Write which images were unreadable and replaced, if any were; the paths of those that were not listed there before."""
+    path, bad = folder / BAD_FILES, [*parts.train_images.bad, *state.bad_files]
+    before = {entry[0] for entry in json.loads(path.read_text())} if path.is_file() else set()
+    if new := [name for name, _ in bad if name not in before]:
+        write_file(path, lambda aside: aside.write_text(json.dumps(bad, indent=1)))
+    return new
+
+
+def events(folder: Path) -> list[dict]:
+    """What became of the run so far, oldest first, but for lines that are torn by a crash."""
+    found = []
+    for line in (folder / EVENTS).read_bytes().splitlines() if (folder / EVENTS).is_file() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return found

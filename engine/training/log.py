@@ -1,11 +1,13 @@
 """What a run leaves to read and shows while it trains: the one thing the loop talks to.
 
-It hands on to metrics.jsonl (the record), TensorBoard and the trackers that were asked for, a progress display, and summary.json.
+It hands on to metrics.jsonl (the record), events.jsonl (what became of the run), TensorBoard and the trackers that were asked
+for, a progress display, and summary.json.
 """
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from os import SEEK_END
 from pathlib import Path
 from time import time
 
@@ -17,6 +19,7 @@ from engine.training.progress import Progress, Stretch
 from engine.training.speed import Speed
 from engine.training.trackers import TensorBoard, Trackers
 
+EVENTS = "events.jsonl"
 LONG_FIRST_STEP = 5.0  # seconds from which it is told
 
 
@@ -54,6 +57,9 @@ class RunLog:
         self._board: TensorBoard | None = None
         self._step = 0
         self._resumed_at: int | None = None
+        self._left_out: int | None = (
+            0  # updates of the stage that were told; None where a run goes on and it isn't known yet
+        )
 
     def __enter__(self) -> "RunLog":
         return self
@@ -100,6 +106,7 @@ class RunLog:
         if self.folder is not None and self._file is None:
             self._open()
         self._step = max(self._step, start_step)
+        self._left_out = 0 if self._step == start_step else None
         self._speed.begin(images_per_step, self._flops_per_image if flops_per_image is None else flops_per_image)
         self._progress.begin(Stretch(name, index, count, start_step, total_steps), self._step, images_per_step)
 
@@ -143,10 +150,19 @@ class RunLog:
             values |= self._speed.rates(step, waited)
             self._progress.show({name: value for name, value in values.items() if not isinstance(value, str)})
             self.tick(step)
+            self._tell_left_out(step, int(values.get("skipped_updates", 0)))
         else:
             self._progress.report(kind, step, values)
         if self.folder is not None:
             self._write(step, values, kind)
+
+    def _tell_left_out(self, step: int, count: int) -> None:
+        if self._left_out is not None and count > self._left_out:
+            new = count - self._left_out
+            self.note(
+                "updates left out", f"{new} updates up to step {step:,} were left out: loss or gradients not finite"
+            )
+        self._left_out = count
 
     def speed(self) -> dict[str, float]:
         """images_per_second and waiting_for_data of the stage, as far as this process has trained and logged it."""
@@ -155,6 +171,22 @@ class RunLog:
     def message(self, text: str) -> None:
         """Print one line above the bar."""
         self._progress.message(text)
+
+    def note(self, event: str, words: str, *, shown: bool = True) -> None:
+        """What became of the run: a line of events.jsonl, which is only ever added to, also by those who go on with the run.
+
+        Args:
+            event: its kind, such as "resumed".
+            words: a sentence, also printed where it is `shown`.
+        """
+        if not self._active:
+            return
+        if shown:
+            self.message(words)
+        if self.folder is not None and self.folder.is_dir():
+            line = {"time": round(time(), 3), "event": event, "step": self._step, "words": words}
+            with suppress(OSError):  # of a disk that fails, the error itself tells
+                _add_line(self.folder / EVENTS, json.dumps(line))
 
     @contextmanager
     def aside(self) -> Iterator[None]:
@@ -198,3 +230,12 @@ class RunLog:
         self._file = MetricsFile(self.folder / "metrics.jsonl")
         self._board = TensorBoard(self.folder / "tensorboard", self._resumed_at)
         self._trackers.open(self.folder)
+
+
+def _add_line(path: Path, line: str) -> None:
+    """At the end of a file, whose last line a crash may have torn."""
+    with path.open("ab+") as file:
+        if size := file.seek(0, SEEK_END):
+            file.seek(size - 1)
+        torn = size and file.read(1) != b"\n"
+        file.write(b"\n" * bool(torn) + line.encode() + b"\n")

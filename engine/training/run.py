@@ -55,6 +55,12 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
         except (OSError, SafetensorError) as error:
             if fault := storage_fault(error, out):
                 raise BadInput(f"{out} cannot be written any more ({fault}). {_how_to_go_on(out)}") from error
+            log.note("failed", f"{type(error).__name__}: {error}", shown=False)
+            raise
+        except Exception as error:
+            log.note(
+                "failed", str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}", shown=False
+            )
             raise
 
 
@@ -76,19 +82,22 @@ def _run(parts: Parts, out: Path, log: RunLog, evaluate: Evaluate) -> int:
                 speeds += _train(parts, state, out, log, stop, profile)
                 _finish(parts, state, out, extras)
         except Stopped:
-            log.message(f"stopped and saved; go on with: python -m engine.train --resume {out}")
+            log.note("stopped", f"stopped and saved; go on with: python -m engine.train --resume {out}")
             return 0
         except Interrupted:
-            log.message(_what_stands(out))
+            log.note("interrupted", _what_stands(out))
             raise
         log.close()
+        log.note("trained", "all steps are trained", shown=False)
         if ranks.first:
             summary = _summary(parts, state, out, extras) | {"speed": speeds}
             log.close(summary)  # what was trained stands, whatever becomes of what follows
             try:
                 log.close(summary | _judged(parts, out, evaluate, extras, log.message))
             except Interrupted:
-                log.message(f"stopped; the training is whole, judge it by: python -m engine.eval --weights {out}")
+                log.note(
+                    "interrupted", f"stopped; the training is whole, judge it by: python -m engine.eval --weights {out}"
+                )
                 raise
         dist.barrier()
     return 1 if extras.left_out else 0
@@ -113,19 +122,22 @@ def _what_stands(out: Path) -> str:
 
 def _resumed(parts: Parts, out: Path, log: RunLog) -> TrainState:
     """The state in the newest sound checkpoint."""
-    tensors, where = checkpoint.newest(out / "checkpoints", log.message)
+    tensors, where = checkpoint.newest(out / "checkpoints", partial(log.note, "checkpoint damaged"))
     _check_images(parts, where, log)
     state = build(parts, where["stage"], None, anew=False)
     restore(state, tensors, where)
-    log.resume(parts.stages[state.stage].first_step + state.step)
+    step = parts.stages[state.stage].first_step + state.step
+    log.resume(step)
+    log.note("resumed", f"going on from step {step:,}")
     return state
 
 
 def _check_images(parts: Parts, where: dict, log: RunLog) -> None:
     """Go on with the images that the checkpoint saw, or knowingly with others."""
     if "images" not in where:
-        log.message(
-            "this checkpoint is of a version that did not note which images it saw: they are taken as they are."
+        log.note(
+            "images unknown",
+            "this checkpoint is of a version that did not note which images it saw: they are taken as they are.",
         )
         return
     changed = parts.identity.difference(Identity.from_json(where["images"]))
@@ -135,7 +147,7 @@ def _check_images(parts: Parts, where: dict, log: RunLog) -> None:
             "they are by --data, or go on with these by --changed-data."
         )
     if changed:
-        log.message(f"going on with other images, as --changed-data says: {changed}.")
+        log.note("other images", f"going on with other images, as --changed-data says: {changed}.")
 
 
 def _at_stage(parts: Parts, index: int, state: TrainState | None, out: Path) -> TrainState:
@@ -171,14 +183,14 @@ def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
         how += f", residual stream in {plan.train.residual}"
     if plan.train.recompute != "none":
         how += f", activations computed again: {plan.train.recompute}"
-    log.message(f"{ranks.world} x {device}, {how}; run folder {out}")
+    log.note("begun", f"{ranks.world} x {device}, {how}; run folder {out}")
     if ranks.device.type == "cuda":
         log.message(graphs.described(parts.ungraphed()))
     if parts.loaded:
         log.message(parts.loaded)
     bad = parts.train_images.bad
     if bad:
-        log.message(f"{len(bad)} unreadable images are replaced; they are listed in {out / 'bad_files.json'}")
+        log.message(f"{len(bad)} unreadable images are replaced; they are listed in {out / folder.BAD_FILES}")
 
 
 def _train(
@@ -204,7 +216,7 @@ def _train(
             run_stage(
                 state, stage, loader, drawn, log,
                 Cadence(train.log_every, train.probe_every, train.save_every, train.abort_after), stop, watch=watch,
-                probe=_probe(parts, state, out), save=partial(_save, parts, state, out),
+                probe=_probe(parts, state, out), save=partial(_save, parts, state, out, log),
                 over_limit=lambda: loader.over_limit, labels=parts.images(stage.index).labels,
             )  # fmt: skip
     finally:
@@ -216,7 +228,7 @@ def _train(
     return [speed]
 
 
-def _save(parts: Parts, state: TrainState, out: Path) -> None:
+def _save(parts: Parts, state: TrainState, out: Path, log: RunLog) -> None:
     """A checkpoint, the encoder's export, the list of bad files."""
     step = parts.stages[state.stage].first_step + state.step
     state.bad_files[:] = dist.union(state.bad_files)
@@ -224,11 +236,13 @@ def _save(parts: Parts, state: TrainState, out: Path) -> None:
         where = position(state) | {"images": parts.identity.as_json()}
         checkpoint.save(out / "checkpoints", step, to_host(state), where, parts.plan.train.keep)
         folder.export(parts, state, out / "export")
-        folder.list_bad_files(parts, state, out)
+        if new := folder.list_bad_files(parts, state, out):
+            more = ", ..." if len(new) > 3 else ""
+            log.note("bad files", f"{len(new)} images were unreadable and replaced: {', '.join(new[:3])}{more}")
     dist.barrier()
     # each rank held its own finds against the limit; here all of them are
     images = parts.train_images
-    check_bad((*images.bad, *state.bad_files), len(images), images.bad_limit, out / "bad_files.json")
+    check_bad((*images.bad, *state.bad_files), len(images), images.bad_limit, out / folder.BAD_FILES)
 
 
 def _probe(parts: Parts, state: TrainState, out: Path) -> Callable[[], dict[str, float | str]]:
@@ -282,6 +296,7 @@ def _summary(parts: Parts, state: TrainState, out: Path, extras: Extras) -> dict
         "steps": parts.stages[-1].first_step + parts.stages[-1].total_steps,
         "skipped_updates_of_last_stage": int(state.update.skipped),
         "unreadable_images": len(parts.train_images.bad) + len(state.bad_files),
+        "events": folder.events(out),
         "export": str(out / "export"),
         "probes": probes,
         "seconds_of_this_process": round(time.monotonic() - parts.started, 1),

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from engine.core.errors import BadInput
 from engine.data import sources
 from engine.data.encoded import ReadAhead
 from engine.data.pipeline import each_once, eval_batches
@@ -104,8 +103,8 @@ def test_a_shard_that_changes_or_vanishes_takes_its_images_with_it(photos, tmp_p
     }
     for index in (10, 11):
         (tmp_path / f"packed/train/{index:03d}.tar").unlink()
-    with pytest.raises(BadInput, match=r"5 of 40 images are bad.*the run's ledger"):
-        take(batches, 9)
+    take(batches, 9)
+    assert len(ledger) == 5 and batches.over_limit
 
 
 def test_a_step_is_read_while_the_one_before_is_asked_for(shards):

@@ -14,6 +14,7 @@ from PIL import Image
 from engine.train import main
 from engine.training import checkpoint
 from tests.reliability.images import FLAGS, folder_of_images
+from tests.sealed import resealed
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,8 +36,7 @@ def run(made: Path, tmp_path: Path) -> tuple[Path, Path]:
     shutil.copytree(made / "images", data)
     config = json.loads((out / "config.json").read_text())
     assert config["train"]["data"] == str(made / "images"), "absolute, so that any working directory finds them"
-    config["train"]["data"] = str(data)
-    (out / "config.json").write_text(json.dumps(config))
+    resealed(out, lambda content: content["train"].update(data=str(data)))
     return out, data
 
 

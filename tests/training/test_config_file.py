@@ -1,6 +1,5 @@
 """config.json is read as it was written, or refused in a sentence: changed by hand, incomplete, of a later version."""
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 
 from engine.core.errors import BadInput
 from engine.training import config, config_file
+from tests.sealed import resealed
 
 FLAGS = ["--method", "maect", "--model", "vit_micro_patch8_32", "--graphs", "off", "--epochs", "3", "2", "1"]
 EARLIER = Path(__file__).parents[1] / "reliability" / "earlier"
@@ -18,19 +18,6 @@ EARLIER = Path(__file__).parents[1] / "reliability" / "earlier"
 def run(tmp_path: Path) -> Path:
     (tmp_path / "config.json").write_text(config.parse(FLAGS).as_json())
     return tmp_path
-
-
-def resealed(run: Path, change: Callable[[dict], object]) -> None:
-    """As if that had been written."""
-    content = json.loads((run / "config.json").read_text())
-    change(content)
-    version = content.pop("version")
-    del content["sha256"]
-    text = json.loads(config_file.sealed(content))
-    if version != config_file.VERSION:
-        text["version"] = version
-        text["sha256"] = config_file._hash({k: v for k, v in text.items() if k != "sha256"})
-    (run / "config.json").write_text(json.dumps(text))
 
 
 def test_what_was_written_is_read(run: Path):

@@ -14,9 +14,9 @@ from rich.progress import track
 from torch import Tensor
 
 from engine.core import dist
+from engine.core.commands import exit_status
 from engine.core.errors import BadInput
 from engine.core.flags import read
-from engine.core.stopping import StopRequest
 from engine.data.sources import open_images
 from engine.data.views import Augmentation
 from engine.methods.parts.tokenizers import Codebook
@@ -112,21 +112,16 @@ def run(fit: Fit) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 2 for input that cannot be used, 128 and the number of a signal that ended it."""
-    try:
-        fit = read(
-            Fit, sys.argv[1:] if arguments is None else arguments, prog="engine.codebook", description=Fit.__doc__
-        )
+    """The command. Returns the exit status."""
+
+    def work() -> None:
+        given = sys.argv[1:] if arguments is None else arguments
+        fit = read(Fit, given, prog="engine.codebook", description=Fit.__doc__)
         fit.check()
-        with StopRequest():
-            run(fit)
-        return 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:
-        print("stopped; nothing was written", file=sys.stderr)
-        return getattr(stopped, "status", 130)
+        run(fit)
+
+    try:
+        return exit_status(work, "nothing was written")
     finally:
         dist.stop()
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.core import dist
+from engine.core.commands import exit_status
 from engine.core.durable import write_file
 from engine.core.errors import BadInput
 from engine.core.flags import read
@@ -93,17 +94,13 @@ class Asked:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 where --fit finds nothing that fits, 2 for input that cannot be used."""
+    """The command. Returns the exit status: 1 where --fit finds nothing that fits, else that of `exit_status`."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if {"-h", "--help"} & set(arguments):
         usage = "usage: python -m engine.plan --method NAME [flags of engine.train] [flags]"
         print(short_help(Flags, usage, HELP, "All flags of engine.train are understood; its --help lists them."))
         return 0
-    try:
-        return _planned(*parse(arguments))
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _planned(*parse(arguments)), "what was counted is kept")
 
 
 def parse(arguments: Sequence[str]) -> tuple[Flags, Asked]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import tyro
 
 from engine.core import dist
+from engine.core.commands import exit_status
 from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.training import config
@@ -52,14 +53,12 @@ def run(flags: Replay) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, or 2 for input that cannot be used."""
+    """The command. Returns the exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        given = sys.argv[1:] if arguments is None else arguments
-        run(read(Replay, given, prog="engine.replay", description=Replay.__doc__))
-        return 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        return exit_status(
+            lambda: run(read(Replay, given, prog="engine.replay", description=Replay.__doc__)), "nothing was written"
+        )
     finally:
         dist.stop()
 

@@ -14,10 +14,10 @@ from typing import Annotated
 import tyro
 from tyro.conf import Positional
 
+from engine.core.commands import exit_status
 from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.core.owner import owned
-from engine.core.stopping import StopRequest
 from engine.data.shards.members import IMAGES_PER_SHARD
 from engine.data.shards.packing import How, Packing
 from engine.data.shards.progress import watched
@@ -87,21 +87,15 @@ def run(wanted: Shards) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 2 for input that cannot be used, 128 + the signal that stopped it."""
-    try:
-        wanted = read(
-            Shards, sys.argv[1:] if arguments is None else arguments, prog="engine.shard", description=Shards.__doc__
-        )
+    """The command. Returns the exit status."""
+
+    def work() -> None:
+        given = sys.argv[1:] if arguments is None else arguments
+        wanted = read(Shards, given, prog="engine.shard", description=Shards.__doc__)
         wanted.check()
-        with StopRequest():
-            run(wanted)
-        return 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return getattr(stopped, "status", 130)
+        run(wanted)
+
+    return exit_status(work, "the same command goes on")
 
 
 if __name__ == "__main__":

@@ -42,8 +42,9 @@ def recorded(update: Update) -> Iterator[Peak]:
     finally:
         torch.cuda.memory._record_memory_history(enabled=None)
         hook.remove()
-    peak.bytes = _standing(update) | _made(events, of_gradients)
-    peak.bytes["temporaries"] += max(0, before - sum(_standing(update).values()))
+    standing = _standing(update)
+    peak.bytes = standing | _made(events, of_gradients)
+    peak.bytes["temporaries"] += max(0, before - sum(standing.values()))
 
 
 def _standing(update: Update) -> dict[str, int]:

@@ -19,9 +19,7 @@ def described(plan: Plan, precision: str, card: Card, gpus: int, images: int) ->
     """What is planned, and how far it can be trusted."""
     train = plan.train
     how = [precision, "not compiled" if train.compile == "off" else "compiled"]
-    how += [f"{train.accumulate} micro-batches"] * (train.accumulate > 1)
-    how += [f"recompute {train.recompute}"] * (train.recompute != "none")
-    how += [f"residual stream in {train.residual}"] * (train.residual != "fp32")
+    how += train.in_words()
     how += [f"kernels {'reference' if train.kernels == 'auto' else train.kernels}"]
     return (
         f"{train.method} ({plan.source}) with {plan.model} on {images:,} images; {gpus} x {card.name}, {', '.join(how)}\n"
@@ -121,13 +119,7 @@ def as_json(bills: Sequence[StageBill], card: Card, price: float) -> list[dict[s
 
 def command(flags: Sequence[str], gpus: int) -> str:
     """What starts the run where the cards are; images are those that the user has."""
-    kept = [word for word in flags if not word.startswith("synthetic:")]
-    words = []
-    for word in kept:
-        if word == "--data" and "synthetic" in " ".join(flags):
-            words += ["--data", "DIR"]
-        else:
-            words.append(word)
+    words = ("DIR" if word.startswith("synthetic:") else word for word in flags)
     start = "python" if gpus == 1 else f"torchrun --nproc_per_node {gpus}"
     return f"{start} -m engine.train {' '.join(words)}"
 

@@ -103,6 +103,11 @@ def _hashes(checkpoint: Path) -> dict[str, str]:
     return hashes
 
 
+def newest_sound(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are as they were written."""
+    return next((checkpoint for checkpoint in found(folder) if not damage(checkpoint)), None)
+
+
 def load(checkpoint: Path) -> tuple[dict[str, dict[str, Tensor]], dict]:
     """The tensors and the position of one sound checkpoint."""
     names = [name for name in _hashes(checkpoint) if name != STATE]

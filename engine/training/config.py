@@ -140,6 +140,12 @@ class Train:
     abort_after: int = 50
     """Stop when this many updates in a row were skipped because loss or gradients were not finite."""
 
+    def in_words(self) -> list[str]:
+        """What of a step is done otherwise than plainly."""
+        words = [f"{self.accumulate} micro-batches a step"] * (self.accumulate > 1)
+        words += [f"residual stream in {self.residual}"] * (self.residual != "fp32")
+        return words + [f"activations computed again: {self.recompute}"] * (self.recompute != "none")
+
     def check(self) -> None:
         """Raise BadInput for a value that cannot be meant."""
         choices = {

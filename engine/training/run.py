@@ -107,15 +107,15 @@ def _how_to_go_on(out: Path) -> str:
     """After a disk has failed."""
     again = f"mend that, and go on with: python -m engine.train --resume {out}"
     try:
-        safe = next((one.name for one in checkpoint.found(out / "checkpoints") if not checkpoint.damage(one)), "")
+        safe = checkpoint.newest_sound(out / "checkpoints")
     except OSError:
         return f"What is safe cannot be read now; {again}"
-    return f"Checkpoint {safe} is whole; {again}" if safe else "Nothing was saved yet; make room, and start again."
+    return f"Checkpoint {safe.name} is whole; {again}" if safe else "Nothing was saved yet; make room, and start again."
 
 
 def _what_stands(out: Path) -> str:
     """After a signal that could not wait for the next step."""
-    if any((out / "checkpoints").glob("step-*")):
+    if checkpoint.found(out / "checkpoints"):
         return f"stopped at once; what came after the last checkpoint is lost, go on with: python -m engine.train --resume {out}"
     return f"stopped at once, before anything was saved; {out} can be removed"
 
@@ -176,14 +176,9 @@ def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
         else f"CPU, {torch.get_num_threads()} threads"
     )
     log.message(f"{plan.train.method} ({plan.source}) with {plan.model} on {len(parts.train_images):,} images")
-    how = f"{described(parts.precision, parts.ranks.device)}, {'compiled' if parts.compiles else 'not compiled'}"
-    if plan.train.accumulate > 1:
-        how += f", {plan.train.accumulate} micro-batches a step"
-    if plan.train.residual != "fp32":
-        how += f", residual stream in {plan.train.residual}"
-    if plan.train.recompute != "none":
-        how += f", activations computed again: {plan.train.recompute}"
-    log.note("begun", f"{ranks.world} x {device}, {how}; run folder {out}")
+    how = [described(parts.precision, parts.ranks.device), "compiled" if parts.compiles else "not compiled"]
+    how += plan.train.in_words()
+    log.note("begun", f"{ranks.world} x {device}, {', '.join(how)}; run folder {out}")
     if ranks.device.type == "cuda":
         log.message(graphs.described(parts.ungraphed()))
     if parts.loaded:

@@ -3,6 +3,8 @@
 import math
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,23 @@ HEADER, COMPRESSED = 128, 15  # bytes before the first element; the type of one 
 UNPACKED = 1 << 26  # bytes of structs; ImageNet's have a few
 
 
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever goes wrong inside is one sentence about the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} is missing") from error
+    except NotImplementedError as error:
+        raise BadInput(f"{path} is of MATLAB's version 7.3: save it with -v7") from error
+    except BadInput:
+        raise
+    except Exception as error:  # the reader raises anything on hostile bytes; whatever it is, the file is no good
+        raise BadInput(
+            f"{path} is no MATLAB file that can be read: {str(error)[:200] or type(error).__name__}"
+        ) from error
+
+
 def read(path: Path, *names: str) -> list[np.ndarray]:
     """The arrays of these names. What the file declares is held against its size before anything is unpacked.
 
@@ -25,7 +44,7 @@ def read(path: Path, *names: str) -> list[np.ndarray]:
     """
     from scipy import io  # wanted once
 
-    try:
+    with _reading(path):
         size = path.stat().st_size
         declared = {name: (shape, kind) for name, shape, kind in io.whosmat(path, appendmat=False)}
         for name in names:
@@ -38,16 +57,6 @@ def read(path: Path, *names: str) -> list[np.ndarray]:
                 )
         found = io.loadmat(path, variable_names=names, appendmat=False)
         return [np.asarray(found[name]) for name in names]
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} is missing") from error
-    except NotImplementedError as error:
-        raise BadInput(f"{path} is of MATLAB's version 7.3: save it with -v7") from error
-    except BadInput:
-        raise
-    except Exception as error:  # the reader raises anything on hostile bytes; whatever it is, the file is no good
-        raise BadInput(
-            f"{path} is no MATLAB file that can be read: {str(error)[:200] or type(error).__name__}"
-        ) from error
 
 
 def whole(path: Path, name: str, values: np.ndarray, low: int, high: int) -> np.ndarray:
@@ -72,7 +81,7 @@ def read_records(path: Path, content: bytes, name: str, *fields: str) -> list[tu
     """
     from scipy import io  # wanted once
 
-    try:
+    with _reading(path):
         unpacked = _unpacked(content)
         declared = {name: (shape, kind) for name, shape, kind in io.whosmat(BytesIO(unpacked))}
         shape, kind = declared.get(name, ((), "nothing"))
@@ -82,12 +91,6 @@ def read_records(path: Path, content: bytes, name: str, *fields: str) -> list[tu
         if missing := [field for field in fields if field not in (found.dtype.names or ())]:
             raise BadInput(f"{path} has no {missing[0]} in {name!r}")
         return list(zip(*(found[field].tolist() for field in fields), strict=True))
-    except BadInput:
-        raise
-    except Exception as error:  # the reader raises anything on hostile bytes; whatever it is, the file is no good
-        raise BadInput(
-            f"{path} is no MATLAB file that can be read: {str(error)[:200] or type(error).__name__}"
-        ) from error
 
 
 def _unpacked(content: bytes) -> bytes:

@@ -179,8 +179,8 @@ def standing(run: Run, folder: Path) -> str:
 
 def saved_step(folder: Path) -> int | None:
     """The step of a run's newest sound checkpoint."""
-    sound = (path for path in checkpoint.found(folder / "checkpoints") if not checkpoint.damage(path))
-    return next((int(path.name.removeprefix(checkpoint.PREFIX)) for path in sound), None)
+    sound = checkpoint.newest_sound(folder / "checkpoints")
+    return sound and int(sound.name.removeprefix(checkpoint.PREFIX))
 
 
 def _differences(there: dict, now: dict) -> list[str]:

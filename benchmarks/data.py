@@ -3,6 +3,7 @@
     python -m benchmarks.data
 
     ours                  the engine's loader on a folder
+    ours, linear colours  the same, but that colours are jittered in one linear map, which is no author's way
     ours, shards          the same files, packed by engine.shard and read where they lie
     torchvision, tensors  torch's DataLoader; decoded to uint8 tensors, v2 transforms of tensors
     torchvision, Pillow   torch's DataLoader; decoded by Pillow, v2 transforms of its images
@@ -31,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,8 +57,9 @@ from engine.data.sources import ImageSet, open_images
 from engine.data.stream import QUEUE, Files, Stream
 from engine.data.views import Augmentation, byol_views, minimal, multi_crop
 
-OURS, SHARDS, TENSORS, PILLOW, TIMM, SPDL = (
+OURS, LINEAR, SHARDS, TENSORS, PILLOW, TIMM, SPDL = (
     "ours",
+    "ours, linear colours",
     "ours, shards",
     "torchvision, tensors",
     "torchvision, Pillow",
@@ -97,7 +99,7 @@ def measure(options: Options) -> dict[str, Any]:
     torch.set_num_threads(1)  # of the process that takes the batches
     images = open_images(options.data or photographs.write(options.images), "train")
     with tempfile.TemporaryDirectory() as folder:
-        Packing({"train": images}, Path(folder), How()).run(None, lambda: None)
+        Packing({"train": images}, Path(folder), How()).run(None, lambda _: None)
         return _of_images(images, open_images(folder, "train"), options)
 
 
@@ -230,6 +232,9 @@ def _candidates(
     found: dict[str, Epoch] = {
         name: partial(_ours, images, views, graph, batch, count, threads) for name, graph in graphs.items()
     }
+    if any(view.jitter for view in views):
+        linear = [replace(view, colours="linear") for view in views]
+        found[LINEAR] = partial(_ours, images, linear, partial(view_graph, linear), batch, count, threads)
     found[SHARDS] = partial(_ours, shards, views, graphs[OURS], batch, count, threads)
     paths = [f"{images.root}/{path}" for path in np.array(images.paths)[images.good]]
     peers = {

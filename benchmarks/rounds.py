@@ -199,6 +199,18 @@ def in_turn(
         for name, rate in rates.items():
             one = {"images_per_second": rate, "share_of_peak": rate * flops / peak, "peak": peak}
             rounds[name].append(one | ({"ratio": rate / rates[base]} if base in rates else {}))
+    about = {"kernels": kernels.describe(device).splitlines(), "flops_per_image": flops, "base": base}
+    return recorded(options, device, precision, rounds, about)
+
+
+def recorded(
+    options: Recorded,
+    device: torch.device,
+    precision: str,
+    rounds: dict[str, list[dict[str, float]]],
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """The record of rounds, by what was timed: the machine, what else there is to say of them, every round, and medians."""
     return {
         "options": asdict(options),
         "device": torch.cuda.get_device_name(device)
@@ -207,9 +219,7 @@ def in_turn(
         "threads": torch.get_num_threads(),
         "precision": precision,
         "torch": torch.__version__,
-        "kernels": kernels.describe(device).splitlines(),
-        "flops_per_image": flops,
-        "base": base,
+        **about,
         "rounds": rounds,
         "median": {
             name: {key: statistics.median(one[key] for one in found) for key in found[0]}

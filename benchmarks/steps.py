@@ -8,7 +8,8 @@ import torch
 from benchmarks.rounds import Step
 from engine import methods, recipes
 from engine.core.draws import Draws
-from engine.methods.base import Labels, Method, StageSettings
+from engine.methods.base import Labels, Method
+from engine.methods.settings import StageSettings
 from engine.model import vit
 from engine.training.build import compile_regions
 from engine.training.step import Update

@@ -1,6 +1,5 @@
 """`python -m engine.eval`: judge weights by the papers' protocols, print a table, leave a report."""
 
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -12,8 +11,10 @@ import torch
 import kernels
 from engine import evals
 from engine.core import dist
+from engine.core.commands import exit_status
 from engine.core.durable import new_folder
 from engine.core.errors import BadInput
+from engine.core.extras import Extras
 from engine.data import cache
 from engine.evals import Course, Encoder, Sets, report
 from engine.evals.command_line import Eval, command, parse
@@ -24,16 +25,19 @@ from kernels.calibrate import known
 SCENES_SIZE = (128, 128)
 
 
-def run(flags: Eval, settings: dict[str, Any]) -> list[evals.Result]:
+def run(flags: Eval, settings: dict[str, Any]) -> int:
     """Evaluate as the flags say, print the table, write the folder.
 
-    Under torchrun all ranks extract features, and the first does the rest; the others return nothing. What was found before a
-    protocol failed, or before Ctrl-C, is written.
+    Under torchrun all ranks extract features, and the first does the rest. What was found before Ctrl-C, or beside a protocol or
+    a part of the report that failed, is written.
+
+    Returns:
+        The exit status: 0, or 1 where a defect took a protocol's result or a part of the report, which was told.
 
     Raises:
         BadInput: data, weights, settings or the output folder cannot be used, and nothing is written; or a protocol failed, and
             the others' results are.
-        KeyboardInterrupt: with what became of the results.
+        KeyboardInterrupt: noted at it is what became of the results.
     """
     ranks = dist.start(flags.device)
     kernels.freeze(known(ranks.device), ranks.device.type)
@@ -43,29 +47,35 @@ def run(flags: Eval, settings: dict[str, Any]) -> list[evals.Result]:
     out = _folder(flags, judged) if ranks.first else None
     how = _how(flags, ranks.device)
     # "all" means all that go with the weights
-    course = Course(lenient=evals.ALL in flags.protocol, tell=lambda line: print(line, file=sys.stderr, flush=True))
+    course, extras = Course(lenient=evals.ALL in flags.protocol, tell=_tell), Extras(_tell)
     if ranks.world > 1:
         evals.extract_together(judged, sets, settings, course, **how)
         dist.stop()
         if not ranks.first:
-            return []
+            return 0
     features: dict = {}
     how |= {"seed": flags.seed, "seeds": flags.seeds}
     try:
         evals.evaluate(judged, sets, tuple(settings), settings=settings, features=features, course=course, **how)
-    except KeyboardInterrupt:
-        kept = f"{out / 'report.html'} has what was finished" if course.results else "nothing was finished"
-        raise KeyboardInterrupt(kept) from None
+    except KeyboardInterrupt as stopped:
+        stopped.add_note(f"{out / 'report.html'} has what was finished" if course.results else "nothing was finished")
+        raise
     finally:
         if course.results:
             about = _about(flags, sets, course, how) | {"out": str(out)}
-            report.write(out, course.results, about, features, flags.map, _commands(flags, judged, settings))
+            report.write(out, course.results, about, features, extras, flags.map, _commands(flags, judged, settings))
             report.show(course.results, ", ".join(dict.fromkeys(map(sets.name, sets.opened))), out)
         elif not flags.out:
             out.rmdir()
-    if course.failed:
+    if course.defects:
+        _tell(f"error: {course.failed}")
+    elif course.failed:
         raise BadInput(course.failed)
-    return course.results
+    return 1 if course.defects or extras.left_out else 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _folder(flags: Eval, judged: Mapping[str, Encoder]) -> Path:
@@ -87,20 +97,27 @@ def _how(flags: Eval, device: torch.device) -> dict[str, Any]:
         "batch_size": flags.batch_size,
         "threads": flags.threads or None,
         "cache": cache.folder() / "features" if flags.cache else None,
+        "resize": flags.resize,
+        "squeeze": flags.squeeze,
+        "aspect": flags.aspect,
         "object_size": (flags.objects_size * 2)[:2] or (None if flags.objects else SCENES_SIZE),
     }
 
 
 def _about(flags: Eval, sets: Sets, course: Course, how: Mapping[str, Any]) -> dict[str, Any]:
     """What was asked for, and what became of it, for the report."""
-    return asdict(flags) | {
-        "sets": {kind: sets.name(kind) for kind in sets.opened},
-        "device": str(how["device"]),
-        "precision": how["precision"],
-        "kernels": kernels.describe(how["device"]).splitlines(),
-        "without a result": course.missing,
-        "unreadable images left out": sets.unreadable,
-    }
+    return (
+        asdict(flags)
+        | {
+            "sets": {kind: sets.name(kind) for kind in sets.opened},
+            "device": str(how["device"]),
+            "precision": how["precision"],
+            "kernels": kernels.describe(how["device"]).splitlines(),
+            "without a result": course.missing,
+            "unreadable images left out": sets.unreadable,
+        }
+        | ({"objects left out": sets.objects_left_out} if sets.objects_left_out else {})
+    )
 
 
 def _commands(flags: Eval, judged: Mapping[str, Encoder], settings: Mapping[str, Any]) -> dict[tuple[str, str], str]:
@@ -113,18 +130,10 @@ def _commands(flags: Eval, judged: Mapping[str, Encoder], settings: Mapping[str,
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 2 for input that cannot be used, or 130 after Ctrl-C."""
-    try:
-        run(*parse(sys.argv[1:] if arguments is None else arguments))
-        return 0
-    except BadInput as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as stopped:
-        print(f"stopped; {stopped or 'nothing was finished'}", file=sys.stderr)
-        return 130
+    """The command. Returns the exit status: that of `run`, 2 for input that cannot be used, or 128 + the number of a signal."""
+    words = sys.argv[1:] if arguments is None else arguments
+    return exit_status(lambda: run(*parse(words)), "nothing was finished")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a scheduler's notice: what is done is kept as by Ctrl-C
     sys.exit(main())

@@ -111,8 +111,8 @@ def open_source(flags: Export) -> Source:
     path = Path(flags.weights).expanduser()
     imagenet = {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}
     if path.is_file():
-        model = vit.create(flags.model, **overrides)
-        return Source(path.name, model, weights.load(model, path), imagenet)
+        model, report = weights.create(path, flags.model, **overrides)
+        return Source(path.name, model, report, imagenet)
     model, report = weights.create(flags.weights, **overrides)
     if not path.is_dir():
         published = timm.get_pretrained_cfg(flags.weights.removeprefix(TIMM)).to_dict()

@@ -20,7 +20,9 @@ from engine.planning.cards import Card
 from engine.planning.counting import Count, count
 from engine.training import config
 from engine.training.dry_run import Planned, dry_run
+from engine.training.operations import cheapest
 from engine.training.parts import prepare, stages_of
+from engine.training.portions import Portion, portions
 
 IMAGENET = 1_281_167
 HELP = {"the bill": ("gpu", "gpus", "images", "price", "options", "fit", "dry_run", "rows", "out")}
@@ -77,20 +79,38 @@ class Asked:
         return replace(self, flags=flags, plan=config.parse(flags))
 
     def counts(self) -> list[Count]:
-        """Of a step of each stage, as many at once as there are cores."""
+        """Of a step of each portion, as many at once as there are cores; those that show the same are counted once."""
 
-        def of(stage: int) -> Count:
-            return count(self.plan, self.flags, stage, self.gpus, self.precision, self.card.chip)
+        def of(portion: Portion) -> Count:
+            return count(self.plan, self.flags, portion, self.gpus, self.precision, self.card.chip)
 
+        every = self.portions()
+        shown = [(portion.stage.index, portion.phase, portion.images_per_step) for portion in every]
+        distinct = dict(zip(shown, every, strict=True))
         with ThreadPoolExecutor(usable_cpus()) as pool:
-            return list(pool.map(of, range(len(self.plan.stages))))
+            found = dict(zip(distinct, pool.map(of, distinct.values()), strict=True))
+        return [found[what] for what in shown]
+
+    def portions(self) -> list[Portion]:
+        """Where a stage chooses what it shows, the cheapest that it may."""
+        stages = stages_of(self.plan, self.images)
+        return portions(self.plan, stages, cheapest(self.plan, stages))
 
     def bills(self, counts: Sequence[Count]) -> list[StageBill]:
-        stages = stages_of(self.plan, self.images)
         return [
-            bill.of_stage(self.plan.stages[stage.index][1], stage, found, self.card, self.gpus)
-            for stage, found in zip(stages, counts, strict=True)
+            bill.of_portion(portion, found, self.card, self.gpus)
+            for portion, found in zip(self.portions(), counts, strict=True)
         ]
+
+    def as_if_whole(self, bills: Sequence[StageBill]) -> list[StageBill]:
+        """The bills as they are if stages that choose what they show choose all of it; none where no stage chooses."""
+        chooses = {name for name, settings in self.plan.stages if settings.phase_choice == "auto"}
+        found: dict[str, StageBill] = {}
+        for portion, one in zip(self.portions(), bills, strict=True):
+            # the last portion of such a stage shows all
+            alike = portion.stage.name if portion.stage.name in chooses else portion.name
+            found[alike] = replace(one, steps=portion.stage.total_steps) if alike in chooses else one
+        return list(found.values()) if chooses else []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -123,14 +143,16 @@ def parse(arguments: Sequence[str]) -> tuple[Flags, Asked]:
 
 
 def _planned(flags: Flags, asked: Asked) -> int:
-    stages = len(asked.plan.stages)
     print(
-        f"counting a step of {stages} stage(s) on a device that computes nothing: half a minute each, the first time ..."
+        f"counting a step of {len(asked.portions())} stage(s) or phases on a device that computes nothing: half a "
+        "minute each, the first time ..."
     )
     counts = asked.counts()
     bills = asked.bills(counts)
     print(report.described(asked.plan, asked.precision, asked.card, asked.gpus, len(asked.images)))
     report.show(bills, asked.card, flags.price, flags.rows)
+    if whole := asked.as_if_whole(bills):
+        print(report.between(bills, whole, flags.price))
     found = {"flags": list(asked.flags), "stages": report.as_json(bills, asked.card, flags.price)}
     if flags.options:
         changed = {option.name: _with(asked, option) for option in options.options(asked.plan)}

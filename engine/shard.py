@@ -18,9 +18,9 @@ from engine.core.commands import exit_status
 from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.core.owner import owned
+from engine.core.progress import watched
 from engine.data.shards.members import IMAGES_PER_SHARD
 from engine.data.shards.packing import How, Packing
-from engine.data.shards.progress import watched
 from engine.data.sources import has_split, open_images
 
 

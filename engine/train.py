@@ -2,11 +2,12 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from engine.core import dist
 from engine.core.errors import BadInput
+from engine.core.extras import Extras
 from engine.core.stopping import Interrupted
 from engine.training import config
 from engine.training.dry_run import dry_run
@@ -41,11 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
+def evaluate(parts: Parts, folder: Path, extras: Extras) -> dict[str, dict[str, float]]:
     """Judge what the run learned; by weights, the figures by name."""
     from engine.evals import of_run  # brings scikit-learn, which takes seconds: only a run that ends needs it
 
-    return of_run.evaluate(parts, folder, say)
+    return of_run.evaluate(parts, folder, extras)
 
 
 if __name__ == "__main__":

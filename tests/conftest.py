@@ -6,13 +6,15 @@ import importlib
 import os
 import shutil
 import tempfile
+from collections import Counter
 
 import pytest
 import torch
 
 from engine.null_device import device
 from kernels.choice import AVAILABLE
-from tests import browsers
+from tests import browsers, preloaded
+from tests.golden import processor, stored
 
 # Where no GPU is, Triton's kernels are interpreted, on CPU tensors. That is settled when a function is defined, Triton's
 # own library included, so it comes before anything else that brings Triton in.
@@ -46,6 +48,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "nvcc": shutil.which("nvcc") is not None,
         "browser": browsers.installed() is not None,
         "null_device": device.can_be_built(),
+        "faults": preloaded.can_be_built(),
+        "golden": not stored.obstacle(),
+        "other_processor": processor.can_be_stood_in_for(),
         "exhaustive": "exhaustive" in config.option.markexpr,
     }
     missing = [marker for marker, is_there in present.items() if not is_there]
@@ -53,3 +58,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    # files of long tests first: the short ones then fill what time is left of the two workers, to the end
+    long = Counter(item.path for item in items if item.get_closest_marker("long"))
+    items.sort(key=lambda item: -long[item.path])

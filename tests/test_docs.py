@@ -24,7 +24,7 @@ from engine.training import config
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 ROOMS = ("engine", "kernels", "benchmarks", "docs", "tests", "csrc")
-BENCHMARKS = ("gpu", "throughput", "multicrop", "detection_attention")
+BENCHMARKS = ("gpu", "throughput", "multicrop", "detection_attention", "saving")
 ELSEWHERE = {
     "--help",
     "--help-method",

@@ -17,8 +17,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list:
     """What was asked to be counted: the flags, the stage and the precision of each."""
     asked = []
 
-    def count(parsed, flags, stage, gpus, precision, chip):
-        asked.append((tuple(flags), stage, precision, chip))
+    def count(parsed, flags, portion, gpus, precision, chip):
+        asked.append((tuple(flags), portion.name, precision, chip))
         micro = parsed.train.accumulate * {"none": 1, "selective": 2, "blocks": 5}[parsed.train.recompute]
         return made(peak=made().peak | {"activations": 100 * GB // micro})
 
@@ -41,7 +41,17 @@ def test_the_bill_of_every_stage_is_printed_and_written(counts, tmp_path, capsys
         slow = of["images_per_second"][0]
         assert high == pytest.approx(of["steps"] * of["batch"] / slow / 3600)
     assert stages[0]["steps"] == 800 * (1_281_167 // stages[0]["batch"])
-    assert {stage for _, stage, _, _ in counts} == {0, 1, 2}
+    assert {name for _, name, _, _ in counts} == {"mae", "nnclr", "maect"}
+
+
+def test_portions_that_show_the_same_are_counted_once(counts, tmp_path):
+    out = tmp_path / "bill.json"
+    words = ["--method", "mae", "--model", "vit_small_patch16_224", "--tokens", "flexi", "--epochs", "2"]
+    assert plan.main([*words, "--gpu", "H200", "--out", str(out)]) == 0
+    names = ["mae, phase 1, patches x 1", "mae, phase 1, patches x 2", "mae, phase 2"]
+    stages = json.loads(out.read_text())["stages"]
+    assert [of["stage"] for of in stages] == names
+    assert sum(of["steps"] for of in stages) == 2 * (1_281_167 // stages[0]["batch"]) and len(counts) == 2
 
 
 def test_an_old_card_computes_in_fp16(counts, capsys):

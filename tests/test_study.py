@@ -82,8 +82,8 @@ def test_a_stopped_study_goes_on_and_what_is_done_is_not_repeated(
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "no study is named; choose one of lowshot, methods, relvit, tuning."),
-        (["highshot"], "study 'highshot' is unknown; choose one of lowshot, methods, relvit, tuning."),
+        ([], "no study is named; choose one of lowshot, methods, relvit, tokens, tuning."),
+        (["highshot"], "study 'highshot' is unknown; choose one of lowshot, methods, relvit, tokens, tuning."),
         (["lowshot", "--arms", "masked", "supervised"], "--arms has 'supervised'; choose from contrastive, clustering"),
         (["lowshot", "--collapse", "none"], "--collapse has 'none'; choose from centring, me-max, sinkhorn."),
         (["lowshot", "--seeds", "1", "1"], "--seeds names something twice"),

@@ -59,8 +59,8 @@ class PlainDino(Dino):
         return self._tokens(self.encoder, [view.images for view in views], generator)
 
     @torch.no_grad()
-    def teach(self, images: Sequence[Tensor]) -> list[Tensor]:
-        return self._tokens(self.teacher.encoder, images, None)
+    def teach(self, views: Sequence[View]) -> list[Tensor]:
+        return self._tokens(self.teacher.encoder, [view.images for view in views], None)
 
     def _tokens(
         self, encoder: VisionTransformer, images: Sequence[Tensor], generator: torch.Generator | None

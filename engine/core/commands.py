@@ -12,7 +12,7 @@ def exit_status(work: Callable[[], int | None], if_stopped: str) -> int:
 
     Args:
         work: prints what it finds.
-        if_stopped: what stands then, printed after "stopped".
+        if_stopped: what stands then, printed after "stopped", unless the work has noted it at the KeyboardInterrupt.
     """
     try:
         with StopRequest():
@@ -21,5 +21,5 @@ def exit_status(work: Callable[[], int | None], if_stopped: str) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as stopped:
-        print(f"stopped; {if_stopped}", file=sys.stderr)
+        print(f"stopped; {'; '.join(getattr(stopped, '__notes__', [if_stopped]))}", file=sys.stderr)
         return getattr(stopped, "status", 130)

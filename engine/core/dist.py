@@ -7,6 +7,7 @@ A single process is world size 1 of the same code: every function below then ret
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 
 from engine.core.errors import BadInput
+from engine.core.heartbeat import Heartbeat, end, stop_with_parent
 from engine.core.host_memory import keep_freed_memory
 
 
@@ -63,14 +65,52 @@ def start(device: str = "auto") -> Ranks:
         keep_freed_memory()
     if world > 1:
         td.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=timedelta(minutes=30))
+        _meet()
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        stop_with_parent()
     rank = td.get_rank() if world > 1 else 0
     return Ranks(rank, world, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
 
 
+def of_lost_rank(error: Exception) -> str:
+    """What a collective said where another process of the group is gone or does not answer; nothing where an error is about
+    something else."""
+    told = str(error).splitlines()[0] if str(error) else ""
+    of_gloo = isinstance(error, RuntimeError) and "gloo" in told  # which has no kind of its own
+    return told if of_gloo or isinstance(error, td.DistBackendError | td.DistNetworkError) else ""
+
+
 def stop() -> None:
     """Leave the process group, if there is one."""
+    global _place
+    if _place is not None:
+        _place.heartbeat.leave(_place.store)
+        _place = None
     if td.is_initialized():
         td.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where ranks meet outside of collectives, which have a time limit and keep Python from hearing signals: a store of our own
+    in rank 0's process, since the launcher's is gone when that was killed."""
+
+    store: td.Store
+    heartbeat: Heartbeat
+
+
+_place: _Place | None = None
+
+
+def _meet() -> None:
+    global _place
+    launchers, first = td.distributed_c10d._get_default_store(), td.get_rank() == 0
+    host, port = os.environ["MASTER_ADDR"], 0 if first else int(launchers.get("port of tessera"))
+    store = td.TCPStore(host, port, is_master=first, wait_for_workers=False, timeout=timedelta(minutes=5))
+    if first:
+        launchers.set("port of tessera", str(store.port))
+    _place = _Place(store, Heartbeat(store.clone(), td.get_rank(), td.get_world_size(), end))
+    _place.heartbeat.start()
 
 
 _alone = False
@@ -87,7 +127,7 @@ def as_one_rank() -> Iterator[None]:
         _alone = False
 
 
-_shared = count()  # of what rank 0 has made for all: the same number on every rank
+_meetings = count()  # the same number on every rank
 
 
 def world_size() -> int:
@@ -175,8 +215,31 @@ def group() -> td.ProcessGroup | None:
 
 
 def barrier() -> None:
+    """Wait until all ranks are here, however long one of them works: what is gone, the heartbeat notices."""
     if world_size() > 1:
-        td.barrier()
+        name = f"meeting-{next(_meetings)}"
+        with _first_lives():
+            if _place.store.add(name, 1) == world_size():
+                _place.store.set(f"{name}-of-all", "")
+            _await(f"{name}-of-all")
+
+
+def _await(name: str) -> str:
+    """What the store has under a name, once it is there; by looking, so that signals are heard."""
+    pause = 0.001
+    while not _place.store.check([name]):
+        time.sleep(pause)
+        pause = min(2 * pause, 0.2)
+    return _place.store.get(name).decode()
+
+
+@contextmanager
+def _first_lives() -> Iterator[None]:
+    """Around what needs rank 0, without which a run ends."""
+    try:
+        yield
+    except td.DistError:
+        end("rank 0 is gone")
 
 
 def share(value: object) -> object:
@@ -189,11 +252,11 @@ def share(value: object) -> object:
 
 
 def from_first(make: Callable[[], object]) -> object:
-    """What rank 0 makes (JSON), on every rank. The others wait in the store, not in a collective: it may take minutes, and a
-    collective that waits is taken for one that hangs. An exception on rank 0 is raised there, and ends the others by BadInput."""
+    """What rank 0 makes (JSON), on every rank. The others wait as long as it takes. An exception on rank 0 is raised there, and
+    ends the others by BadInput."""
     if world_size() == 1:
         return make()
-    store, name = td.distributed_c10d._get_default_store(), f"from-first-{next(_shared)}"
+    store, name = _place.store, f"meeting-{next(_meetings)}"
     if rank() == 0:
         try:
             value = make()
@@ -202,8 +265,8 @@ def from_first(make: Callable[[], object]) -> object:
             raise
         store.set(name, json.dumps({"value": value}))
         return value
-    store.wait([name], timedelta(hours=1))
-    found = json.loads(store.get(name))
+    with _first_lives():
+        found = json.loads(_await(name))
     if "failed" in found:
         raise BadInput(f"rank 0 failed: {found['failed']}")
     return found["value"]
@@ -215,8 +278,8 @@ def first_to_say(sentence: str) -> bool:
         return True
     key = hashlib.blake2b(sentence.encode("utf-8", "replace"), digest_size=16).hexdigest()
     try:
-        return td.distributed_c10d._get_default_store().add(f"said-{key}", 1) == 1
-    except RuntimeError:  # the store's process is gone; twice is better than never
+        return _place.store.add(f"said-{key}", 1) == 1
+    except td.DistError:  # rank 0 is gone; twice is better than never
         return True
 
 

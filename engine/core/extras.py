@@ -28,9 +28,13 @@ class Extras:
         try:
             yield
         except Exception as error:
-            why = str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}{_place(error)}"
-            self.left_out[part] = why
+            self.left_out[part] = why = complaint(error)
             self.say(f"{part} left out: {why}")
+
+
+def complaint(error: Exception) -> str:
+    """What went wrong, in a line: the sentence about bad input, or a defect's kind, words and place."""
+    return str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}{_place(error)}"
 
 
 def _place(error: Exception) -> str:

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 CLIP_OVER = ("all", "part", "tensor")
 OPTIMIZERS = ("adamw", "larc")
-SCHEDULES = ("cosine", "quarter-cosine", "steps")
+SCHEDULES = ("cosine", "quarter-cosine", "late-quarter-cosine", "steps")
+WARMUPS = {"from-start": (0, 0), "to-peak": (1, 0), "through": (0, -1), "between": (1, 1), "late": (0, 0)}
+"""By the ends that are among the W steps of a warm-up: (a, b) where step s has the share (s + a) / (W + b)."""
 
 
 @dataclass(frozen=True)
@@ -18,20 +20,26 @@ class Moment:
     """Where in its stage an update lies: all that a schedule depends on; and whether someone will look.
 
     Attributes:
-        step: updates of the stage before this one.
-        total_steps: where schedules end; past the stage's own end where its horizon is above 1.
+        step: what the stage's clock shows: the updates before this one, but where phases differ in their images, or the clock
+            goes by compute (`engine.core.timetable`).
+        total_steps: where schedules end on it; past the stage's own end where its horizon is above 1.
         steps_per_epoch: of the data.
         logged: whether what the update reports will be read. Nothing that is trained or kept may depend on it.
+        seen: images of the stage before this update.
+        growth: how many times the settings' batch this update's is. What follows trained weights keeps this power of the share
+            that it keeps at one batch (Busbridge et al., "How to Scale Your EMA", arXiv 2307.13813).
     """
 
-    step: int = 0
+    step: float = 0
     total_steps: int = 1
     steps_per_epoch: int = 1
     logged: bool = True
+    seen: int = 0
+    growth: float = 1.0
 
     @property
     def epoch(self) -> int:
-        return self.step // self.steps_per_epoch
+        return int(self.step // self.steps_per_epoch)
 
 
 @dataclass(frozen=True)
@@ -39,7 +47,8 @@ class Group:
     """Named parameters that share a peak learning rate and a weight decay.
 
     Attributes:
-        frozen_epochs: for so long their gradients are dropped, so that nothing of the optimiser touches them.
+        frozen_epochs: for so long their gradients are dropped, so that nothing of the optimiser touches them;
+        watches: or, instead, the learning rate is 0, so that the optimiser's moments know of these gradients.
         clips: whether they take part in the clipping of gradients.
     """
 
@@ -47,6 +56,7 @@ class Group:
     peak_lr: float
     weight_decay: float
     frozen_epochs: int = 0
+    watches: bool = False
     clips: bool = True
 
 
@@ -79,22 +89,35 @@ def warmup_cosine(
 
 def share_of_peak(
     schedule: str,
-    step: int,
+    step: float,
     total_steps: int,
     warmup_steps: int,
     start: float = 0.0,
     end: float = 0.0,
     drops: Sequence[float] = (),
+    warmup: str = "from-start",
 ) -> float:
-    """Share of the peak lr at a step: linear from the share `start` over the warm-up, then
+    """Share of the peak lr at a step: linear from the share `start` over the warm-up, whose form is one of `WARMUPS` (late: all
+    of it one step later than from-start, since the rate is set after an update, SimMIM), then
 
-    cosine: half a cosine to the share `end` (MAE);
-    quarter-cosine: the falling quarter of a cosine, but not below `end` (RelViT);
+    cosine: half a cosine to the share `end`; to-peak is a step ahead of the others (MSN), between reaches `end` with the last
+        step (MAE-CT, MIM-Refiner), where others would one step later (MAE, DINO);
+    quarter-cosine: the falling quarter of a cosine to `end` that spans all steps, those of the warm-up too (RelViT's code);
+    late-quarter-cosine: one that begins with the warm-up's end, but not below `end`;
     steps: the peak, a tenth of it from each of `drops`, shares of `total_steps`, on; but not below `end` (SimMIM).
     """
-    if schedule == "cosine" or step < warmup_steps:
-        return warmup_cosine(step, total_steps, warmup_steps, start, end)
+    step = max(0, step - 1) if warmup == "late" else step
+    ahead, more = WARMUPS[warmup]
+    if step < warmup_steps:
+        # no more than all of it, where a clock stands between its last step and its end
+        return start + (1 - start) * min(1.0, (step + ahead) / max(1, warmup_steps + more))
+    if schedule == "cosine":
+        ahead, fewer = int(warmup == "to-peak"), int(warmup == "between")
+        step = min(step + ahead, total_steps - fewer)
+        return cosine(step - warmup_steps, total_steps - warmup_steps - fewer, 1.0, end)
     if schedule == "quarter-cosine":
+        return end + (1 - end) * math.cos(0.5 * math.pi * step / max(1, total_steps))
+    if schedule == "late-quarter-cosine":
         done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
         return max(end, math.cos(0.5 * math.pi * done))
     return max(end, 0.1 ** sum(step >= round(drop * total_steps) for drop in drops))

@@ -20,7 +20,7 @@ def short_help(kind: type, usage: str, groups: Mapping[str, Sequence[str]], also
         also: what stands at the end, such as where more is said.
     """
     said, defaults = _said(kind), {field.name: field.default for field in fields(kind)}
-    lines = [usage, ""]
+    lines = [usage]
     for heading, names in groups.items():
         lines += [f"{heading}:", *(_line(name, said[name], defaults[name]) for name in names)]
     return "\n".join([*lines, "", *textwrap.wrap(also, WIDTH)])

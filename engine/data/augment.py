@@ -8,9 +8,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from engine.data.shapes import shown_sizes
 from engine.data.views import Augmentation
 
-ORDER, VIEW, RAND = 0, 1, 2  # purposes: the first key of a draw
+ORDER, VIEW, RAND, TURN = 0, 1, 2, 4  # purposes: the first key of a draw
 TRIES = 10
 SOLARIZE_FROM, NEVER = 128, 256
 # columns of a view's uniform numbers
@@ -20,6 +21,8 @@ _COLUMNS = 32
 # RandAugment's have a table of their own, five columns for each operation
 _CHOICE, _APPLY, _NOISE, _ANGLE, _SIGN = range(_COLUMNS, _COLUMNS + 5)
 _RAND_COLUMNS, MAX_OPERATIONS = 16, 3
+# and the order of the colour jitter's steps another one, so that what was drawn before there was one stays as it was
+_TURN, _TURN_COLUMNS = _COLUMNS + _RAND_COLUMNS, 4
 
 OPERATIONS = (
     "autocontrast", "equalize", "invert", "rotate", "posterize", "solarize", "solarize-add", "colour", "contrast", "brightness",
@@ -31,6 +34,8 @@ _KIND_OF = dict.fromkeys(OPERATIONS, TONES) | {
     "autocontrast": AUTOCONTRAST, "equalize": EQUALIZE, "sharpness": SHARPNESS, "colour": BLEND, "contrast": BLEND,
     "brightness": BLEND, "rotate": WARP, "shear-x": WARP, "shear-y": WARP, "translate-x": WARP, "translate-y": WARP,
 }  # fmt: skip
+STEPS = ("brightness", "contrast", "saturation", "hue")  # of the colour jitter
+UNSATURATED, BEFORE_HUE, AFTER_HUE = range(3)  # when saturation changes
 
 
 def uniforms(rows: slice, columns: int, *keys: int) -> np.ndarray:
@@ -51,8 +56,8 @@ def epoch_order(images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def view_uniforms(rows: slice, seed: int, step: int, view: int) -> np.ndarray:
-    """float64 [rows, 48]: what `view_parameters` wants, for these rows of the global batch of a step."""
-    tables = ((_COLUMNS, VIEW), (_RAND_COLUMNS, RAND))
+    """float64 [rows, 52]: what `view_parameters` wants, for these rows of the global batch of a step."""
+    tables = ((_COLUMNS, VIEW), (_RAND_COLUMNS, RAND), (_TURN_COLUMNS, TURN))
     return np.concatenate([uniforms(rows, columns, seed, purpose, step, view) for columns, purpose in tables], 1)
 
 
@@ -61,10 +66,13 @@ def view_parameters(view: Augmentation, sizes_B2: np.ndarray, uniforms_BU: np.nd
 
     Returns:
         start, shape: int32 [B, 2], the crop in pixels, (x, y) and (width, height).
+        resized: float32 [B, 2], the (height, width) that it is brought to, where that is each image's own.
         shift: int32 [B, 2], (x, y) of the window in the image of the view's size, from -pad to pad.
         mirror: int32 [B].
         kind0, matrix0, tones0, blend0 (1, 2 for further operations): as `operation_parameters` gives them.
-        brightness, contrast, saturation, hue (degrees): float32 [B].
+        brightness, contrast, saturation, hue (degrees): float32 [B], of linear colours; all colour is dropped by saturation 0.
+        factors, saturates, saturation, hue_steps: of torchvision's colours, as `jitter_parameters` gives them.
+        gray: int32 [B], of torchvision's colours: 1 where all colour is dropped.
         sigma: float32 [B] and window: int32 [B], 0 for "from sigma", 1 for no blur.
         solarize_from: int32 [B], 256 for never.
     """
@@ -79,26 +87,83 @@ def view_parameters(view: Augmentation, sizes_B2: np.ndarray, uniforms_BU: np.nd
     else:
         start, shape = _resized_crop(view, sizes_B2, u)
         parameters = {"start": start, "shape": shape}
+    if view.patch:
+        parameters["resized"] = shown_sizes(view, sizes_B2).astype(np.float32)
     if view.flip:
         parameters["mirror"] = (u[:, _FLIP] < view.flip).astype(np.int32)
     for index in range(view.operations):
         names_B, magnitudes_B = drawn_operations(view, u, index)
         named = operation_parameters(names_B, magnitudes_B, view.size)
         parameters |= {f"{name}{index}": values for name, values in named.items()}
-    if view.jitter or view.grayscale:
-        apply = u[:, _JITTER] < view.jitter
-        for name, column in (("brightness", _BRIGHTNESS), ("contrast", _CONTRAST), ("saturation", _SATURATION)):
-            strength = getattr(view, name)
-            low, high = max(0.0, 1 - strength), 1 + strength
-            parameters[name] = np.where(apply, low + (high - low) * u[:, column], 1).astype(np.float32)
+    if view.colours == "linear" and (view.jitter or view.grayscale):
+        _, factors_B4, applied_B = drawn_jitter(view, u)
+        for name, factors_B in zip(STEPS[:3], factors_B4.T):
+            parameters[name] = np.where(applied_B, factors_B, 1).astype(np.float32)
+        parameters["hue"] = np.where(applied_B, 360 * view.hue * (2 * u[:, _HUE] - 1), 0).astype(np.float32)
         parameters["saturation"][u[:, _GRAY] < view.grayscale] = 0
-        parameters["hue"] = np.where(apply, 360 * view.hue * (2 * u[:, _HUE] - 1), 0).astype(np.float32)
+    elif view.jitter:
+        parameters |= jitter_parameters(view, *drawn_jitter(view, u))
+    if view.colours != "linear" and view.grayscale:
+        parameters["gray"] = (u[:, _GRAY] < view.grayscale).astype(np.int32)
     if view.blur:
         low, high = view.blur_sigma
         parameters["sigma"] = (low + (high - low) * u[:, _SIGMA]).astype(np.float32)
         parameters["window"] = np.where(u[:, _BLUR] < view.blur, 0, 1).astype(np.int32)
     if view.solarize:
         parameters["solarize_from"] = np.where(u[:, _SOLARIZE] < view.solarize, SOLARIZE_FROM, NEVER).astype(np.int32)
+    return parameters
+
+
+def drawn_jitter(view: Augmentation, uniforms_BU: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The colour jitter of each image: the order in which it takes `STEPS`, int64 [B, 4]; their factors, float64 [B, 4], the last
+    one a share of the circle; and whether it is applied, bool [B].
+    """
+    u = uniforms_BU
+    factors = []
+    for name, column in zip(STEPS[:3], (_BRIGHTNESS, _CONTRAST, _SATURATION)):
+        strength = getattr(view, name)
+        low, high = max(0.0, 1 - strength), 1 + strength
+        factors.append(low + (high - low) * u[:, column])
+    factors.append(view.hue * (2 * u[:, _HUE] - 1))
+    order_B4 = u[:, _TURN : _TURN + len(STEPS)].argsort(axis=1, kind="stable")
+    return order_B4, np.stack(factors, 1), u[:, _JITTER] < view.jitter
+
+
+def jitter_parameters(
+    view: Augmentation, order_B4: np.ndarray, factors_B4: np.ndarray, applied_B: np.ndarray
+) -> Mapping[str, np.ndarray]:
+    """What the pipeline is given for torchvision's colour jitter. A step of no strength isn't taken, as there.
+
+    Args:
+        order_B4, factors_B4, applied_B: as `drawn_jitter` has them.
+
+    Returns:
+        factors: float32 [B, 4, 3], in four places: before a saturation that comes before the hue; before the hue; after it;
+            after a saturation that comes after the hue. In each: brightness, then contrast, then brightness; 1 for none.
+        saturates: int32 [B], UNSATURATED, BEFORE_HUE or AFTER_HUE.
+        saturation: float32 [B], its factor.
+        hue_steps: int32 [B], by how many of 256 steps the hue turns, from 0 to 255, 256 for no change; only where hue has a
+            strength. It is cut off towards 0 from 255 steps to the circle, torchvision's reckoning with Pillow's images.
+    """
+    when_B4 = order_B4.argsort(axis=1)
+    brightness_B, contrast_B, saturation_B, hue_B = when_B4.T
+    early_B = saturation_B < hue_B
+    places_B4 = 1 + (when_B4 > hue_B[:, None])
+    if view.saturation:
+        places_B4 = places_B4 - early_B[:, None] + (when_B4 > saturation_B[:, None])
+    rows, line_B43 = np.arange(len(order_B4)), np.ones((len(order_B4), 4, 3), np.float32)
+    line_B43[rows, places_B4[:, 0], np.where(brightness_B < contrast_B, 0, 2)] = factors_B4[:, 0]
+    line_B43[rows, places_B4[:, 1], 1] = factors_B4[:, 1]
+    line_B43[~applied_B] = 1
+    saturates_B = np.where(early_B, BEFORE_HUE, AFTER_HUE)
+    parameters = {
+        "factors": line_B43,
+        "saturates": np.where(applied_B & (view.saturation > 0), saturates_B, UNSATURATED).astype(np.int32),
+        "saturation": factors_B4[:, 2].astype(np.float32),
+    }
+    if view.hue:
+        steps_B = np.trunc(255 * factors_B4[:, 3]).astype(np.int32) % 256
+        parameters["hue_steps"] = np.where(applied_B, steps_B, NEVER).astype(np.int32)
     return parameters
 
 
@@ -171,17 +236,21 @@ def operation_parameters(
 
 
 def _resized_crop(view: Augmentation, sizes_B2: np.ndarray, u: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The crop of torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest centred one."""
+    """The crop of torchvision's RandomResizedCrop: the first of ten tries that fits, else the largest centred one; or of BYOL's
+    sampler: the first try, cut to the image; or one of the image's own shape, whose area alone is drawn."""
     sides_B2 = sizes_B2.astype(np.float64)
-    (low, high), (narrow, wide) = view.scale, view.ratio
+    own_B1 = sides_B2[:, :1] / sides_B2[:, 1:]
+    (low, high), (narrow, wide) = view.scale, ((own_B1, own_B1) if view.patch else view.ratio)
     area_BT = sides_B2.prod(1, keepdims=True) * (low + (high - low) * u[:, _AREA])
     ratio_BT = np.exp(np.log(narrow) + (np.log(wide) - np.log(narrow)) * u[:, _RATIO])
     tries_BT2 = np.round(np.sqrt(np.stack([area_BT * ratio_BT, area_BT / ratio_BT], -1)))
+    if view.clip:
+        tries_BT2 = np.clip(tries_BT2, 1, sides_B2[:, None])  # then the first one fits
     fits_BT = ((tries_BT2 > 0) & (tries_BT2 <= sides_B2[:, None])).all(-1)
     first_B = fits_BT.argmax(1)
     tried_B2 = np.take_along_axis(tries_BT2, first_B[:, None, None], 1)[:, 0]
-    ratio_B = np.clip(sides_B2[:, 0] / sides_B2[:, 1], narrow, wide)
-    bounded_B2 = np.stack([sides_B2[:, 1] * ratio_B, sides_B2[:, 0] / ratio_B], -1)
+    ratio_B1 = np.clip(own_B1, narrow, wide)
+    bounded_B2 = np.concatenate([sides_B2[:, 1:] * ratio_B1, sides_B2[:, :1] / ratio_B1], -1)
     largest_B2 = np.maximum(np.round(np.minimum(sides_B2, bounded_B2)), 1)
     found_B1 = fits_BT.any(1)[:, None]
     shape_B2 = np.where(found_B1, tried_B2, largest_B2)

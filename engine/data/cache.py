@@ -6,13 +6,21 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+
+from engine.core.durable import write_file
 from engine.core.errors import BadInput
+from engine.core.json_text import parsed
 
 MANIFEST = "manifest.json"
+# what a damaged file, or none, provokes in numpy and zipfile
+_OF_DAMAGE = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def folder() -> Path:
@@ -36,18 +44,60 @@ def locked(path: Path) -> Iterator[None]:
     """Holds an exclusive lock named after `path`, whose parent folder is made if missing.
 
     Raises:
-        BadInput: the folder cannot be made or written.
+        BadInput: the folder cannot be made or written, or its file system has no locks.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = open(path.with_name(path.name + ".lock"), "a")  # noqa: SIM115 (closed below, after the lock is released)
     except OSError as error:
-        raise BadInput(
-            f"the cache folder {path.parent} cannot be written ({error.strerror}): set TESSERA_CACHE to one that can"
-        ) from error
+        raise _unwritable(path.parent, error) from error
     with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise BadInput(
+                f"the cache folder {path.parent} has no locks ({error.strerror}): set TESSERA_CACHE to one that has"
+            ) from error
         yield
+
+
+def arrays(home: Path, names: Sequence[str], make: Callable[[], Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """The arrays of these names in `home`, an .npz file below the cache that is written of what `make` gives the first time, and
+    again where it is damaged.
+
+    Raises:
+        BadInput: the cache folder cannot be written; or whatever else than OSError `make` raises.
+    """
+    with locked(home):
+        if (stored := read_arrays(home, names)) is not None:
+            return stored
+        try:
+            made = make()
+        except OSError as error:
+            raise _unwritable(home.parent, error) from error
+        write_arrays(home, made)
+        return made
+
+
+def read_arrays(home: Path, names: Sequence[str]) -> Mapping[str, np.ndarray] | None:
+    """The arrays of these names in an .npz file below the cache; None where there is none, or a damaged one."""
+    with suppress(*_OF_DAMAGE), np.load(home, allow_pickle=False) as stored:
+        return {name: stored[name] for name in names}
+    return None
+
+
+def write_arrays(home: Path, made: Mapping[str, np.ndarray]) -> None:
+    """Raises BadInput where the cache folder cannot be written."""
+    try:
+        write_file(home, lambda aside: np.savez(aside, **made))
+    except OSError as error:
+        raise _unwritable(home.parent, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> BadInput:
+    return BadInput(
+        f"the cache folder {folder} cannot be written ({error.strerror}): set TESSERA_CACHE to one that can"
+    )
 
 
 def kept(home: Path, fill: Callable[[Path], object]) -> Path:
@@ -75,9 +125,7 @@ def kept(home: Path, fill: Callable[[Path], object]) -> Path:
                     home.rename(aside / "damaged")
                 new.rename(home)
             except OSError as error:
-                raise BadInput(
-                    f"the cache folder {home.parent} cannot be written ({error.strerror}): set TESSERA_CACHE to one that can"
-                ) from error
+                raise _unwritable(home.parent, error) from error
             finally:
                 shutil.rmtree(aside)
     return home
@@ -85,7 +133,7 @@ def kept(home: Path, fill: Callable[[Path], object]) -> Path:
 
 def _complete(folder: Path) -> bool:
     try:
-        sizes = json.loads((folder / MANIFEST).read_text())
+        sizes = parsed((folder / MANIFEST).read_text())
         return all(os.stat(folder / path).st_size == size for path, size in sizes.items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, AttributeError):  # the last: JSON, but no object
         return False

@@ -24,11 +24,13 @@ from engine.data.augment import (
     view_parameters,
     view_uniforms,
 )
+from engine.data.colours import jittered, without_colour
 from engine.data.views import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 
 EVAL_MARGIN = 256 / 224  # the resized short side over the centre crop
 SMALL = 64  # pixels; up to this an evaluated image is resized straight to the wanted size
 FILL = np.array([round(255 * value) for value in IMAGENET_MEAN], np.uint8).reshape(1, 1, 3)
+INTERPOLATIONS = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
 SMOOTH = np.array([[1, 1, 1], [1, 5, 1], [1, 1, 1]], np.float32) / 13
 
 Inputs = Mapping[str, np.ndarray]  # by name, one row per image
@@ -50,7 +52,7 @@ def decode(encoded: DataNode, decoder: str) -> DataNode:
 
 
 def branches(views: Sequence[Augmentation]) -> bool:
-    """Whether the graph of these views has an `if` about a node (that of colours has one on CPUs only)."""
+    """Whether the graph of these views has an `if` about a node (colours as torchvision's everywhere, others on CPUs)."""
     return any(view.operations or view.jitter or view.grayscale or view.blur or view.solarize for view in views)
 
 
@@ -78,22 +80,30 @@ def view_graph(
             )
         else:
             pixels = fn.slice(image, **crop, axis_names="WH")
-        pixels = fn.resize(pixels, size=view.size, interp_type=types.INTERP_CUBIC, antialias=True)
+        size = parameters.get("resized", view.size)
+        pixels = fn.resize(pixels, size=size, interp_type=INTERPOLATIONS[view.resize], antialias=True)
         if "shift" in parameters:
             window = {"start": parameters["shift"], "shape": view.size[::-1], "axis_names": "WH"}
             pixels = fn.slice(pixels, **window, out_of_bounds_policy="pad", fill_values=0)
         for number in range(view.operations):
             operation = [parameters[f"{name}{number}"] for name in ("kind", "matrix", "tones", "blend")]
             pixels = _operate(pixels, view.size, *operation, decoder)
-        pixels = _change_colours(pixels, parameters, decoder)
-        outputs.append(_normalise(pixels, mirror=parameters.get("mirror", 0)))
+        pixels = _change_colours(pixels, view, parameters, decoder)
+        shown = _normalise(pixels, view.std, mirror=parameters.get("mirror", 0))
+        outputs.append(_in_room(shown, view.size) if view.patch else shown)
     return tuple(outputs)
 
 
-def _change_colours(pixels: DataNode, parameters: Mapping[str, DataNode], decoder: str) -> DataNode:
-    """Jitter, blur and solarisation; on CPUs of the images alone that they change, on GPUs of whole batches, which are not split
-    for kernels as short as these. The pixels are the same."""
+def _change_colours(pixels: DataNode, view: Augmentation, parameters: Mapping[str, DataNode], decoder: str) -> DataNode:
+    """Jitter, blur and solarisation; on CPUs of the images alone that they change. On GPUs blur, solarisation and linear colours
+    are of whole batches, which are not split for kernels as short as these. The pixels are the same."""
     on_cpu = decoder == "cpu"
+    if "factors" in parameters:
+        pixels = jittered(pixels, view, parameters, "cpu" if on_cpu else "gpu")
+    if "gray" in parameters:
+        drops = parameters["gray"] == 1
+        if drops:
+            pixels = without_colour(pixels)
     if "hue" in parameters:
         colours = {key: parameters[key] for key in ("brightness", "contrast", "saturation", "hue")}
         changes = _changes(**colours) if on_cpu else True
@@ -176,10 +186,13 @@ def _cut(values: DataNode) -> DataNode:
     return fn.cast(math.clamp(math.floor(values), 0, 255), dtype=types.UINT8)
 
 
-def centre_inputs(sizes_B2: np.ndarray, size: tuple[int, int]) -> Inputs:
-    """The resized (height, width) float32 [B, 2] of each image, and where its centre crop lies: left, top in [0, 1]."""
+def centre_inputs(sizes_B2: np.ndarray, size: tuple[int, int], squeeze: bool = False) -> Inputs:
+    """The resized (height, width) float32 [B, 2] of each image, and where its centre crop lies: left, top in [0, 1].
+
+    With `squeeze`, or up to 64 pixels, the crop is the whole of what was resized.
+    """
     target_2 = np.array(size[::-1])
-    if max(size) <= SMALL:
+    if squeeze or max(size) <= SMALL:
         resized_B2 = np.broadcast_to(target_2, sizes_B2.shape)
     else:
         cover_2 = np.round(target_2 * EVAL_MARGIN)
@@ -192,13 +205,22 @@ def centre_inputs(sizes_B2: np.ndarray, size: tuple[int, int]) -> Inputs:
 
 
 def centre_graph(
-    size: tuple[int, int], encoded: DataNode, given: Mapping[str, DataNode], decoder: str
+    size: tuple[int, int], resize: str, encoded: DataNode, given: Mapping[str, DataNode], decoder: str
 ) -> tuple[DataNode, ...]:
-    """A `Graph`, but for the (height, width): the centre crop of each image, as `centre_inputs` places it."""
-    image = fn.resize(decode(encoded, decoder), size=given["resized"], interp_type=types.INTERP_CUBIC, antialias=True)
-    return (_normalise(image, crop=size, crop_pos_x=given["left"], crop_pos_y=given["top"]),)
+    """A `Graph`, but for (height, width) and filter: the centre crop of each image, as `centre_inputs` places it."""
+    how = {"interp_type": INTERPOLATIONS[resize], "antialias": True}
+    image = fn.resize(decode(encoded, decoder), size=given["resized"], **how)
+    return (_normalise(image, IMAGENET_STD, crop=size, crop_pos_x=given["left"], crop_pos_y=given["top"]),)
 
 
-def _normalise(pixels: DataNode, **crop: DataNode | tuple[int, int] | int) -> DataNode:
-    mean, std = ([255 * value for value in values] for values in (IMAGENET_MEAN, IMAGENET_STD))
+def _in_room(shown: DataNode, size: tuple[int, int]) -> DataNode:
+    """Images CHW of any shape in memory for one of (height, width): each one's values back to back, then zeros."""
+    room = [3, *size]
+    return fn.reshape(
+        fn.pad(fn.reshape(shown, shape=[-1]), axes=[0], shape=[int(np.prod(room))]), shape=room, layout="CHW"
+    )
+
+
+def _normalise(pixels: DataNode, deviation: Sequence[float], **crop: DataNode | tuple[int, int] | int) -> DataNode:
+    mean, std = ([255 * value for value in values] for values in (IMAGENET_MEAN, deviation))
     return fn.crop_mirror_normalize(pixels, mean=mean, std=std, dtype=types.FLOAT, output_layout="CHW", **crop)

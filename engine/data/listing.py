@@ -150,17 +150,18 @@ def in_class(root: Path, folder: str) -> list[File]:
     return files
 
 
-def walk(root: Path, folder: str, above: frozenset[str] = frozenset()) -> Iterator[File]:
-    """The images below root/folder, in order of name."""
-    real = os.path.realpath(root / folder)
-    if real in above:  # a link that leads back up
+def walk(root: Path, folder: str, walked: set[str] | None = None) -> Iterator[File]:
+    """The images below root/folder, in order of name; of a folder that several links lead to, or one that leads back up, once."""
+    walked, real = set() if walked is None else walked, os.path.realpath(root / folder)
+    if real in walked:
         return
+    walked.add(real)
     for entry in sorted(_scan(root / folder), key=lambda entry: entry.name):
         path = f"{folder}/{entry.name}" if folder else entry.name
         if _is_foreign(entry.name):
             continue
         if entry.is_dir():
-            yield from walk(root, path, above | {real})
+            yield from walk(root, path, walked)
         elif path.lower().endswith(screen.SUFFIXES):
             try:
                 status = entry.stat()

@@ -7,7 +7,8 @@ colours are equal for any number of ranks, while pixels may differ in the last b
 decoders.
 """
 
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -19,6 +20,7 @@ from engine.data.augment import epoch_order
 from engine.data.batch import Batch
 from engine.data.graph import Inputs, branches, centre_graph, centre_inputs, view_graph, view_inputs
 from engine.data.made import Made
+from engine.data.shapes import shown_sizes
 from engine.data.sources import ImageSet
 from engine.data.stream import Files, Stream
 from engine.data.views import Augmentation
@@ -40,6 +42,8 @@ class TrainLoader:
         device: "cpu" or a CUDA device, for decoding and augmentation, and where the batches lie.
         threads: of the CPU part; default: the usable cores shared by the processes of this machine, at most 16.
         start_step: the first step.
+        place: of a step its epoch, and the position of its first image in the epoch's order; default: batch after batch from the
+            first epoch on.
         ledger: receives (path, reason) of every file that this process finds bad while training.
 
     Raises:
@@ -59,6 +63,7 @@ class TrainLoader:
         device: str | torch.device = "cpu",
         threads: int | None = None,
         start_step: int = 0,
+        place: Callable[[int], tuple[int, int]] | None = None,
         ledger: MutableSequence[tuple[str, str]] | None = None,
     ):
         if not 0 < batch_size <= len(images):
@@ -69,6 +74,7 @@ class TrainLoader:
             raise BadInput(f"seed {seed} is negative: choose 0 or above")
         self.images, self.views, self.batch_size, self.seed = images, tuple(views), batch_size, seed
         self.steps_per_epoch = len(images) // batch_size
+        self._place = place or self._batch_after_batch
         self._rows = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
         self._files = Files(images, [] if ledger is None else ledger, patient=True)
@@ -96,7 +102,7 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         if self._stream is not None:
-            return next(self._stream)
+            return _with_sizes(next(self._stream), self.images, self.views)
         step, ids = self._step, self._ids(self._step)
         self._step += 1
         return Batch.of(self.images, step, ids, ())
@@ -112,11 +118,17 @@ class TrainLoader:
         return self._files.too_many
 
     def _ids(self, step: int) -> np.ndarray:
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, position = self._place(step)
         if self._order[0] != epoch:
             self._order = epoch, epoch_order(len(self.images), self.seed, epoch)
-        chosen = self._order[1][place * self.batch_size :][self._rows]
+        # steps that are made ahead past those of this batch have places of other batches, and are thrown away
+        position = min(position, len(self.images) - self.batch_size)
+        chosen = self._order[1][position:][self._rows]
         return self._files.substitute[chosen]
+
+    def _batch_after_batch(self, step: int) -> tuple[int, int]:
+        epoch, place = divmod(step, self.steps_per_epoch)
+        return epoch, place * self.batch_size
 
     def _plan(self, step: int) -> tuple[np.ndarray, Inputs]:
         ids = self._ids(step)
@@ -131,11 +143,18 @@ def eval_batches(
     device: str | torch.device = "cpu",
     threads: int | None = None,
     ledger: MutableSequence[tuple[str, str]] | None = None,
+    resize: str = "bicubic",
+    squeeze: bool = False,
+    patch: int = 0,
 ) -> Iterator[Batch]:
     """Every good image once, in order of id; bad ones are left out, the last batch may be short.
 
-    The image is resized (bicubic, antialiased) to cover 256/224 of `size` (height, width) and the centre is cut out; up
-    to 64 pixels it is resized straight to `size`.
+    The image is resized (antialiased) to cover 256/224 of `size` (height, width) and the centre is cut out; up to 64 pixels, and
+    with `squeeze`, it is resized straight to `size`.
+
+    Args:
+        resize: the filter, one of `engine.data.views.RESIZES`.
+        patch: above 0, the whole image is resized with its own aspect instead, as views are that have a `patch`.
 
     Raises:
         BadInput: while iterating, if files turn out bad beyond the limit.
@@ -153,20 +172,28 @@ def eval_batches(
 
     def plan(step: int) -> tuple[np.ndarray, Inputs]:
         ids = ids_of(step)
-        return ids, centre_inputs(images.sizes[ids], size)
+        return ids, centre_inputs(images.sizes[ids], size, squeeze)
+
+    whole = Augmentation(size, (1.0, 1.0), patch=patch, resize=resize, flip=0.0)
+
+    def plan_whole(step: int) -> tuple[np.ndarray, Inputs]:
+        ids = ids_of(step)
+        return ids, view_inputs([whole], images.sizes[ids], slice(0, len(ids)), 0, 0)
 
     if images.synthetic:
-        return Made(images, [size], ids_of, torch.device(device), 0, 0)
-    return Stream(
-        files,
-        graph=partial(centre_graph, size),
-        branches=False,
-        plan=plan,
-        batch=batch_size,
-        device=torch.device(device),
-        threads=threads,
-        start=0,
-    )
+        batches = Made(images, [size], ids_of, torch.device(device), 0, 0)
+    else:
+        batches = Stream(
+            files,
+            graph=partial(view_graph, [whole]) if patch else partial(centre_graph, size, resize),
+            branches=False,
+            plan=plan_whole if patch else plan,
+            batch=batch_size,
+            device=torch.device(device),
+            threads=threads,
+            start=0,
+        )
+    return (_with_sizes(batch, images, [whole]) for batch in batches) if patch else batches
 
 
 def each_once(
@@ -219,3 +246,12 @@ def each_once(
         threads=threads,
         start=0,
     )
+
+
+def _with_sizes(batch: Batch, images: ImageSet, views: Sequence[Augmentation]) -> Batch:
+    """The batch, which says how large its images are where a view has their own aspect: a function of the images alone."""
+    if not any(view.patch for view in views):
+        return batch
+    sizes_B2 = images.sizes[batch.ids.numpy()]
+    shown = [shown_sizes(v, sizes_B2) if v.patch else np.broadcast_to(v.size, sizes_B2.shape) for v in views]
+    return replace(batch, sizes=torch.from_numpy(np.stack(shown, 1)))

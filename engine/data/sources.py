@@ -7,8 +7,8 @@ parquet files by `engine.data.sets.archives`. Sets with objects have readers of 
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,13 +16,15 @@ from typing import Literal
 import numpy as np
 
 from engine.core.errors import BadInput
+from engine.core.progress import watched
 from engine.data import cache, listing, screen
 from engine.data.listing import Listing
 from engine.data.sets import archives, digits, scenes, synthetic
 from engine.data.shards.webdataset import holds_shards, of_shards
 from engine.data.stored import Ranges, Stored
 
-SCREEN_VERSION = 2  # rises when screening judges differently, so that old verdicts are not reused
+_VERDICTS = ("sizes", "ids", "reasons")
+SCREEN_VERSION = 3  # rises when screening judges differently, so that old verdicts are not reused
 BAD_LIMIT = 0.001
 SHOWN = 3
 EMBEDDED = ("", "digits", "scenes")
@@ -218,18 +220,33 @@ def _screen(listed: Listing, decode: bool) -> tuple[np.ndarray, dict[int, str], 
     for column in (paths.ends, paths.text, listed.sizes, listed.modified):
         key.update(column)
     verdicts = cache.folder() / "screened" / f"{key.hexdigest()}.npz"
-    ledger = verdicts.with_suffix(".bad.txt")
-    with cache.locked(verdicts):
-        if not verdicts.exists():
-            sizes, reasons = screen.inspect_all(listed.open, len(paths), decode, 2 * usable_cpus())
-            lines = "".join(f"{paths[place]}\t{reason}\n" for place, reason in reasons.items())
-            ledger.write_text(lines, encoding="utf-8", errors="surrogateescape")
-            with tempfile.NamedTemporaryFile(dir=verdicts.parent, delete=False) as aside:
-                ids, words = np.array(list(reasons), np.int64), np.array(list(reasons.values()), str)
-                np.savez(aside, sizes=sizes, ids=ids, reasons=words)
-            os.replace(aside.name, verdicts)
-    with np.load(verdicts, allow_pickle=False) as stored:
-        return stored["sizes"], dict(zip(stored["ids"].tolist(), stored["reasons"].tolist(), strict=True)), ledger
+    begun, ledger = verdicts.with_suffix(".begun.npz"), verdicts.with_suffix(".bad.txt")
+
+    def look() -> dict[str, np.ndarray]:
+        before = cache.read_arrays(begun, _VERDICTS)
+        with watched(len(paths), "looking at images") as watch:
+            sizes, reasons = screen.inspect_all(
+                listed.open, len(paths), decode, 2 * usable_cpus(), before and _as_verdicts(before),
+                keep=lambda some: cache.write_arrays(begun, _as_arrays(*some)), watch=watch,
+            )  # fmt: skip
+        lines = "".join(f"{paths[place]}\t{reason}\n" for place, reason in reasons.items())
+        ledger.write_text(lines, encoding="utf-8", errors="surrogateescape")
+        return _as_arrays(sizes, reasons)
+
+    stored = cache.arrays(verdicts, _VERDICTS, look)
+    with suppress(OSError):  # of no use beside the verdicts, and no harm
+        begun.unlink()
+    return *_as_verdicts(stored), ledger
+
+
+def _as_arrays(sizes: np.ndarray, reasons: dict[int, str]) -> dict[str, np.ndarray]:
+    found = sizes, np.array(list(reasons), np.int64), np.array(list(reasons.values()), str)
+    return dict(zip(_VERDICTS, found, strict=True))
+
+
+def _as_verdicts(arrays: Mapping[str, np.ndarray]) -> screen.Verdicts:
+    sizes, ids, reasons = (arrays[name] for name in _VERDICTS)
+    return sizes, dict(zip(ids.tolist(), reasons.tolist(), strict=True))
 
 
 def usable_cpus() -> int:

@@ -3,6 +3,7 @@
 import errno
 import io
 import os
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,6 +63,15 @@ class Ranges:
         return descriptor
 
 
+def _open_file(path: str, flags: int) -> int:
+    """Opens a regular file only: a pipe would be waited for, and some devices have no end. Raises OSError."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file")
+    return descriptor
+
+
 class _Section(io.RawIOBase):
     """A range of a file, as a file; owns the descriptor."""
 
@@ -110,7 +120,7 @@ class Stored:
         """The encoded image, to be read and closed. Raises OSError."""
         if self.ranges is not None:
             return self.ranges.open(index)
-        return open(f"{self.root}/{self.paths[index]}", "rb")
+        return open(f"{self.root}/{self.paths[index]}", "rb", opener=_open_file)
 
     def read(self, index: int) -> np.ndarray:
         """uint8 [bytes], the encoded image. Raises OSError."""

@@ -1,9 +1,14 @@
-"""Runs a DALI pipeline over numbered steps, and goes on without a file that it cannot decode."""
+"""Runs a DALI pipeline over numbered steps, and goes on without a file that it cannot decode.
+
+A thread of its own asks the pipeline for the next step while the last one is used: what is drawn of a step, handing it to DALI
+and waiting for the images take nothing of the time of who trains. What fails there is mended where the step is asked for.
+"""
 
 import os
 import sys
 import time
 from collections.abc import MutableSequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -81,15 +86,17 @@ class Stream:
         self._flying: dict[int, np.ndarray] = {}
         self._pipeline: Pipeline | None = None
         self._source: ByName | ReadAhead | None = None
+        self._thread: ThreadPoolExecutor | None = None
+        self._coming: Future | None = None
 
     def __iter__(self) -> "Stream":
         return self
 
     def __next__(self) -> Batch:
         while True:
-            self._pipeline = self._pipeline or self._build()
+            coming, self._coming = self._coming or self._ask(), None
             try:
-                outputs = self._pipeline.run()
+                outputs = coming.result()
                 break
             except RuntimeError as error:
                 self._mend(error)
@@ -97,10 +104,20 @@ class Stream:
         self._step += 1
         # the dynamic executor gives the buffers away: they are not written again while a tensor refers to them
         views = tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
+        self._coming = self._ask()
         return Batch.of(self._files.images, step, ids, views)
+
+    def _ask(self) -> Future:
+        self._pipeline = self._pipeline or self._build()
+        self._thread = self._thread or ThreadPoolExecutor(1, thread_name_prefix="images")
+        # without a stream the thread waits for what is made on a GPU, and the stream of the steps doesn't
+        return self._thread.submit(self._pipeline.run)
 
     def close(self) -> None:
         """Frees the pipeline; batches already given stay valid."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+        self._thread = self._coming = None
         self._pipeline = None
         if self._source is not None:
             self._source.close()

@@ -9,6 +9,8 @@ A protocol is a file in `protocols/`, found by its name. It has
     evaluate(subject, train, test, settings)   of a `Subject` and the sets themselves
 and maybe
     check_model(subject, train, test, settings)  raises BadInput if these weights can't be judged, before anything is encoded
+    wants(settings)                            in the place of WANTS, where it goes by the settings; then there is, for the model,
+    evaluate_model(subject, train, test, settings)  beside `evaluate`
 so adding a protocol is adding a file. Of videos there is no training set: `train` is None.
 
 Here is what other rooms use. The files inside name one another, not this one.

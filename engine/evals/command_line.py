@@ -10,9 +10,11 @@ import tyro
 
 from engine.core.errors import BadInput
 from engine.core.flags import read, written
+from engine.data.views import ASPECTS, RESIZES
 from engine.evals import registry, report
-from engine.evals.features import BOTH
+from engine.evals.features import POOLS
 from engine.evals.sets import KINDS
+from engine.model.positions import INTERPOLATIONS
 
 RAW = "raw"
 RANDOM = "random:"
@@ -50,12 +52,23 @@ class Eval:
     model: str = ""
     """A timm ViT name; needed for a file, which does not say what it holds."""
     pool: str = ""
-    """token (CLS), avg (mean of patches) or both (one beside the other); default: what the weights' export says."""
+    """token (CLS), avg (mean of patches), both (one beside the other) or before-norm (CLS before the final norm, as in MSN's
+    low-shot evaluation); default: what the weights' export says."""
     image_size: tuple[int, ...] = ()
     """Height and width of the input, or one number for both; default: the model's, 32 for raw."""
     objects_size: tuple[int, ...] = ()
     """The same for whole images of sets with objects, where features are pooled or a model is fine-tuned; default: the model's,
     128 for the embedded scenes."""
+    resize: str = "bicubic"
+    """How images are resized whose features are extracted: bicubic, or bilinear as by MSN and VISSL."""
+    squeeze: bool = False
+    """Resize them to the input whatever their shape, as VISSL does, rather than cut out its centre."""
+    aspect: str = "crop"
+    """crop, or keep: whole images of their own shape, each on the grid nearest to it of at most the input's patches; for
+    protocols that read pooled features."""
+    interpolation: str = ""
+    """How positions are interpolated for images of another size: antialiased (timm's way), offset (DINO's, iBOT's, DINOv2's) or
+    bicubic (MAE's, MSN's, MIM-Refiner's); default: what the weights' export or the file's layout says, else antialiased."""
     map: str = "pca"
     """The 2-D map of test features: pca or tsne."""
     device: str = "auto"
@@ -79,7 +92,10 @@ class Eval:
     def check(self) -> None:
         """Raise BadInput for a value that cannot be meant."""
         choices = {
-            "pool": ("", "token", "avg", BOTH),
+            "pool": ("", *POOLS),
+            "resize": RESIZES,
+            "aspect": ASPECTS,
+            "interpolation": ("", *INTERPOLATIONS),
             "map": tuple(report.MAPS),
             "device": ("auto", "cpu", "cuda"),
             "precision": ("auto", "fp32", "bf16"),
@@ -97,12 +113,16 @@ class Eval:
             raise BadInput(f"--weights is missing; give {WEIGHTS}.")
         if self.compare and len(self.judged) < 2:
             raise BadInput(f"--compare has nothing to put {self.compare[0]} beside; give --weights, or more.")
+        if self.squeeze and self.aspect == "keep":
+            raise BadInput(
+                "--squeeze gives all images one shape, and --aspect keep leaves them theirs; choose one of them."
+            )
         if len(set(self.judged)) < len(self.judged):
             raise BadInput("--weights names the same weights twice.")
         if not 0 <= self.bad_limit <= 1:
             raise BadInput(f"--bad-limit is {self.bad_limit}; it must be a share from 0 to 1.")
-        if self.judged == (RAW,) and (self.model or self.pool):
-            raise BadInput("--weights raw is the pixels themselves and takes neither --model nor --pool.")
+        if self.judged == (RAW,) and (self.model or self.pool or self.interpolation):
+            raise BadInput("--weights raw is the pixels themselves and takes no --model, --pool or --interpolation.")
         if self.model and all(source == RAW or source.startswith((RANDOM, TIMM)) for source in self.judged):
             raise BadInput(f"--model belongs to a file; {self.judged[0]} says itself what it holds.")
 

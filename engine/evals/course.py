@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from engine.core.errors import BadInput
+from engine.core.extras import complaint
 from engine.evals.result import Result
 
 Pairing = tuple[str, str]  # weights, protocol
@@ -22,6 +23,7 @@ class Course:
         results: found so far.
         left_out: why a protocol does not go with the weights.
         failures: why a protocol, once begun, has no result; the others go on.
+        defects: whether a failure was another one than bad input.
         started: when, on `time.perf_counter`.
     """
 
@@ -31,6 +33,7 @@ class Course:
     results: list[Result] = field(default_factory=list)
     left_out: dict[Pairing, str] = field(default_factory=dict)
     failures: dict[Pairing, str] = field(default_factory=dict)
+    defects: bool = False
     started: float = field(default_factory=time.perf_counter)
 
     @property
@@ -73,9 +76,10 @@ class Course:
         tell(f"{place}: {protocol}{whose} on {self.plan[weights, protocol]}{so_far}")
         try:
             yield
-        except BadInput as error:
-            self.failures[weights, protocol] = str(error)
-            tell(f"{place}: failed after {time.perf_counter() - began:.1f} s: {error}")
+        except Exception as error:
+            self.failures[weights, protocol] = why = complaint(error)
+            self.defects |= not isinstance(error, BadInput)
+            tell(f"{place}: failed after {time.perf_counter() - began:.1f} s: {why}")
         else:
             tell(f"{place}: done in {time.perf_counter() - began:.1f} s")
 

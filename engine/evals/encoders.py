@@ -6,27 +6,29 @@ import torch
 
 from engine.core.errors import BadInput
 from engine.evals.command_line import RANDOM, RAW, TIMM, WEIGHTS, Eval
-from engine.evals.features import BOTH, Encoder, encoder_of, raw_pixels
+from engine.evals.features import Encoder, encoder_of, raw_pixels
 from engine.model import vit, weights
 
 RAW_SIZE = (32, 32)
 
 
 def encoder(source: str, flags: Eval, device: torch.device) -> tuple[str, Encoder]:
-    """The name and the encoder that a source of weights, --model, --pool and --image-size describe.
+    """The name and the encoder that a source of weights, --model, --pool, --image-size and --interpolation describe.
 
     Raises:
         BadInput: no such weights or model, or they do not fit each other.
     """
     size = (flags.image_size * 2)[:2]
-    both = BOTH if flags.pool == BOTH else ""
-    overrides = ({"global_pool": flags.pool} if flags.pool and not both else {}) | ({"img_size": size} if size else {})
+    # what models know by themselves is said to them: `finetune` trains by it, too
+    own = flags.pool in ("token", "avg")
+    given = {"global_pool": flags.pool if own else "", "img_size": size, "interpolation": flags.interpolation}
+    overrides, pool = {name: value for name, value in given.items() if value}, "" if own else flags.pool
     if source == RAW:
         return "raw pixels", raw_pixels(size or RAW_SIZE)
     if source.startswith(RANDOM):
         name = source.removeprefix(RANDOM)
         model = vit.create(name, generator=torch.Generator().manual_seed(flags.seed), **overrides)
-        return f"random {name}", encoder_of(model.to(device), both)
+        return f"random {name}", encoder_of(model.to(device), pool)
     path = Path(source).expanduser()
     if not path.exists() and not source.startswith(TIMM):
         raise BadInput(f"--weights {source} does not exist; give {WEIGHTS}.")
@@ -37,11 +39,10 @@ def encoder(source: str, flags: Eval, device: torch.device) -> tuple[str, Encode
     if flags.model and not any(Path(judged).expanduser().is_file() for judged in flags.judged):
         raise BadInput(f"--model belongs to a file; {source} says itself what it holds.")
     if path.is_file():
-        model = vit.create(flags.model, **overrides)
-        weights.load(model, path)
+        model, _ = weights.create(path, flags.model, **overrides)
     else:
         model, _ = weights.create(source, **overrides)
-    return path.stem if path.is_file() else path.resolve().name, encoder_of(model.to(device), both)
+    return path.stem if path.is_file() else path.resolve().name, encoder_of(model.to(device), pool)
 
 
 def encoders(flags: Eval, device: torch.device) -> dict[str, Encoder]:

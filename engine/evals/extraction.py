@@ -35,6 +35,7 @@ from engine.data.pipeline import eval_batches
 from engine.data.sources import ImageSet
 from engine.data.subsets import subset
 from engine.evals.features import TOKENS, Encoder, Features, Tokens, check_tokens
+from engine.model.shapes import by_shape, in_order
 
 SHARD = 8  # batches: after so many, what is written survives a crash
 COMPLETE = "complete.json"
@@ -53,8 +54,12 @@ def extract(
     cache: Path | None = None,
     tokens: bool = False,
     together: bool = False,
+    resize: str = "bicubic",
+    squeeze: bool = False,
+    aspect: str = "crop",
 ) -> Features:
-    """Encode every readable image once, in order, resized and centre-cropped.
+    """Encode every readable image once, in order, resized and centre-cropped, squeezed, or, where its aspect is to "keep", whole,
+    as `eval_batches` does it. Whole images are encoded shape by shape.
 
     An image that cannot be read is left out: its substitute would carry a wrong label.
 
@@ -74,13 +79,14 @@ def extract(
     """
     if tokens:
         check_tokens(encoder, name)
+    patch = encoder.model.patch_size if aspect == "keep" else 0
     device = torch.device(device)
     keeps = cache is not None and encoder.fingerprint is not None
     if together and not keeps:
         raise BadInput("several ranks share out an extraction through the cache; leave --no-cache out.")
     place = Path(cache) if keeps else Path(tempfile.gettempdir())
-    key = _key(encoder, images, batch_size, precision, device) if keeps else None
-    how = (encoder.size, batch_size, device, precision, threads)
+    key = _key(encoder, images, batch_size, precision, device, resize, squeeze, patch) if keeps else None
+    how = (encoder.size, batch_size, device, precision, threads, resize, squeeze, patch)
     ids, values = _stored("features", place, key, images, name, encoder.encode, how, together)
     found_tokens = None
     if tokens:
@@ -102,8 +108,21 @@ def extract(
     )
 
 
-def _key(encoder: Encoder, images: ImageSet, batch_size: int, precision: str, device: torch.device) -> str:
+def _key(
+    encoder: Encoder,
+    images: ImageSet,
+    batch_size: int,
+    precision: str,
+    device: torch.device,
+    resize: str,
+    squeeze: bool,
+    patch: int,
+) -> str:
     settings = [encoder.fingerprint, encoder.size, encoder.pooling, batch_size, precision, device.type]
+    if (resize, squeeze) != ("bicubic", False):  # features of earlier versions are found as before
+        settings += [resize, squeeze]
+    if patch:
+        settings += ["own aspect"]
     environment = [torch.__version__, kernels.describe(device)]
     digest = hashlib.sha256(f"{images.root}\n".encode())
     for index, (path, good) in enumerate(zip(images.paths, images.good.tolist())):
@@ -286,13 +305,26 @@ def _write(store: _Store, shards: list[int], rows: list[np.ndarray], first: tupl
 
 
 def _encoded(
-    encode, store: _Store, rows: np.ndarray, quiet: bool, size, batch_size, device, precision, threads
+    encode,
+    store: _Store,
+    rows: np.ndarray,
+    quiet: bool,
+    size,
+    batch_size,
+    device,
+    precision,
+    threads,
+    resize,
+    squeeze,
+    patch,
 ) -> Iterator:
     """Batch by batch: rows of the store, ascending, and what `encode` makes of their images, fp32 on the CPU."""
     ids = store.good[rows]
     chosen = store.images if len(ids) == len(store.images) else subset(store.images, ids)
     batches = track(
-        eval_batches(chosen, size, batch_size, device=device, threads=threads),
+        eval_batches(
+            chosen, size, batch_size, device=device, threads=threads, resize=resize, squeeze=squeeze, patch=patch
+        ),
         f"encoding {store.images.split}",
         total=-(-len(rows) // batch_size),
         console=Console(stderr=True),
@@ -301,7 +333,8 @@ def _encoded(
     )
     for batch in batches:
         with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            values = encode(batch.images[0]).float().cpu()
+            alike = by_shape(batch.images[0], None if batch.sizes is None else batch.sizes[:, 0])
+            values = in_order([encode(group.images) for group in alike], alike).float().cpu()
         yield rows[batch.ids.numpy()], values
 
 

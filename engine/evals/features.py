@@ -15,6 +15,7 @@ from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from engine.core.errors import BadInput
+from engine.model.tokens import Packed, View
 from engine.model.vit import VisionTransformer
 
 _ROWS = 65_536  # looked at together: features may be mapped from a file larger than memory
@@ -158,53 +159,84 @@ class Encoder:
 
 
 TOKENS = "patch tokens after the final norm, without class token and registers"
-BOTH = "both"
+BOTH, BEFORE_NORM = "both", "before-norm"
+POOLS = ("token", "avg", BOTH, BEFORE_NORM)
 _POOLING = {
     "token": "class token after the final norm",
     "avg": "mean of patch tokens after the final norm",
     BOTH: "class token and mean of patch tokens after the final norm, side by side",
+    BEFORE_NORM: "class token before the final norm",
 }
 
 
-def encoder_of(model: VisionTransformer, pool: str = "") -> Encoder:
+def check_pooling(model: VisionTransformer, pool: str = "", blocks: int = 1) -> None:
+    """Raise BadInput for a pooling and a number of blocks that `encoder_of` cannot read of the model."""
+    name, own = model.architecture.name, pool or model.global_pool
+    if own != "avg" and model.cls_token is None:
+        raise BadInput(f"{name} has no class token: choose the pooling avg, not {own}.")
+    if blocks > 1 and own not in ("token", BOTH):
+        raise BadInput(f"class tokens of {blocks} blocks are those of the pooling token or {BOTH}, not of {own}.")
+    if not 1 <= blocks <= model.depth:
+        raise BadInput(f"{name} has class tokens of 1 to {model.depth} blocks, not of {blocks}; choose another number.")
+
+
+def encoder_of(model: VisionTransformer, pool: str = "", blocks: int = 1) -> Encoder:
     """A VisionTransformer as an encoder. Evaluates in eval mode.
 
-    Where the final norm follows the pooling (fc_norm), it is applied to each patch token.
+    Where the final norm follows the pooling (fc_norm), it is applied to what is pooled, and to each patch token.
 
     Args:
-        pool: "" for the feature that the model's own `global_pool` decides, or "both": class token and mean of patch tokens, 2 C.
+        pool: "" for the feature that the model's own `global_pool` decides; or "token", the class token, "avg", the mean of patch
+            tokens, "both", one beside the other, 2 C; or "before-norm", the class token as MSN's low-shot evaluation reads it.
+        blocks: class tokens of the last so many blocks, each after the final norm, stand side by side (DINO's linear probe); the
+            mean of "both" is of the last block alone.
 
     Raises:
-        BadInput: "both" of a model without class token.
+        BadInput: class tokens of a model without one, or of more blocks than it has; several blocks with another pooling.
     """
-    if pool == BOTH and model.cls_token is None:
-        raise BadInput(f"{model.architecture.name} has no class token: choose the pooling avg, not {BOTH}.")
+    check_pooling(model, pool, blocks)
+    own = pool or model.global_pool
 
-    def both(tokens_BLC: Tensor) -> Tensor:
-        halves = tokens_BLC[:, 0], tokens_BLC[:, model.num_prefix_tokens :].mean(1)
-        return torch.cat([model.fc_norm(half_BC) for half_BC in halves], 1)
+    def normed(images_B3HW: Tensor) -> list[Tensor]:
+        """All tokens of the last blocks, [B, L, C] each, after the final norm."""
+        if blocks == 1:
+            return [model(images_B3HW)]
+        packed, start, found = model.embed([View(images_B3HW)]), 0, []
+        for stop in range(model.depth - blocks + 1, model.depth + 1):
+            packed, start = model.run_blocks(packed, start, stop), stop
+            found += Packed(model.norm(packed.tokens_TC), packed.layout).unpack()
+        return found
 
-    def frozen(read: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def encode(images_B3HW: Tensor) -> Tensor:
+    def read(images_B3HW: Tensor) -> Tensor:
+        if own == BEFORE_NORM:
+            return model.run_blocks(model.embed([View(images_B3HW)])).unpack()[0][:, 0]
+        layers = normed(images_B3HW)
+        parts = [] if own == "avg" else [model.fc_norm(tokens_BLC[:, 0]) for tokens_BLC in layers]
+        if own != "token":
+            parts.append(model.fc_norm(layers[-1][:, model.num_prefix_tokens :].mean(1)))
+        return torch.cat(parts, 1)
+
+    def frozen(encode: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def evaluated(images_B3HW: Tensor) -> Tensor:
             training = model.training
             model.eval()
             try:
-                return read(model(images_B3HW))
+                return encode(images_B3HW)
             finally:
                 model.train(training)
 
-        return encode
+        return evaluated
 
     digest = hashlib.sha256(repr(model.architecture).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+    for key, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return Encoder(
-        frozen(both if pool == BOTH else model.pool),
+        frozen(read),
         model.img_size,
-        _POOLING[pool or model.global_pool],
+        _POOLING[own] + (f"; class tokens of the last {blocks} blocks" if blocks > 1 else ""),
         digest.hexdigest(),
-        frozen(lambda tokens_BLC: model.fc_norm(tokens_BLC[:, model.num_prefix_tokens :])),
+        frozen(lambda images_B3HW: model.fc_norm(model(images_B3HW)[:, model.num_prefix_tokens :])),
         model,
     )
 

@@ -121,12 +121,12 @@ def _wanted(plan: _Plan, weights: str, name: str, known: dict[str, Pair]) -> tup
         BadInput: the protocol works on a model and features were given, or as `features_of`.
     """
     kind, judged = reads(name), plan.judged[weights]
-    if wants(name) == "model":
+    if wants(name, plan.settings[name]) == "model":
         if not isinstance(judged, Subject):
             raise BadInput(f"protocol {name} works on a model, and {weights} are features.")
         return judged, *plan.sets.pair(kind)
     if kind not in known:
-        tokens = _tokens_wanted(kind, plan.fitting(weights))
+        tokens = _tokens_wanted(kind, plan.fitting(weights), plan.settings)
         known[kind] = tuple(features_of(judged, split, tokens) for split in plan.sets.pair(kind))
     return known[kind]
 
@@ -137,7 +137,7 @@ def _step(plan: _Plan, weights: str, name: str, wanted: tuple[Any, ...], seeds: 
     about: dict[str, Any] = {"weights": weights}
     if isinstance(plan.judged[weights], Subject):
         about["data"] = plan.sets.name(reads(name))
-    if wants(name) != "model":
+    if wants(name, plan.settings[name]) != "model":
         train, test = wanted
         about["feature"] = result.feature or test.pooling
         about["counts"] = {"training images": len(train.values), "test images": len(test.values)} | result.counts
@@ -146,11 +146,14 @@ def _step(plan: _Plan, weights: str, name: str, wanted: tuple[Any, ...], seeds: 
 
 def _over_seeds(module: ModuleType, wanted: tuple[Any, ...], settings: Any, seeds: int) -> Result:
     """The result of a protocol, over several seeds where it draws anything."""
+    judge = module.evaluate
+    if hasattr(module, "evaluate_model") and isinstance(wanted[0], Subject):
+        judge = module.evaluate_model
     runs, first = [], getattr(settings, "seed", 0)
     numbers = range(first, first + (seeds if draws(settings) else 1))
     for number in numbers:
         start = time.perf_counter()
-        result = module.evaluate(*wanted, seeded(settings, number))
+        result = judge(*wanted, seeded(settings, number))
         runs.append(replace(result, seconds=time.perf_counter() - start))
     return runs[0] if len(runs) == 1 else over_seeds(runs, numbers)
 
@@ -196,9 +199,9 @@ def extract_together(
     left_out = _left_out(subjects, source, settings, course)
     for weights, subject in subjects.items():
         fitting = [name for name in settings if (weights, name) not in left_out]
-        for kind in dict.fromkeys(reads(name) for name in fitting if wants(name) != "model"):
+        for kind in dict.fromkeys(reads(name) for name in fitting if wants(name, settings[name]) != "model"):
             for split in source.pair(kind):
-                features_of(subject, split, _tokens_wanted(kind, fitting))
+                features_of(subject, split, _tokens_wanted(kind, fitting, settings))
 
 
 def features_of(subject: Subject, images: Any, tokens: bool = False) -> Features:
@@ -225,9 +228,9 @@ def _judged(
     return judged
 
 
-def _tokens_wanted(kind: str, protocols: Iterable[str]) -> bool:
+def _tokens_wanted(kind: str, protocols: Iterable[str], settings: Mapping[str, Any]) -> bool:
     """Whether one of these protocols reads patch tokens of a kind of set."""
-    return any(reads(name) == kind and wants(name) == "tokens" for name in protocols)
+    return any(reads(name) == kind and wants(name, settings[name]) == "tokens" for name in protocols)
 
 
 def _left_out(
@@ -265,9 +268,13 @@ def _check_finite(subject: Subject) -> None:
 
 def _check_model(subject: Subject, name: str, sets: Sets, setting: Any) -> None:
     """Raise BadInput for weights that a protocol cannot judge: pixels where it needs a ViT, a size that the ViT does not take."""
-    if wants(name) == "tokens":
+    if subject.aspect == "keep":
+        if (wanted := wants(name, setting)) != "pooled":
+            raise BadInput(f"--aspect keep is for pooled features, and protocol {name} reads another thing: {wanted}.")
+        subject.check_aspect()
+    if wants(name, setting) == "tokens":
         check_tokens(subject.encoder, subject.name)
-    if wants(name) == "model":
+    if wants(name, setting) == "model":
         _ = subject.vit
     elif reads(name) != "classes" and subject.encoder.model is not None and subject.object_size:
         subject.check_input(*subject.object_size)

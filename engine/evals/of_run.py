@@ -1,6 +1,6 @@
 """A run judges itself at its end: the encoder of every stage that trains one, and raw pixels to compare with."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +8,7 @@ from rich.console import Console
 
 from engine import methods
 from engine.core.errors import BadInput
+from engine.core.extras import Extras
 from engine.evals import judging, registry, report
 from engine.evals.command_line import RAW, Eval, command
 from engine.evals.features import raw_pixels
@@ -20,8 +21,10 @@ EVALUATED_HERE = 100_000  # training images up to which a run evaluates itself a
 PIXELS = "raw pixels"
 
 
-def evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
-    """Judge the encoder of every stage that trains one, and raw pixels; by weights, the figures by name."""
+def evaluate(parts: Parts, folder: Path, extras: Extras) -> dict[str, dict[str, float]]:
+    """Judge the encoder of every stage that trains one, and raw pixels; by weights, the figures by name. Each protocol, and the
+    report, is one of the `extras`; one that does not go with the data is told and no failure."""
+    say = extras.say
     command = f"python -m engine.eval --weights {folder}" + (
         f" --data {parts.plan.train.data}" if parts.plan.train.data else ""
     )
@@ -54,23 +57,26 @@ def evaluate(parts: Parts, folder: Path, say: Callable[[str], None]) -> dict[str
     features = judging.encode(encoders, parts.train_images, parts.val_images, **how)
     results = []
     for name in fitting:
-        try:
-            results += judging.evaluate(
-                features, protocols=(name,), seed=parts.plan.train.seed, device=parts.ranks.device
-            )
-        except BadInput as error:
-            say(f"evaluation by {name} is left out: {error}")
+        with extras.of(f"evaluation by {name}"):
+            try:
+                results += judging.evaluate(
+                    features, protocols=(name,), seed=parts.plan.train.seed, device=parts.ranks.device
+                )
+            except BadInput as error:
+                say(f"evaluation by {name} is left out: {error}")
     if not results:
         return {}
     results.sort(key=lambda result: list(encoders).index(result.weights))
     results = [replace(result, data=parts.plan.train.data or "digits") for result in results]
-    report.write(
-        folder / "evaluation",
-        results,
-        {"device": str(parts.ranks.device), "precision": parts.precision},
-        features,
-        commands=_commands(parts, sources, fitting),
-    )
+    with extras.of("report"):
+        report.write(
+            folder / "evaluation",
+            results,
+            {"device": str(parts.ranks.device), "precision": parts.precision},
+            features,
+            extras,
+            commands=_commands(parts, sources, fitting),
+        )
     shown = [
         replace(result, weights=f"{PIXELS}\n(no model)") if result.weights == PIXELS else result for result in results
     ]

@@ -36,9 +36,16 @@ def reads(name: str) -> str:
     return getattr(protocol(name), "READS", "classes")
 
 
-def wants(name: str) -> str:
-    """What of the weights a protocol works on: "pooled" features, those and patch "tokens", or the "model"."""
-    return getattr(protocol(name), "WANTS", "pooled")
+def wants(name: str, settings: Any = None) -> str:
+    """What of the weights a protocol works on: "pooled" features, those and patch "tokens", or the "model".
+
+    Args:
+        settings: of the protocol, where it depends on them; None takes the defaults.
+    """
+    module = protocol(name)
+    if hasattr(module, "wants"):
+        return module.wants(settings or module.Settings())
+    return getattr(module, "WANTS", "pooled")
 
 
 def settings_for(names: Sequence[str], given: Mapping[str, Any] | None = None, seed: int = 0) -> dict[str, Any]:

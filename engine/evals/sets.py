@@ -54,6 +54,17 @@ class Sets:
         splits = [split for pair in self._opened.values() for split in pair if split is not None]
         return sorted({tuple(bad) for split in splits for bad in getattr(split, "images", split).bad})
 
+    @property
+    def objects_left_out(self) -> str:
+        """How many annotated objects of the opened sets could not be used, and the first of them; "" where all could."""
+        splits = [split for pair in self._opened.values() for split in pair if split is not None]
+        found = dict.fromkeys(
+            f"annotation {number} of {split.file}: {why}"
+            for split in splits
+            for number, why in getattr(split, "left_out", ())
+        )
+        return f"{len(found)} ({'; '.join(list(found)[:3])}{'; ...' if len(found) > 3 else ''})" if found else ""
+
     def check(self, name: str, settings: Any) -> None:
         """Raise BadInput for sets that cannot be opened, or that this protocol cannot judge; its name is in the sentence.
 

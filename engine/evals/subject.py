@@ -35,6 +35,7 @@ class Subject:
         cache: folder of extracted features; None keeps nothing.
         together: all ranks extract features together, each its share.
         object_size: (H, W) of the input made of images of a set with objects; None takes the encoder's.
+        resize, squeeze, aspect: how images whose features are extracted become inputs, as for `extract`.
     """
 
     name: str
@@ -46,6 +47,9 @@ class Subject:
     cache: Path | None = None
     object_size: tuple[int, int] | None = None
     together: bool = False
+    resize: str = "bicubic"
+    squeeze: bool = False
+    aspect: str = "crop"
 
     def features(self, images: ImageSet, tokens: bool = False, size: tuple[int, int] | None = None) -> Features:
         """Pooled features of a set, on the device, and its patch tokens, of inputs of `size`; raises BadInput as `extract`."""
@@ -60,6 +64,9 @@ class Subject:
             threads=self.threads,
             cache=self.cache,
             together=self.together,
+            resize=self.resize,
+            squeeze=self.squeeze,
+            aspect=self.aspect,
         ).to(self.device)
 
     @property
@@ -82,6 +89,13 @@ class Subject:
             raise BadInput(
                 f"{self.name} has relative positions, for inputs of {model.img_size[1]}x{model.img_size[0]} pixels only, not "
                 f"{width}x{height}; choose that size where there is a flag for it."
+            )
+
+    def check_aspect(self) -> None:
+        """Raise BadInput for a model that does not take images of any shape, or as `vit`."""
+        if self.vit.rel_pos_bias is not None:
+            raise BadInput(
+                f"{self.name} has relative positions, for one shape of images only: leave out --aspect keep."
             )
 
     def trainable(self, drop_path: float = 0.0) -> VisionTransformer:

@@ -7,7 +7,8 @@ import pkgutil
 from engine.core.errors import BadInput
 from engine.methods.base import Method
 
-SHARED = ("base", "clustering", "crops", "parts", "teaching")  # what methods have in common, no methods themselves
+# what methods have in common, no methods themselves
+SHARED = ("base", "clustering", "comparing", "crops", "parts", "settings", "teaching")
 
 
 def names() -> list[str]:

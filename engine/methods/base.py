@@ -6,166 +6,28 @@ precision or logging. One method is one file in this folder, found by its name; 
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from engine.core.draws import Draws
-from engine.core.errors import BadInput
-from engine.core.optim import CLIP_OVER, OPTIMIZERS, SCHEDULES, Average, Group, Moment
+from engine.core.optim import Average, Group, Moment
+from engine.core.phases import WHOLE, Phase
 from engine.data.batch import Batch
 from engine.data.sources import ImageSet
 from engine.data.views import Augmentation
 from engine.methods.parts.collapse import Collapse
+from engine.methods.settings import StageSettings
 from engine.model.depth import drops
 from engine.model.heads import BatchNorm, Classifier, UnitPrototypes
-from engine.model.tokens import View
+from engine.model.shapes import Alike, by_shape
+from engine.model.tokens import View, random_masking
 from engine.model.vit import VisionTransformer
-
-
-@dataclass(frozen=True)
-class StageSettings:
-    """What every stage of training has. Learning rates are per 256 images (views counted where the method says so)."""
-
-    epochs: int = 100
-    batch_size: int = 1024
-    """Images of a step over all ranks."""
-    base_lr: float = 1.5e-4
-    start_lr: float = 0.0
-    """Learning rate at the first step of the warm-up, as it is: for no number of images."""
-    end_lr: float = 0.0
-    """Learning rate at the end of the schedule, as it is. Parameters with a lower rate start and end in proportion."""
-    weight_decay: float = 0.05
-    weight_decay_end: float | None = None
-    """Weight decay at the end of a cosine that starts at weight-decay; None keeps it constant."""
-    optimizer: str = "adamw"
-    """adamw, or larc (SGD whose steps are in proportion to each tensor's norm)."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Of AdamW; the first one is also larc's momentum."""
-    warmup: float = 0.05
-    """Share of the stage's steps with a linearly rising learning rate; the schedule follows."""
-    schedule: str = "cosine"
-    """Of the learning rate after the warm-up: cosine (half a one, to end-lr), quarter-cosine, or steps (at each of drops)."""
-    drops: tuple[float, ...] = ()
-    """Shares of the stage's steps at which the schedule steps divides the learning rate by ten."""
-    horizon: float = 1.0
-    """All schedules end at this multiple of the stage's steps; above 1 training stops on the way."""
-    clip_norm: float = 0.0
-    """Largest gradient norm; 0 leaves gradients as they are."""
-    clip_over: str = "all"
-    """What that norm is taken over: all gradients, each part (encoder, each head), or each tensor."""
-    weight_ema: float = 0.0
-    """Decay of an average of the weights of encoder and classifier, which is then what is probed and exported; 0 keeps none."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Share of the image's area that a random crop covers."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-
-    def check(self, stage: str) -> None:
-        """Raise BadInput for a value that cannot be meant."""
-        low, high = self.crop_scale
-        rules = {
-            "epochs": (self.epochs >= 1, "a whole number from 1"),
-            "batch-size": (self.batch_size >= 1, "a whole number from 1"),
-            "base-lr": (self.base_lr > 0, "a number above 0"),
-            "start-lr": (self.start_lr >= 0, "a number from 0"),
-            "end-lr": (self.end_lr >= 0, "a number from 0"),
-            "weight-decay": (self.weight_decay >= 0, "a number from 0"),
-            "weight-decay-end": (
-                self.weight_decay_end is None or (self.weight_decay_end >= 0 and self.weight_decay > 0),
-                "None, or a number from 0 where weight-decay is above 0",
-            ),
-            "optimizer": (self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}"),
-            "betas": (all(0 <= beta < 1 for beta in self.betas), "two numbers from 0 to below 1"),
-            "warmup": (0 <= self.warmup <= 1, "a share from 0 to 1"),
-            "schedule": (self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}"),
-            "drops": (
-                bool(self.drops) == (self.schedule == "steps")
-                and list(self.drops) == sorted(self.drops)
-                and all(self.warmup <= share < 1 for share in self.drops),
-                "ascending shares between warmup and 1 where the schedule is steps, else nothing",
-            ),
-            "horizon": (self.horizon >= 1, "a number from 1"),
-            "clip-norm": (self.clip_norm >= 0, "a number from 0"),
-            "clip-over": (self.clip_over in CLIP_OVER, f"one of {', '.join(CLIP_OVER)}"),
-            "weight-ema": (0 <= self.weight_ema < 1, "a number from 0 to below 1"),
-            "crop-scale": (0 < low <= high <= 1, "two shares with 0 < low <= high <= 1"),
-            "flip": (0 <= self.flip <= 1, "a probability from 0 to 1"),
-        } | self.rules()
-        for name, (holds, wanted) in rules.items():
-            if not holds:
-                value = getattr(self, name.replace("-", "_"))
-                raise BadInput(f"--{stage}.{name} is {value}; it must be {wanted}.")
-
-    def rules(self) -> dict[str, tuple[bool, str]]:
-        """A method's further rules: flag -> (whether it holds, what is valid)."""
-        return {}
-
-    def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
-        """Raise BadInput for a value that does not fit the encoder."""
-
-    def ungraphed(self, encoder: VisionTransformer) -> str:
-        """Why forward and backward of a step can't be captured once and then replayed (`engine.training.graphs`), in words; ""
-        where they can.
-
-        They can where all that differs from step to step lies in tensors, of shapes that stay: images, ids and draws, which are
-        copied to the device before; weights and buffers, which change in place; a module's list `pending`, which may pass tensors
-        on to `after_step`. The host reads none of them, and no number of Python that changes by the step is computed with. A
-        method says so itself; unless it does, it can't.
-        """
-        return "nobody has shown that this method's step is the same at every replay"
-
-    @property
-    def splits(self) -> bool:
-        """Whether the mean over micro-batches of their losses is the batch's loss: not where its images are compared, for which
-        there is `Comparing`."""
-        return True
-
-    @property
-    def labelled(self) -> bool:
-        """Whether the stage needs to know the images' classes."""
-        return False
-
-    @property
-    def shots(self) -> int:
-        """How many images of each class the stage trains on; 0 is all."""
-        return 0
-
-
-@dataclass(frozen=True)
-class LabelledSettings(StageSettings):
-    """Of a stage that may learn from classes."""
-
-    labels_per_class: int = 0
-    """Train on so many images of each class only, the same ones for every method of one seed; 0 trains on all."""
-
-    def rules(self) -> dict[str, tuple[bool, str]]:
-        return super().rules() | {
-            "labels-per-class": (
-                self.labels_per_class >= 0 and (self.labelled or not self.labels_per_class),
-                "a whole number from 0, and 0 where no class is learned",
-            )
-        }
-
-    @property
-    def labelled(self) -> bool:
-        return True
-
-    @property
-    def shots(self) -> int:
-        return self.labels_per_class
-
-
-RAGGED = "how many patches are masked differs from step to step"
-
-
-def depth_on_host(encoder: VisionTransformer) -> str:
-    """What `StageSettings.ungraphed` says of a step that encodes under stochastic depth."""
-    return "stochastic depth is drawn on the host" if any(encoder.drop_path_rates) else ""
-
 
 Rows = dict[str, list[Tensor]]
 """What is known of a batch's images: by name and view by view a tensor whose first dimension goes image by image, so that those
@@ -195,17 +57,24 @@ class Method(nn.Module, ABC):
         trains_encoder: whether the encoder differs after the stage.
         draws_ahead: whether `draw` is work for the host: then each step's is done in another thread while the step before trains,
             and must ask neither for the device nor for anything that an update changes.
+        shrinks: whether its crops may have fewer patches than the model's input in some phases: smaller ones, or larger patches.
+        keeps_aspect: whether its views may have their images' own aspect.
+        drops_patches: whether the trained encoder may be shown a share of a large crop's patches in some phases.
         neighbours: dataset ids int64 [b] that the last step's lookup found for its images, -1 for none; else None.
         prototype_count: how many prototypes the images are shared out to; 0 where the method does not cluster.
         classifier: scores of the classes from `features`, where the method learns them: judged by every probe, averaged with the
             encoder, exported as its head; else None.
         moment: where in the stage the current update lies.
+        phase: what its steps see of images; `views` and `draw` go by it. Changed between updates only.
     """
 
     name: ClassVar[str]
     Settings: ClassVar[type[StageSettings]]
     trains_encoder: ClassVar[bool] = True
     draws_ahead: ClassVar[bool] = False
+    shrinks: ClassVar[bool] = False
+    drops_patches: ClassVar[bool] = False
+    keeps_aspect: ClassVar[bool] = False
 
     def __init__(self, encoder: VisionTransformer, settings: StageSettings):
         super().__init__()
@@ -215,6 +84,34 @@ class Method(nn.Module, ABC):
         self.prototype_count = 0
         self.classifier: Classifier | None = None
         self.moment = Moment()
+        self.phase = WHOLE
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of a large crop in pixels, in this phase."""
+        return self.phase.size(self.encoder.img_size, self.encoder.patch_size)
+
+    @property
+    def patch_size(self) -> int:
+        """Side of a patch in pixels, in this phase."""
+        return self.phase.patch_size(self.encoder.patch_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of its patches."""
+        height, width = self.size
+        return height // self.patch_size, width // self.patch_size
+
+    def in_phase(self, phase: Phase) -> "Method":
+        """This very method, but for the phase: for what is asked of a step before it is shown to the method itself."""
+        twin = copy(self)
+        twin.phase = phase
+        return twin
+
+    @property
+    def own_aspect(self) -> int:
+        """`Augmentation.patch` of the views: this phase's side of a patch where they have their images' own aspect, else 0."""
+        return self.patch_size if self.settings.aspect == "keep" else 0
 
     @property
     def evaluated(self) -> VisionTransformer:
@@ -243,16 +140,45 @@ class Method(nn.Module, ABC):
         """Write into the run folder what belongs beside the weights; asked of the first rank, once `prepare` is done."""
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
-        """Random choices of one step: tensors whose first dimension is this rank's images. Here, those of stochastic depth."""
-        return {"depth": draws.seeds()} if any(self.encoder.drop_path_rates) else {}
+        """Random choices of one step: tensors whose first dimension is this rank's images. Here, those of stochastic depth and of
+        patches that are left out."""
+        drawn = {"depth": draws.seeds()} if any(self.encoder.drop_path_rates) else {}
+        if self.drops_patches and self.phase.keep < 1:
+            large = sum(view.size == self.size for view in self.views())
+            drawn["left"] = draws.uniform(large, self.grid[0] * self.grid[1])
+        return drawn
 
     def encode(self, views: Sequence[View], drawn: dict[str, Tensor]) -> list[Tensor]:
-        """The encoder's tokens [b, L, C] of each view: all views, whatever their sizes, in one pass, under stochastic depth as
-        drawn."""
+        """The encoder's tokens [b, L, C] of each view: all views, whatever their sizes, in one pass, in patches of this phase,
+        under stochastic depth, and without patches of large crops, as drawn."""
+        if "left" in drawn:
+            views = self._thinned(views, drawn["left"])
         generator = None
         if "depth" in drawn:
             generator = torch.Generator().manual_seed(int(drawn["depth"][0]))
-        return self.encoder.encode(views, generator).unpack()
+        return self.encoder.encode(views, generator, self.patch_size).unpack()
+
+    def shapes(self, images: Sequence[Tensor], drawn: dict[str, Tensor]) -> list[list[Alike]]:
+        """The images of each of these views, the first of a step, shape by shape."""
+        sizes_bV2 = drawn.get("sizes")
+        return [by_shape(view, None if sizes_bV2 is None else sizes_bV2[:, i]) for i, view in enumerate(images)]
+
+    def _thinned(self, views: Sequence[View], noise_bVN: Tensor) -> list[View]:
+        """The large crops, which come first, with those patches only whose noise is lowest."""
+        keep = self.phase.kept(noise_bVN.shape[2])
+        large = [view for view in views if view.images.shape[2:] == self.size]
+        return [
+            replace(view, visible=random_masking(noise_bVN[:, i], keep)[0]) if i < len(large) else view
+            for i, view in enumerate(views)
+        ]
+
+    def flops_in(self, phase: Phase) -> float:
+        """`flops_per_image` in a phase; on average, where its steps draw."""
+        return mean(self.in_phase(form).flops_per_image() for form in phase.forms)
+
+    def encoder_flops(self, patches: int, start: int = 0, stop: int | None = None, *, thinned: bool = False) -> float:
+        """`VisionTransformer.flops` of the encoder, in patches of this phase."""
+        return self.encoder.flops(patches, start, stop, thinned=thinned, patch_size=self.patch_size)
 
     def begin(self, moment: Moment) -> None:
         """Told before each update. What depends on the step is computed from `self.moment` where it is needed, so there is
@@ -265,9 +191,11 @@ class Method(nn.Module, ABC):
         """The loss of a batch.
 
         Args:
-            images: one fp32 [b, 3, H, W] per view.
+            images: one fp32 [b, 3, H, W] per view; with the images' own aspect this is the room for one
+                (`engine.model.shapes.by_shape`).
             ids: int64 [b], which image of the data set each row is.
-            drawn: what `draw` returned.
+            drawn: what `draw` returned; and "sizes", int64 [b, V, 2] on the CPU, where views have their images' own aspect.
+                Without these images fill their room.
 
         Returns:
             "loss", to be minimised, and further detached scalars to be logged. What is computed for these alone is left out where
@@ -323,32 +251,3 @@ class Method(nn.Module, ABC):
     def choose(self, features: Tensor) -> Tensor:
         """The prototype of each of these features [n, C], int64 [n]; asked only where there are prototypes."""
         raise NotImplementedError
-
-
-class Comparing(Method):
-    """A method whose loss compares the images of a batch, in two parts: what each image is represented by, and what is made of
-    these rows.
-
-    So a batch that is too large for one pass is represented in micro-batches and compared as a whole
-    (`engine.training.gradient_cache`), which calls `represent` up to twice, and the others once for an update. What one image's
-    rows are depends on no other image (a norm over the batch belongs into `compare`, and so do queues and all that
-    `after_step` takes up), and on random numbers through `drawn` only.
-    """
-
-    @abstractmethod
-    def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
-        """The rows that gradients flow through; arguments as of `forward`. A term of the loss that is a mean over images may be
-        among them, as one row [1]."""
-
-    def represent_targets(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
-        """The rows that they are compared with, a teacher's for example, under names of their own; called without autograd."""
-        return {}
-
-    @abstractmethod
-    def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What `forward` returns, from the rows of both kinds of the whole batch, with its ids and draws."""
-
-    def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        with torch.no_grad():
-            targets = self.represent_targets(images, ids, drawn)
-        return self.compare(self.represent(images, ids, drawn) | targets, ids, drawn)

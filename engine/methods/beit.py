@@ -19,10 +19,11 @@ from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.sources import ImageSet
 from engine.data.views import Augmentation
-from engine.methods.base import RAGGED, Method, StageSettings
+from engine.methods.base import Method
 from engine.methods.ibot import TRIES_AT_ONCE, Masked
 from engine.methods.parts.collapse import usage
 from engine.methods.parts.tokenizers import Codebook, DiscreteVae
+from engine.methods.settings import RAGGED, ColourSettings, StageSettings
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
 
@@ -32,7 +33,7 @@ TABLE = "encoder.rel_pos_bias.relative_position_bias_table"
 
 
 @dataclass(frozen=True)
-class Settings(StageSettings):
+class Settings(ColourSettings, StageSettings):
     """BEiT; the defaults are the released recipe's (see engine/recipes/beit.py for sources)."""
 
     base_lr: float = 1.875e-4
@@ -60,7 +61,7 @@ class Settings(StageSettings):
     """Codes of a codebook that is fitted are of patches normalised one by one, so that they tell of shapes, not of brightness."""
 
     def rules(self) -> dict[str, tuple[bool, str]]:
-        return {
+        return self.colour_rules() | {
             "jitter": (self.jitter >= 0, "a number from 0"),
             "mask-ratio": (0 < self.mask_ratio < 1, "a share between 0 and 1"),
             "smallest-block": (self.smallest_block >= 1, "a whole number from 1"),
@@ -136,7 +137,9 @@ class Beit(Method):
     def views(self) -> tuple[Augmentation, ...]:
         s = self.settings
         colours = {"brightness": s.jitter, "contrast": s.jitter, "saturation": s.jitter, "hue": 0.0}
-        return (Augmentation(self.encoder.img_size, s.crop_scale, flip=s.flip, jitter=float(s.jitter > 0), **colours),)
+        colours |= {"jitter": float(s.jitter > 0)}
+        shared = {"flip": s.flip, "resize": s.resize, "colours": s.colours}
+        return (Augmentation(self.size, s.crop_scale, **shared, **colours),)
 
     def prepare(self, images: ImageSet, device: torch.device) -> None:
         """Fit the codebook, unless codes come from a file: on the first rank, for all. Draws its seed from torch's generator."""
@@ -159,19 +162,19 @@ class Beit(Method):
 
     def masks(self, draws: Draws) -> Tensor:
         """Which patches are hidden, bool [b, N] on the CPU."""
-        count = masked_of(self.settings, self.encoder.grid)
+        count = masked_of(self.settings, self.grid)
         masks_bN = masking.block_patches(
             lambda round_: draws.on_host(f"blocks/{round_}", TRIES_AT_ONCE, 4).numpy(),
             np.full(len(range(draws.batch)[draws.rows]), count),
-            self.encoder.grid,
+            self.grid,
             self.settings.smallest_block,
         )
         return torch.from_numpy(masks_bN)
 
     def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         (pixels,) = images
-        patches = self.encoder.grid[0] * self.encoder.grid[1]
-        share = masked_of(self.settings, self.encoder.grid) / patches
+        patches = self.grid[0] * self.grid[1]
+        share = masked_of(self.settings, self.grid) / patches
         masked = Masked.of(drawn["masks"][:, None], self.encoder.num_prefix_tokens, pixels.device, share)
         view = View(pixels, hidden=masked.hidden[0], blank=self.mask_token[0])
         tokens_PC = masked.padded(masked.rows_of(self.encode([view], drawn)))
@@ -199,10 +202,10 @@ class Beit(Method):
         yield from with_decay(table.items(), self.settings.table_lr * peak_lr, decay)
 
     def flops_per_image(self) -> float:
-        rows, columns = self.encoder.grid
-        head = 2.0 * self.head.weight.numel() * masked_of(self.settings, self.encoder.grid)
+        rows, columns = self.grid
+        head = 2.0 * self.head.weight.numel() * masked_of(self.settings, self.grid)
         seen = self.encoder.flops(rows * columns, thinned=True)
-        return 3 * (seen + head) + self.tokenizer.flops(self.encoder.grid)
+        return 3 * (seen + head) + self.tokenizer.flops(self.grid)
 
     def ragged_regions(self) -> Iterator[tuple[object, str]]:
         """How many patches are masked changes from step to step, too."""

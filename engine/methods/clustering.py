@@ -4,7 +4,7 @@ and for most of them a teacher. No method itself; `engine.methods.names` leaves 
 Shapes: b images of this rank, V views, L tokens of a view, C encoder width, K prototypes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from engine.core.optim import Group, ramp, scaled_lr, with_decay
-from engine.methods.base import Rows, StageSettings, depth_on_host
+from engine.methods.base import Rows
 from engine.methods.crops import CropSettings, MultiCrop
 from engine.methods.parts.collapse import CHOICES, Collapse, Targets
+from engine.methods.settings import StageSettings, depth_on_host
 from engine.methods.teaching import Taught, TeacherSettings
 from engine.model.heads import DinoHead, head_flops
 from engine.model.tokens import View
@@ -175,7 +176,7 @@ class Clustering(MultiCrop):
 
     def student_flops(self, head: nn.Module) -> float:
         """Operations per image of all crops through encoder and head, with gradients."""
-        return 3 * sum(self.encoder.flops(self.patches(v), thinned=True) + head_flops(head) for v in self.views())
+        return 3 * sum(self.encoder_flops(self.shown(v), thinned=True) + head_flops(head) for v in self.views())
 
 
 @dataclass(frozen=True)
@@ -224,12 +225,12 @@ class Distillation(Taught, Clustering):
 
     def represent_targets(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
         """ "taught": what the teacher pools of each large crop [b, C]."""
-        return {"taught": self.pool_taught(self.teach(images[: self.settings.global_crops]))}
+        return {"taught": self.pool_taught(self.teach([View(view) for view in images[: self.settings.global_crops]]))}
 
     @torch.no_grad()
-    def teach(self, images: tuple[Tensor, ...]) -> list[Tensor]:
-        """The teacher's tokens [b, L, C] of these views, in one pass."""
-        return self.teacher.encoder.encode([View(view) for view in images]).unpack()
+    def teach(self, views: Sequence[View]) -> list[Tensor]:
+        """The teacher's tokens [b, L, C] of each of these views, in one pass."""
+        return self.teacher.encoder.encode(views, patch_size=self.patch_size).unpack()
 
     def pool_taught(self, taught: list[Tensor]) -> list[Tensor]:
         """[b, C] of each view of the teacher's tokens."""
@@ -241,5 +242,5 @@ class Distillation(Taught, Clustering):
     def teacher_flops(self, head: nn.Module) -> float:
         """Operations per image of the large crops through teacher and head."""
         return sum(
-            self.encoder.flops(self.patches(v)) + head_flops(head) for v in self.views()[: self.settings.global_crops]
+            self.encoder_flops(self.patches(v)) + head_flops(head) for v in self.views()[: self.settings.global_crops]
         )

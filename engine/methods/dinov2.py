@@ -39,6 +39,8 @@ class Settings(IbotSettings):
     local_scale: tuple[float, float] = (0.05, 0.32)
     teacher_momentum: float = 0.992
     smallest_block: int = 4
+    frozen_moments: bool = False
+    """While prototypes are frozen, let the optimiser's moments know of their gradients, as the released code does."""
     koleo_weight: float = 0.1
     """Of the term that drives the nearest images of a batch apart."""
     layer_decay: float = 0.9
@@ -123,7 +125,7 @@ class Dinov2(Ibot):
             rate *= s.patch_embed_lr if name.startswith("encoder.patch_embed.") else 1.0
             alike[rate, s.freeze_last_layer if name.startswith(self.last_layers) else 0].append((name, parameter))
         for (rate, frozen), named in alike.items():
-            yield from with_decay(named, rate * peak_lr, s.weight_decay, frozen_epochs=frozen)
+            yield from with_decay(named, rate * peak_lr, s.weight_decay, frozen_epochs=frozen, watches=s.frozen_moments)
 
     def _layer(self, name: str) -> int:
         """The depth a parameter counts as: the heads lie where the encoder ends."""

@@ -18,9 +18,10 @@ from engine.core import masking
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.host_memory import to_device
-from engine.methods.base import RAGGED, Rows
+from engine.methods.base import Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.parts.collapse import usage
+from engine.methods.settings import RAGGED
 from engine.model.heads import DinoHead, head_flops
 from engine.model.memory import Teacher
 from engine.model.tokens import View
@@ -169,12 +170,12 @@ class Ibot(Distillation):
     name = "ibot"
     Settings = Settings
     draws_ahead = True
+    shrinks = True
     last_layers = ("head.last_layer.", "patch_head.last_layer.")
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
         s = settings
-        self.patches_of_crop = encoder.grid[0] * encoder.grid[1]
         self.mask_token = nn.Parameter(torch.zeros(1, encoder.embed_dim))
         self.head = self.dino_head(s.bottleneck, s.prototypes)
         parts = {"encoder": encoder, "head": self.head}
@@ -183,12 +184,17 @@ class Ibot(Distillation):
         self.teacher = Teacher(**parts)
         self.patch_collapse = self.guard(s.patch_prototypes or s.prototypes)
 
+    @property
+    def patches_of_crop(self) -> int:
+        """Of a large one."""
+        return self.grid[0] * self.grid[1]
+
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         return super().draw(draws) | {"masks": self.masks(draws)}
 
     def masks(self, draws: Draws) -> Tensor:
         """Which patches of the large crops are hidden, bool [b, V, N] on the CPU."""
-        settings, crops, (rows, columns) = self.settings, self.settings.global_crops, self.encoder.grid
+        settings, crops, (rows, columns) = self.settings, self.settings.global_crops, self.grid
         counts_R = (self.mask_shares(draws) * rows * columns).astype(int)
         if settings.masking == "random":
             noise_RN = draws.on_host("patches", crops, rows * columns).flatten(0, 1).numpy()
@@ -215,7 +221,7 @@ class Ibot(Distillation):
         return {"pooled": pooled, "patches": masked.rows_of(seen[: self.settings.global_crops])}
 
     def represent_targets(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
-        taught = self.teach(images[: self.settings.global_crops])
+        taught = self.teach([View(view) for view in images[: self.settings.global_crops]])
         masked = self.masked(drawn, images[0].device)
         return {"taught": self.pool_taught(taught), "taught_patches": self.taught_patches(taught, masked)}
 

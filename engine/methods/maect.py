@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from engine.core.optim import Average, Group, scaled_lr
-from engine.methods.base import Method, depth_on_host
+from engine.methods.base import Method
 from engine.methods.nnclr import DroppingSettings, Nnclr
 from engine.methods.parts.tuning import TuningSettings, encoder_groups, freeze
+from engine.methods.settings import depth_on_host
 from engine.model.heads import head_flops
 from engine.model.tokens import Packed
 from engine.model.vit import VisionTransformer
@@ -81,9 +82,9 @@ class Maect(Nnclr):
         device = images[0].device.type
         with torch.set_grad_enabled(self.frozen == 0):
             if dtype is None:
-                return self.encoder.run_blocks(self.encoder.embed(views), 0, self.frozen)
+                return self.encoder.run_blocks(self.encoder.embed(views, self.patch_size), 0, self.frozen)
             with torch.autocast(device, dtype=dtype):
-                packed = self.encoder.run_blocks(self.encoder.embed(views), 0, self.frozen)
+                packed = self.encoder.run_blocks(self.encoder.embed(views, self.patch_size), 0, self.frozen)
         return Packed(packed.tokens_TC.float(), packed.layout)
 
     def query(self, projected: list[Tensor], pooled: list[Tensor]) -> list[Tensor]:
@@ -97,13 +98,13 @@ class Maect(Nnclr):
         yield from self.head_groups(images_per_step, s.head_base_lr, s.head_weight_decay)
 
     def flops_per_image(self) -> float:
-        tuned = 4 * self.encoder.flops(self.keep, self.frozen)
+        tuned = 4 * self.encoder_flops(self.keep, self.frozen)
         return super().flops_per_image() + tuned + 2 * head_flops(self.projector_average)
 
     def averages(self) -> Iterator[Average]:
         yield from super().averages()
         pairs = list(zip(self.projector_average.parameters(), self.projector.parameters()))
-        yield Average(pairs, 1 - self.settings.projector_ema)
+        yield Average(pairs, 1 - self.settings.projector_ema**self.moment.growth)
 
     @torch.no_grad()
     def after_step(self, applied: Tensor) -> None:

@@ -104,7 +104,8 @@ class MimCluster(Distillation):
             parts["patch_last_layer"] = self.patch_last_layer
             self.patch_collapse = self.guard(s.patch_prototypes)
         if s.pixel_weight:
-            self.decoder = PixelDecoder(encoder.embed_dim, encoder.patch_size, s.decoder_layers)
+            start = encoder.architecture.initialisation
+            self.decoder = PixelDecoder(encoder.embed_dim, encoder.patch_size, s.decoder_layers, start)
         self.teacher = Teacher(**parts)
 
     def views(self) -> tuple[Augmentation, ...]:
@@ -113,7 +114,7 @@ class MimCluster(Distillation):
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         s = self.settings
-        return super().draw(draws) | draw_corruption(s, draws, s.global_crops, self.encoder.img_size)
+        return super().draw(draws) | draw_corruption(s, draws, s.global_crops, self.size)
 
     def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
         s, large = self.settings, images[: self.settings.global_crops]
@@ -133,7 +134,7 @@ class MimCluster(Distillation):
         s = self.settings
         if not (s.class_weight or s.patch_weight):
             return {}
-        read = self._read(self.teacher.encoder, self.teach(images[: s.global_crops]))
+        read = self._read(self.teacher.encoder, self.teach([View(view) for view in images[: s.global_crops]]))
         return {f"taught_{name}": views for name, views in read.items()}
 
     def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -179,7 +180,7 @@ class MimCluster(Distillation):
             prediction_BNp: [B, N, P*P*3].
             images: fp32 [B, 3, H, W], the clean crops.
         """
-        predicted = self.decoder.images(prediction_BNp.float(), self.encoder.grid)
+        predicted = self.decoder.images(prediction_BNp.float(), self.grid)
         return masked_mean((predicted - images).square().mean(1), corrupted_BHW)
 
     def _patch_tokens(self, tokens: Sequence[Tensor]) -> list[Tensor]:
@@ -207,7 +208,7 @@ class MimCluster(Distillation):
 
     def flops_per_image(self) -> float:
         s, views = self.settings, self.views()
-        crops, patches = s.global_crops, s.global_crops * self.encoder.grid[0] * self.encoder.grid[1]
+        crops, patches = s.global_crops, s.global_crops * self.grid[0] * self.grid[1]
         total = 3 * sum(self.encoder.flops(self.patches(view), thinned=True) for view in views)
         if s.class_weight or s.patch_weight:
             total += sum(self.encoder.flops(self.patches(view)) for view in views[:crops])

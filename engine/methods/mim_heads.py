@@ -17,12 +17,13 @@ from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
-from engine.methods.base import Method, Rows, depth_on_host
+from engine.methods.base import Method, Rows
 from engine.methods.crops import CropSettings, MultiCrop
 from engine.methods.nnclr import NeighbourSettings
 from engine.methods.parts.contrast import own_places
-from engine.model.blocks import initialise
+from engine.methods.settings import depth_on_host
 from engine.model.heads import BatchNorm, head_flops, predictor, projector
+from engine.model.initialisation import initialise
 from engine.model.memory import Queue
 from engine.model.tokens import Packed, View
 from engine.model.vit import VisionTransformer
@@ -46,6 +47,10 @@ class Settings(CropSettings, NeighbourSettings):
     local_crops: int = 10
     """Small crops of an image: they are predicted from, never looked up."""
     local_scale: tuple[float, float] = (0.05, 0.25)
+    local_pairs: str = "released"
+    """Which views beside the other one a large view's neighbour must pick its image from: the small ones (intended), or the first
+    of all views, as many as there are small ones, which is what MIM-Refiner's code does (released): the large ones, itself among
+    them, stand in for the last two small ones."""
     temperature: float = 0.2
     head_blocks: tuple[int, ...] = ()
     """Blocks, counted from 1, with a head on what they put out; the encoder's last one, always among them, after its final norm.
@@ -53,6 +58,7 @@ class Settings(CropSettings, NeighbourSettings):
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         own = {
+            "local-pairs": (self.local_pairs in ("released", "intended"), "released or intended"),
             "head-blocks": (
                 all(block > 0 for block in self.head_blocks)
                 and self.head_blocks == tuple(sorted(set(self.head_blocks))),
@@ -108,6 +114,7 @@ class MimHeads(MultiCrop):
 
     name = "mim_heads"
     Settings = Settings
+    shrinks = True
     trains_encoder = False
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
@@ -124,7 +131,7 @@ class MimHeads(MultiCrop):
 
     def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
         """All views through the encoder as one packed batch; for each head, by the number of its block, [b, C] per view."""
-        packed, done, rows = self.encoder.embed([View(view) for view in images]), 0, {}
+        packed, done, rows = self.encoder.embed([View(view) for view in images], self.patch_size), 0, {}
         for block in self.blocks:
             packed, done = self.encoder.run_blocks(packed, done, block), block
             rows[str(block)] = [self.summary(tokens_bLC, block) for tokens_bLC in self.tokens(packed, block)]
@@ -175,13 +182,20 @@ class MimHeads(MultiCrop):
         mine_b, losses = own_places(own_2bE[0]), []
         with torch.autocast(own_2bE.device.type, enabled=False):
             for view in range(LARGE):
-                others_OBE = torch.cat([everyone_BVE[:, :view], everyone_BVE[:, view + 1 :]], 1).transpose(0, 1)
+                other = everyone_BVE[:, 1 - view : 2 - view]
+                others_OBE = torch.cat([other, self.beside(everyone_BVE)], 1).transpose(0, 1)
                 positive_Ob = (neighbours_2bE[view] * others_OBE[:, mine_b]).sum(-1) / self.settings.temperature
                 logits_ObB = own_2bE[view] @ others_OBE.mT / self.settings.temperature
                 place_Ob1 = mine_b[None, :, None].expand(len(others_OBE), -1, -1)
                 logits_ObB = logits_ObB.scatter(2, place_Ob1, positive_Ob[..., None])
                 losses.append((logits_ObB.logsumexp(2) - positive_Ob).mean())
         return torch.stack(losses).mean()
+
+    def beside(self, everyone_BVE: Tensor) -> Tensor:
+        """What both large views are compared with, beside each other: a view for each small one."""
+        if self.settings.local_pairs == "intended":
+            return everyone_BVE[:, LARGE:]
+        return everyone_BVE[:, : everyone_BVE.shape[1] - LARGE]
 
     def groups(self, images_per_step: int) -> Iterator[Group]:
         return self.head_groups(images_per_step, self.settings.base_lr, self.settings.weight_decay)
@@ -192,7 +206,7 @@ class MimHeads(MultiCrop):
 
     def flops_per_image(self) -> float:
         views = self.views()
-        encoder = sum(self.encoder.flops(self.patches(view)) for view in views)
+        encoder = sum(self.encoder_flops(self.patches(view)) for view in views)
         return encoder + 3 * len(views) * head_flops(self.heads)
 
     @torch.no_grad()

@@ -18,12 +18,14 @@ from torch import Tensor
 from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.host_memory import to_device
-from engine.methods.base import RAGGED, Rows
+from engine.methods.base import Rows
 from engine.methods.clustering import Distillation, DistillationSettings
 from engine.methods.ibot import Masked
 from engine.methods.parts.contrast import pick_own
 from engine.methods.parts.corruption import CorruptionSettings, corrupt, draw_corruption, masked_mean
+from engine.methods.settings import RAGGED
 from engine.model.heads import PixelDecoder, contrast_projector, head_flops
+from engine.model.initialisation import initialise
 from engine.model.memory import Teacher
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
@@ -105,13 +107,15 @@ class Mmc(Distillation):
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
-        s, followed = settings, {"encoder": encoder}
+        s, followed, start = settings, {"encoder": encoder}, encoder.architecture.initialisation
         if s.contrast_weight:
             followed["projector"] = self.projector = contrast_projector(
                 encoder.embed_dim, s.projector_hidden, s.embedding
             )
+            if start == "dino":  # as SiT's
+                initialise(self.projector, kind=start)
         if s.pixel_weight:
-            self.decoder = PixelDecoder(encoder.embed_dim, encoder.patch_size, s.decoder_layers)
+            self.decoder = PixelDecoder(encoder.embed_dim, encoder.patch_size, s.decoder_layers, start)
         if s.distil_weight:
             followed["head"] = self.head = self.dino_head(s.bottleneck, s.prototypes)
             if s.distil == "patch_same":
@@ -123,7 +127,7 @@ class Mmc(Distillation):
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         s = self.settings
-        drawn = super().draw(draws) | draw_corruption(s, draws, s.global_crops, self.encoder.img_size)
+        drawn = super().draw(draws) | draw_corruption(s, draws, s.global_crops, self.size)
         if s.distil_weight and s.distil == "patch_same":
             drawn["masks"] = masked_patches(drawn["corrupted"], self.encoder.patch_size)
         return drawn
@@ -149,7 +153,7 @@ class Mmc(Distillation):
         s = self.settings
         if not (s.contrast_weight or s.distil_weight):
             return {}
-        taught = self.teach(images)
+        taught = self.teach([View(view) for view in images])
         rows = {"taught": self.pool_taught(taught)}
         if s.distil_weight and s.distil == "patch_same":
             rows["taught_masked"] = self.masked(drawn, images[0].device).rows_of(taught)
@@ -193,7 +197,7 @@ class Mmc(Distillation):
     def pixel_loss(self, patches_RNC: Tensor, clean: Tensor, corrupted_RHW: Tensor) -> Tensor:
         """Mean absolute error of what is decoded from patch tokens against the clean normalised crops [R, 3, H, W], over the
         corrupted pixels of a crop, then over crops (SiT takes all pixels of the batch at once)."""
-        restored = self.decoder.images(self.decoder(patches_RNC).float(), self.encoder.grid)
+        restored = self.decoder.images(self.decoder(patches_RNC).float(), self.grid)
         return masked_mean((restored - clean).abs().mean(1), corrupted_RHW)
 
     def patch_same(self, student: Tensor, taught: Tensor, masked: Masked) -> tuple[Tensor, dict[str, Tensor]]:
@@ -224,7 +228,7 @@ class Mmc(Distillation):
         return loss + spread, self.health(targets)
 
     def flops_per_image(self) -> float:
-        s, (rows, columns) = self.settings, self.encoder.grid
+        s, (rows, columns) = self.settings, self.grid
         patches = rows * columns
         crop = 3 * self.encoder.flops(patches, thinned=True)
         if s.contrast_weight or s.distil_weight:

@@ -13,8 +13,10 @@ from torch import Tensor
 from engine.core import dist
 from engine.core.optim import Group, cosine, scaled_lr
 from engine.data.views import Augmentation, two_views
-from engine.methods.base import Comparing, Rows, StageSettings, depth_on_host
+from engine.methods.base import Rows
+from engine.methods.comparing import Comparing
 from engine.methods.parts.contrast import pick_own
+from engine.methods.settings import ColourSettings, StageSettings, depth_on_host
 from engine.methods.teaching import Taught, TeacherSettings
 from engine.model.heads import head_flops, normed_mlp
 from engine.model.memory import Teacher
@@ -23,7 +25,7 @@ from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)
-class Settings(TeacherSettings, StageSettings):
+class Settings(TeacherSettings, ColourSettings, StageSettings):
     """MoCo v3; the defaults are the released ViT recipe's (see engine/recipes/mocov3.py for sources)."""
 
     epochs: int = 300
@@ -52,7 +54,7 @@ class Settings(TeacherSettings, StageSettings):
             "embedding": (self.embedding >= 1, "a whole number from 1"),
             "temperature": (self.temperature > 0, "a number above 0"),
         }
-        return own | self.teacher_rules()
+        return own | self.colour_rules() | self.teacher_rules()
 
     @property
     def splits(self) -> bool:
@@ -70,6 +72,7 @@ class Mocov3(Taught, Comparing):
 
     name = "mocov3"
     Settings = Settings
+    shrinks = drops_patches = True
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
@@ -81,16 +84,16 @@ class Mocov3(Taught, Comparing):
         self.teacher = Teacher(encoder=encoder, projector=self.projector)
 
     def views(self) -> tuple[Augmentation, ...]:
-        size, scale = self.encoder.img_size, self.settings.crop_scale
-        pair = two_views(size, scale, self.settings.augmentation)
-        return tuple(replace(view, flip=self.settings.flip) for view in pair)
+        s = self.settings
+        pair = two_views(self.size, s.crop_scale, s.augmentation)
+        return tuple(replace(view, flip=s.flip, resize=s.resize, colours=s.colours) for view in pair)
 
     def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
         seen = self.encode([View(view) for view in images], drawn)
         return {"pooled": [self.encoder.pool(tokens_bLC) for tokens_bLC in seen]}
 
     def represent_targets(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
-        seen = self.teacher.encoder.encode([View(view) for view in images]).unpack()
+        seen = self.teacher.encoder.encode([View(view) for view in images], patch_size=self.patch_size).unpack()
         return {"taught": [self.teacher.encoder.pool(tokens_bLC) for tokens_bLC in seen]}
 
     def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -113,18 +116,20 @@ class Mocov3(Taught, Comparing):
     def teacher_momentum(self) -> float:
         """What the momentum encoder keeps of itself after this update: the paper moves it as the next update begins."""
         s = self.settings
-        return cosine(self.moment.step + 1, self.moment.total_steps, s.teacher_momentum, s.teacher_momentum_end)
+        step = min(self.moment.step + 1, self.moment.total_steps)
+        return cosine(step, self.moment.total_steps, s.teacher_momentum, s.teacher_momentum_end)
 
     def groups(self, images_per_step: int) -> Iterator[Group]:
         trained = {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
         yield Group(trained, scaled_lr(self.settings.base_lr, images_per_step), self.settings.weight_decay)
 
     def flops_per_image(self) -> float:
-        patches = self.encoder.grid[0] * self.encoder.grid[1]
-        crop = 3 * self.encoder.flops(patches, thinned=True) + self.encoder.flops(patches)
+        patches = self.grid[0] * self.grid[1]
+        shown = self.phase.kept(patches)
+        crop = 3 * self.encoder_flops(shown, thinned=True) + self.encoder_flops(patches)
         crop += 4 * head_flops(self.projector) + 3 * head_flops(self.predictor)
         if self.settings.freeze_patch_embed:
-            crop -= 2 * self.encoder.flops(patches, stop=0)
+            crop -= 2 * self.encoder_flops(shown, stop=0)
         return 2 * crop
 
     def regions(self) -> Iterator[tuple[object, str]]:

@@ -118,6 +118,7 @@ class Msn(Distillation):
 
     name = "msn"
     Settings = Settings
+    shrinks = True
     last_layers = ("prototypes.",)
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
@@ -125,7 +126,11 @@ class Msn(Distillation):
         self.head = head(encoder.embed_dim, settings.head_hidden, settings.head_layers, settings.bottleneck)
         self.prototypes = CosinePrototypes(settings.bottleneck, settings.prototypes)
         self.teacher = Teacher(encoder=encoder, head=self.head)
-        self.keep = kept(encoder.grid[0] * encoder.grid[1], settings.patch_drop)
+
+    @property
+    def keep(self) -> int:
+        """How many patches of a large anchor are seen."""
+        return kept(self.grid[0] * self.grid[1], self.settings.patch_drop)
 
     def guard(self, prototypes: int, **options: object) -> Collapse:
         return super().guard(prototypes, from_probabilities=True, **options)
@@ -135,17 +140,19 @@ class Msn(Distillation):
         settings = self.settings
         colours = {"jitter": 0.8, "saturation": 0.4, "grayscale": 0.2, "blur": 0.5}
         large = Augmentation(
-            self.encoder.img_size,
+            self.size,
             settings.crop_scale,
             flip=settings.flip,
+            resize=settings.resize,
+            colours=settings.colours,
             **(colours if settings.augmentation == "simclr" else {}),
         )
-        small = replace(large, size=(settings.local_size,) * 2, scale=settings.local_scale)
-        return (large,) * settings.global_crops + (small,) * settings.local_crops
+        small = replace(large, size=self.local_size, scale=settings.local_scale)
+        return (large,) * settings.global_crops + (small,) * self.local_crops
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         drawn = super().draw(draws)
-        patches = self.encoder.grid[0] * self.encoder.grid[1]
+        patches = self.grid[0] * self.grid[1]
         if self.keep < patches:
             # One order for the global batch, so every rank draws it whole; a row per image says so to whoever splits batches.
             order_N = torch.randperm(patches, generator=draws.generator, device=draws.device)
@@ -160,7 +167,7 @@ class Msn(Distillation):
         return {"pooled": [self.encoder.pool(tokens_bLC) for tokens_bLC in self.encode(anchors, drawn)]}
 
     def represent_targets(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
-        return {"taught": self.pool_taught(self.teach(images[:1]))}
+        return {"taught": self.pool_taught(self.teach([View(view) for view in images[:1]]))}
 
     def compare(self, rows: Rows, ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         pooled, large = rows["pooled"], self.settings.global_crops - 1
@@ -198,5 +205,5 @@ class Msn(Distillation):
         target, *anchors = [self.patches(view) for view in self.views()]
         large = self.settings.global_crops - 1
         seen = [self.keep] * large + anchors[large:]
-        student = sum(self.encoder.flops(patches, thinned=True) + head for patches in seen)
-        return 3 * student + self.encoder.flops(target) + head
+        student = sum(self.encoder_flops(patches, thinned=True) + head for patches in seen)
+        return 3 * student + self.encoder_flops(target) + head

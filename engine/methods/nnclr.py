@@ -18,8 +18,10 @@ from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.batch import Batch
 from engine.data.views import Augmentation, two_views
-from engine.methods.base import Comparing, Method, Rows, StageSettings, depth_on_host
+from engine.methods.base import Method, Rows
+from engine.methods.comparing import Comparing
 from engine.methods.parts.contrast import pick_own
+from engine.methods.settings import ColourSettings, StageSettings, depth_on_host
 from engine.model.heads import head_flops, predictor, projector
 from engine.model.memory import Queue
 from engine.model.tokens import View, random_masking
@@ -27,7 +29,7 @@ from engine.model.vit import VisionTransformer
 
 
 @dataclass(frozen=True)
-class NeighbourSettings(StageSettings):
+class NeighbourSettings(ColourSettings, StageSettings):
     """Heads that contrast with neighbours out of a queue: their sizes, and how neighbours are found."""
 
     augmentation: str = "minimal"
@@ -45,7 +47,7 @@ class NeighbourSettings(StageSettings):
         return False
 
     def rules(self) -> dict[str, tuple[bool, str]]:
-        return {
+        return self.colour_rules() | {
             "augmentation": (self.augmentation in ("minimal", "byol"), "minimal or byol"),
             "temperature": (self.temperature > 0, "a number above 0"),
             "top-k": (1 <= self.top_k <= self.queue_size, f"a whole number from 1 to the queue's {self.queue_size}"),
@@ -96,7 +98,6 @@ class Nnclr(Comparing):
     """Each view's prediction must pick its own image's neighbour out of the batch's; the encoder is frozen.
 
     Attributes:
-        keep: patches of a crop that the encoder sees.
         stored: fp32 [n, pairs of crops, 2, C], the pooled features that are used again and again; no part of what is saved, since
             it follows from encoder, data and seed.
     """
@@ -104,16 +105,25 @@ class Nnclr(Comparing):
     name = "nnclr"
     Settings = Settings
     trains_encoder = False
+    shrinks = drops_patches = True
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
-        self.patches = encoder.grid[0] * encoder.grid[1]
-        self.keep = max(1, round(settings.patch_keep * self.patches))
         self.stored: Tensor | None = None
         self.projector = projector(encoder.embed_dim, settings.projector_hidden, settings.embedding)
         self.predictor = predictor(settings.embedding, settings.predictor_hidden)
         self.queue = Queue(settings.queue_size, settings.embedding)
         encoder.requires_grad_(False)
+
+    @property
+    def patches(self) -> int:
+        """Of a crop."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def keep(self) -> int:
+        """How many of them the encoder sees."""
+        return max(1, round(self.settings.patch_keep * self.phase.keep * self.patches))
 
     def views(self) -> tuple[Augmentation, ...]:
         return () if self.reuse else self.crops()
@@ -125,9 +135,9 @@ class Nnclr(Comparing):
 
     def crops(self) -> tuple[Augmentation, ...]:
         """The two crops of an image."""
-        size, scale = self.encoder.img_size, self.settings.crop_scale
-        pair = two_views(size, scale, self.settings.augmentation)
-        return tuple(replace(view, flip=self.settings.flip) for view in pair)
+        s = self.settings
+        pair = two_views(self.size, s.crop_scale, s.augmentation)
+        return tuple(replace(view, flip=s.flip, resize=s.resize, colours=s.colours) for view in pair)
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         drawn = {f"choice{view}": draws.integers(self.settings.top_k) for view in (0, 1)}
@@ -162,7 +172,7 @@ class Nnclr(Comparing):
 
     def encoded(self, images: tuple[Tensor, ...], noise_b2N: Tensor | None) -> tuple[Tensor, ...]:
         """Both crops through the encoder as one packed batch; per view [b, C]."""
-        packed = self.encoder.encode(self.seen(images, noise_b2N))
+        packed = self.encoder.encode(self.seen(images, noise_b2N), patch_size=self.patch_size)
         return tuple(self.encoder.pool(tokens_bLC) for tokens_bLC in packed.unpack())
 
     def query(self, projected: list[Tensor], pooled: list[Tensor]) -> list[Tensor]:
@@ -213,7 +223,7 @@ class Nnclr(Comparing):
         return with_decay(named, scaled_lr(base_lr, 2 * images_per_step), weight_decay)
 
     def flops_per_image(self) -> float:
-        encoding = 0.0 if self.reuse else self.encoder.flops(self.keep)
+        encoding = 0.0 if self.reuse else self.encoder_flops(self.keep)
         return 2 * (encoding + 3 * (head_flops(self.projector) + head_flops(self.predictor)))
 
     @torch.no_grad()

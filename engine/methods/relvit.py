@@ -13,9 +13,10 @@ from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.views import Augmentation, minimal
-from engine.methods.base import LabelledSettings, Labels, Method, depth_on_host
+from engine.methods.base import Labels, Method
 from engine.methods.parts.patch_augmentation import PatchSettings, arrange, draw_patches
 from engine.methods.parts.relations import DirectionHead, MapHead, PlaceHead, angles, distances
+from engine.methods.settings import LabelledSettings, depth_on_host
 from engine.model.heads import Classifier, head_flops
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
@@ -95,25 +96,26 @@ class Relvit(Method):
         super().__init__(encoder, settings)
         s, width, grid = settings, encoder.embed_dim, settings.arranged_grid(encoder.grid)
         self.patches = grid[0] * grid[1]
+        as_torch = encoder.architecture.initialisation == "dino"  # as the encoder of RelViT's code, so its heads
         self.heads = nn.ModuleDict()
         if s.relation_weight:
-            self.heads["relation"] = DirectionHead(width, grid[1])
+            self.heads["relation"] = DirectionHead(width, grid[1], as_torch)
         if s.position_weight:
-            self.heads["position"] = PlaceHead(width, grid)
+            self.heads["position"] = PlaceHead(width, grid, as_torch)
         if s.distance_weight:
-            self.heads["distance"] = MapHead(width, distances(grid))
+            self.heads["distance"] = MapHead(width, distances(grid), as_torch)
         if s.angle_weight:
-            self.heads["angle"] = MapHead(width, angles(grid))
+            self.heads["angle"] = MapHead(width, angles(grid), as_torch)
         if s.class_weight:
             self.classifier = Classifier(width, len(labels.names), std=0.02)
             self.register_buffer("classes_of_id", labels.of_id, persistent=False)
 
     def views(self) -> tuple[Augmentation, ...]:
-        view = minimal(self.encoder.img_size, self.settings.crop_scale)
-        return (replace(view, flip=self.settings.flip, pad=self.settings.pad),)
+        s = self.settings
+        return (replace(minimal(self.size, s.crop_scale), flip=s.flip, pad=s.pad, resize=s.resize),)
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
-        return super().draw(draws) | draw_patches(self.settings, draws, self.encoder.grid)
+        return super().draw(draws) | draw_patches(self.settings, draws, self.grid)
 
     def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         s = self.settings

@@ -16,10 +16,14 @@ from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
 from engine.data.views import Augmentation, minimal
-from engine.methods.base import Method, StageSettings, depth_on_host
+from engine.methods.base import Method
+from engine.methods.settings import StageSettings, depth_on_host
 from engine.model.heads import PixelDecoder, head_flops
+from engine.model.initialisation import KINDS
 from engine.model.tokens import View, random_masking
 from engine.model.vit import VisionTransformer
+
+TOKEN = "encoder.cls_token"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,8 @@ class Settings(StageSettings):
     crop_scale: tuple[float, float] = (0.67, 1.0)
     mask_unit: int = 32
     """Side in pixels of the squares that are hidden whole."""
+    decay_token: bool = True
+    """Let the class token decay."""
     mask_ratio: float = 0.6
     """Share of the squares that are hidden, rounded up to whole ones."""
 
@@ -86,11 +92,18 @@ class Simmim(Method):
         self.units = len(self.patches_UI)
         self.hidden_units = settings.hidden_of(self.units)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, encoder.embed_dim))
-        nn.init.normal_(self.mask_token, std=0.02)
-        self.decoder = PixelDecoder(encoder.embed_dim, encoder.patch_size, layers=0)
+        start = encoder.architecture.initialisation
+        KINDS[start].token(self.mask_token)  # as the class token
+        self.decoder = PixelDecoder(encoder.embed_dim, encoder.patch_size, 0, start)
 
     def views(self) -> tuple[Augmentation, ...]:
-        return (replace(minimal(self.encoder.img_size, self.settings.crop_scale), flip=self.settings.flip),)
+        return (
+            replace(
+                minimal(self.size, self.settings.crop_scale),
+                flip=self.settings.flip,
+                resize=self.settings.resize,
+            ),
+        )
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         return super().draw(draws) | {"noise": draws.uniform(self.units)}
@@ -106,7 +119,7 @@ class Simmim(Method):
 
     def predict(self, images: Tensor, masked_bM: Tensor, drawn: dict[str, Tensor]) -> Tensor:
         """Pixels [b, M, P*P*3] of the masked patches, under stochastic depth as drawn."""
-        patches = self.encoder.grid[0] * self.encoder.grid[1]
+        patches = self.grid[0] * self.grid[1]
         hidden_bN = images.new_zeros((len(images), patches), dtype=torch.bool).scatter(1, masked_bM, True)
         view = View(images, hidden=hidden_bN, blank=self.mask_token[0, 0])
         (tokens_bLC,) = self.encode([view], drawn)
@@ -119,11 +132,14 @@ class Simmim(Method):
         return (prediction_bMp.float() - target_bMp).abs().mean()
 
     def groups(self, images_per_step: int) -> Iterator[Group]:
-        peak_lr = scaled_lr(self.settings.base_lr, images_per_step)
-        return with_decay(self.named_parameters(), peak_lr, self.settings.weight_decay)
+        peak_lr, decay = scaled_lr(self.settings.base_lr, images_per_step), self.settings.weight_decay
+        named = dict(self.named_parameters())
+        bare = {} if self.settings.decay_token else {name: named.pop(name) for name in (TOKEN,) if name in named}
+        yield from with_decay(named.items(), peak_lr, decay)
+        yield from with_decay(bare.items(), peak_lr, 0.0)
 
     def flops_per_image(self) -> float:
-        patches = self.encoder.grid[0] * self.encoder.grid[1]
+        patches = self.grid[0] * self.grid[1]
         masked = self.hidden_units * self.patches_UI.shape[1]
         return 3 * (self.encoder.flops(patches, thinned=True) + masked * head_flops(self.decoder))
 

@@ -13,8 +13,9 @@ from engine.core.draws import Draws
 from engine.core.optim import Group, by_layer, decays_as_listed, scaled_lr
 from engine.data.augment import MAX_OPERATIONS
 from engine.data.views import Augmentation, minimal
-from engine.methods.base import LabelledSettings, Labels, Method, depth_on_host
+from engine.methods.base import Labels, Method
 from engine.methods.parts import mixing
+from engine.methods.settings import LabelledSettings, depth_on_host
 from engine.model.heads import Classifier, MultiLabelClassifier, head_flops
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
@@ -88,6 +89,7 @@ class Supervised(Method):
 
     name = "supervised"
     Settings = Settings
+    shrinks = drops_patches = True
 
     def __init__(self, encoder: VisionTransformer, settings: Settings, labels: Labels):
         super().__init__(encoder, settings)
@@ -99,7 +101,7 @@ class Supervised(Method):
     def views(self) -> tuple[Augmentation, ...]:
         s = self.settings
         randaugment = {"operations": s.operations, "magnitude": s.magnitude, "magnitude_std": s.magnitude_std}
-        return (replace(minimal(self.encoder.img_size, s.crop_scale), flip=s.flip, pad=s.pad, **randaugment),)
+        return (replace(minimal(self.size, s.crop_scale), flip=s.flip, pad=s.pad, resize=s.resize, **randaugment),)
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         s, drawn = self.settings, super().draw(draws)
@@ -107,7 +109,7 @@ class Supervised(Method):
             drawn["mix"] = draws.shared("mix", 4)
         if s.erase:
             drawn["erase"] = draws.uniform(mixing.ERASING)
-            drawn["noise"] = draws.field(3, *self.encoder.img_size)
+            drawn["noise"] = draws.field(3, *self.size)
         return drawn
 
     def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -149,5 +151,5 @@ class Supervised(Method):
         return self.encoder.layer_of(name.removeprefix("encoder.")) + 1
 
     def flops_per_image(self) -> float:
-        patches = self.encoder.grid[0] * self.encoder.grid[1]
-        return 3 * (self.encoder.flops(patches, thinned=True) + head_flops(self.classifier))
+        patches = self.phase.kept(self.grid[0] * self.grid[1])
+        return 3 * (self.encoder_flops(patches, thinned=True) + head_flops(self.classifier))

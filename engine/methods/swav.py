@@ -4,13 +4,15 @@ Shapes: b images of this rank, R rows of all crops (view by view, b each), G row
 compared with, K prototypes, Q queue entries.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.core import dist
+from engine.core.optim import Group
 from engine.methods.base import Rows
 from engine.methods.clustering import Clustering, ClusteringSettings
 from engine.methods.parts.collapse import Collapse, Targets
@@ -40,6 +42,8 @@ class Settings(ClusteringSettings):
     projector_hidden: int = 2048
     embedding: int = 128
     """Width of what the prototypes are compared with."""
+    decay_all: bool = False
+    """Let biases and norms decay, too."""
     queue_size: int = 0
     """Images whose large crops are balanced along with the batch's, for small batches; 0 keeps none."""
     queue_from: int = 15
@@ -71,6 +75,7 @@ class Swav(Clustering):
 
     name = "swav"
     Settings = Settings
+    shrinks = drops_patches = True
     last_layers = ("prototypes.",)
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
@@ -120,8 +125,12 @@ class Swav(Clustering):
     def queue_in_use(self) -> bool:
         """From its epoch on, and not before it is full."""
         settings = self.settings
-        filled = self.moment.step * settings.batch_size >= settings.queue_size
+        filled = self.moment.seen >= settings.queue_size
         return settings.queue_size > 0 and filled and self.moment.epoch >= settings.queue_from
+
+    def groups(self, images_per_step: int) -> Iterator[Group]:
+        for group in super().groups(images_per_step):
+            yield replace(group, weight_decay=self.settings.weight_decay) if self.settings.decay_all else group
 
     def flops_per_image(self) -> float:
         return self.student_flops(self.projector) + 3 * len(self.views()) * head_flops(self.prototypes)

@@ -32,13 +32,13 @@ class Taught(Method):
     teacher: Teacher
 
     def teacher_momentum(self) -> float:
-        """Of this step."""
+        """Of this step, for the settings' batch."""
         s = self.settings
         return cosine(self.moment.step, self.moment.total_steps, s.teacher_momentum, s.teacher_momentum_end)
 
     def averages(self) -> Iterator[Average]:
         yield from super().averages()
-        yield Average(self.teacher.pairs(self), 1 - self.teacher_momentum())
+        yield Average(self.teacher.pairs(self), 1 - self.teacher_momentum() ** self.moment.growth)
 
     def regions(self) -> Iterator[tuple[object, str]]:
         yield from super().regions()

@@ -2,14 +2,17 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import timm
+from timm.layers import GluMlp
 from timm.models import beit as timm_beit
 from timm.models import vision_transformer as timm_vit
 from torch import Tensor, nn
 
 from engine.core.errors import BadInput
+from engine.model.initialisation import KINDS
+from engine.model.positions import INTERPOLATIONS
 
 # Small models for 32-pixel images, as (timm name, what differs from it).
 _OWN = {
@@ -18,14 +21,17 @@ _OWN = {
         dict(img_size=32, patch_size=patch, embed_dim=128, depth=6, num_heads=4),
     )
     for patch in (4, 8)
-} | {  # published by MAE-CT and MIM-Refiner, unknown to timm
+} | {  # published by MAE-CT, MIM-Refiner and MoCo v3, unknown to timm
     "vit_huge_patch16_224": ("vit_huge_patch14_224", {"patch_size": 16}),
     "vit_2b_patch14_224": ("vit_huge_patch14_224", {"embed_dim": 2560, "depth": 24, "num_heads": 32}),
+    "vit_small_12heads_patch16_224": ("vit_small_patch16_224", {"num_heads": 12}),
 }
 _TIMM_OVERRIDES = (
     "img_size", "patch_size", "depth", "global_pool", "fc_norm", "reg_tokens", "init_values", "no_embed_class",
 )  # fmt: skip
-OVERRIDES = (*_TIMM_OVERRIDES, "positions", "drop_path")
+OVERRIDES = (
+    *_TIMM_OVERRIDES, "gated_mlp", "positions", "interpolation", "initialisation", "drop_path", "drop_path_uniform",
+)  # fmt: skip
 POSITIONS = ("learned", "sincos", "none", "relative")
 
 
@@ -51,7 +57,11 @@ class Architecture:
     global_pool: str
     fc_norm: bool
     positions: str
+    interpolation: str
+    initialisation: str
     drop_path: float
+    drop_path_uniform: bool
+    gated_mlp: bool
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -63,7 +73,15 @@ class Architecture:
 
     def twin(self, device: str = "meta") -> timm_vit.VisionTransformer | timm_beit.Beit:
         """timm's own model of this shape, without a head and, on meta, without memory; it takes `timm_state`. With relative
-        positions that is timm's BEiT, which alone has them."""
+        positions that is timm's BEiT, with gated MLPs its DINOv2 giant in another size, which alone have them."""
+        if dict(self.overrides).get("gated_mlp"):
+            return timm.create_model(
+                "vit_giant_patch14_dinov2", num_classes=0, device=device, img_size=self.img_size, patch_size=self.patch_size,
+                embed_dim=self.embed_dim, depth=self.depth, num_heads=self.num_heads,
+                mlp_ratio=(2 * self.mlp_dim + 0.5) / self.embed_dim,  # of both halves, which timm rounds down
+                qkv_bias=self.qkv_bias, init_values=self.init_values or 0, reg_tokens=self.reg_tokens,
+                no_embed_class=self.no_embed_class, global_pool=self.global_pool, fc_norm=self.fc_norm,
+            )  # fmt: skip
         if self.positions != "relative":
             return _timm_model(self.name, dict(self.overrides), device)
         return timm.create_model(
@@ -106,7 +124,10 @@ def check_overrides(overrides: Mapping[str, object]) -> None:
     unknown = [key for key in overrides if key not in OVERRIDES]
     if unknown:
         raise BadInput(f"unknown model override {', '.join(unknown)}: choose among {', '.join(OVERRIDES)}")
-    for key, choices in {"global_pool": ("token", "avg"), "positions": POSITIONS}.items():
+    choices_of = {
+        "global_pool": ("token", "avg"), "positions": POSITIONS, "interpolation": INTERPOLATIONS, "initialisation": KINDS,
+    }  # fmt: skip
+    for key, choices in choices_of.items():
         if key in overrides and overrides[key] not in choices:
             raise BadInput(f"{key} {overrides[key]!r} is none of {', '.join(choices)}")
     if not 0 <= overrides.get("drop_path", 0) < 1:
@@ -136,7 +157,7 @@ def read(name: str, overrides: Mapping[str, object]) -> tuple[Architecture, nn.M
         embed_dim=twin.embed_dim,
         depth=len(twin.blocks),
         num_heads=block.attn.num_heads,
-        mlp_dim=block.mlp.fc1.out_features,
+        mlp_dim=block.mlp.fc2.in_features,
         qkv_bias=block.attn.qkv.bias is not None,
         class_token=twin.has_class_token,
         reg_tokens=twin.num_reg_tokens,
@@ -147,13 +168,27 @@ def read(name: str, overrides: Mapping[str, object]) -> tuple[Architecture, nn.M
         global_pool=twin.global_pool,
         fc_norm=isinstance(twin.fc_norm, nn.LayerNorm),
         positions=overrides.get("positions", "learned"),
+        interpolation=overrides.get("interpolation", "antialiased"),
+        initialisation=overrides.get("initialisation", "xavier"),
         drop_path=overrides.get("drop_path", 0.0),
+        drop_path_uniform=bool(overrides.get("drop_path_uniform", False)),
+        gated_mlp=isinstance(block.mlp, GluMlp),
     )
     size, side = architecture.img_size, architecture.patch_size
     if min(size) < side or size[0] % side or size[1] % side:
         raise BadInput(f"image size {size} is not a multiple of the patch size {side}")
-    if architecture.positions == "relative":
-        _check_relative(architecture)
+    if overrides.get("gated_mlp"):
+        _check(
+            architecture,
+            "gated MLPs",
+            "leave gated_mlp out",
+            {"relative positions": architecture.positions == "relative"},
+        )
+        architecture = replace(architecture, gated_mlp=True, mlp_dim=gated_width(architecture.embed_dim))
+        twin = architecture.twin()
+    elif architecture.positions == "relative":
+        unlike = {"registers": architecture.reg_tokens > 0, "gated MLPs": architecture.gated_mlp}
+        _check(architecture, "relative positions", "choose learned or sincos", unlike)
         twin = architecture.twin()
     return architecture, twin
 
@@ -164,18 +199,22 @@ def _timm_model(name: str, overrides: Mapping[str, object], device: str) -> nn.M
     return timm.create_model(base, num_classes=0, device=device, **args)
 
 
-def _check_relative(architecture: Architecture) -> None:
-    """BadInput where timm's BEiT, the one model there with relative positions, cannot be this one."""
-    a = architecture
+def gated_width(width: int) -> int:
+    """Products that the second layer of a gated MLP reads: two thirds of an ungated one's, in eights (DINOv2,
+    layers/swiglu_ffn.py)."""
+    return (int(4 * width * 2 / 3) + 7) // 8 * 8
+
+
+def _check(a: Architecture, what: str, instead: str, unlike: dict[str, bool]) -> None:
+    """BadInput where the one model of timm with what is asked for can't be this one, which is told."""
     reasons = {
         "no class token": not a.class_token,
-        "registers": a.reg_tokens > 0,
         "a norm before its blocks": a.pre_norm,
         f"norms with an epsilon of {a.eps:g}": a.eps != 1e-6,
-    }
+    } | unlike
     found = [reason for reason, holds in reasons.items() if holds]
     if found:
-        raise BadInput(f"{a.name} has {found[0]}, which does not go with relative positions: choose learned or sincos")
+        raise BadInput(f"{a.name} has {found[0]}, which does not go with {what}: {instead}")
 
 
 def _unsupported(twin: nn.Module) -> str | None:
@@ -197,8 +236,15 @@ def _unsupported(twin: nn.Module) -> str | None:
         checks |= {
             f"the attention {type(attention).__name__}": type(attention) is timm_vit.Attention,
             "qk-norm": isinstance(getattr(attention, "q_norm", None), nn.Identity),
-            f"the MLP {type(mlp).__name__}": type(mlp) is timm_vit.Mlp,
-            f"the activation {mlp.act}": isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none",
+            f"the MLP {type(mlp).__name__}": type(mlp) is timm_vit.Mlp or _is_swiglu(mlp),
+            f"the activation {mlp.act}": _is_swiglu(mlp)
+            or (isinstance(mlp.act, nn.GELU) and mlp.act.approximate == "none"),
             f"the norm {type(block.norm1).__name__}": isinstance(block.norm1, nn.LayerNorm),
         }
     return next((reason for reason, holds in checks.items() if not holds), None)
+
+
+def _is_swiglu(mlp: nn.Module) -> bool:
+    return (
+        type(mlp) is GluMlp and isinstance(mlp.act, nn.SiLU) and not mlp.gate_last and isinstance(mlp.norm, nn.Identity)
+    )

@@ -1,8 +1,10 @@
-"""The layers that encoders and decoders are made of, on packed tokens, with timm's state-dict keys, and how they start.
+"""The layers that encoders and decoders are made of, on packed tokens, with timm's state-dict keys.
 
 Shapes: T packed tokens, S sequences, C channels, H heads, D head dim, L sequence length, R patch rows of a step, E elements of a
 patch (P * P * 3, channel last).
 """
+
+from math import isqrt
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +14,9 @@ import kernels
 from engine.core.errors import BadInput
 from engine.model import residual
 from engine.model.depth import put, take
+from engine.model.patch_sizes import embedding_for
 from engine.model.recomputing import recomputed
 from kernels.packed_attention import HEAD_DIMS
-
-
-def initialise(module: nn.Module, generator: torch.Generator | None = None) -> None:
-    """Initialises every Linear and LayerNorm inside `module` in place, as MAE does (He et al. 2022, appendix A.1).
-
-    Linear: Xavier uniform, zero bias. Patch projection (Conv2d): as the Linear on flattened patches that it is.
-    LayerNorm: one and zero. Parameters held by other modules are left to their owner.
-    """
-    for part in module.modules():
-        if isinstance(part, nn.Linear | nn.Conv2d):
-            nn.init.xavier_uniform_(part.weight.flatten(1), generator=generator)
-        elif isinstance(part, nn.LayerNorm):
-            nn.init.ones_(part.weight)
-        else:
-            continue
-        if part.bias is not None:
-            nn.init.zeros_(part.bias)
 
 
 class LayerScale(nn.Module):
@@ -93,6 +79,20 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x_TC)))
 
 
+class GatedMlp(nn.Module):
+    """SwiGLU (Shazeer 2020, arXiv 2002.05202), as DINOv2's largest models have it: SiLU of the first half of one linear layer's
+    outputs weighs the other half, and a second layer reads `hidden` products."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x_TC: Tensor) -> Tensor:
+        gate, value = self.fc1(x_TC).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
 class Block(nn.Module):
     """One pre-norm transformer block on packed tokens; encoder and decoder share it.
 
@@ -113,13 +113,14 @@ class Block(nn.Module):
         qkv_bias: bool = True,
         init_values: float | None = None,
         eps: float = 1e-6,
+        gated: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=eps)
         self.attn = Attention(dim, heads, qkv_bias)
         self.ls1 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
         self.norm2 = nn.LayerNorm(dim, eps=eps)
-        self.mlp = Mlp(dim, mlp_dim or 4 * dim)
+        self.mlp = (GatedMlp if gated else Mlp)(dim, mlp_dim or 4 * dim)
         self.ls2 = nn.Identity() if init_values is None else LayerScale(dim, init_values)
 
     @recomputed
@@ -181,12 +182,14 @@ class Block(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The patch projection: `proj` holds timm's convolution weight [C, 3, P, P], applied as one matrix product."""
+    """The patch projection: `proj` holds timm's convolution weight [C, 3, P, P], applied as one matrix product; to patches of
+    another size as `engine.model.patch_sizes` has it."""
 
     def __init__(self, patch_size: int, dim: int, bias: bool) -> None:
         super().__init__()
         self.proj = nn.Conv2d(3, dim, patch_size, patch_size, bias=bias)
 
     def forward(self, patches_RE: Tensor) -> Tensor:
-        weight_CE = self.proj.weight.permute(0, 2, 3, 1).flatten(1)  # patches come (row, column, channel)
+        weight_C3PP = embedding_for(self.proj.weight, isqrt(patches_RE.shape[1] // 3))
+        weight_CE = weight_C3PP.permute(0, 2, 3, 1).flatten(1)  # patches come (row, column, channel)
         return F.linear(patches_RE.to(weight_CE.dtype), weight_CE, self.proj.bias)

@@ -128,7 +128,7 @@ def _kept(layout: Layout, rate: float) -> Layout | None:
     stays = {length: max(1, round(count * (1 - rate))) for length, count in counts.items()}
     if any(abs(1 - stays[length] / count - rate) > rate / 4 for length, count in counts.items()):
         return None
-    return Layout(tuple(Group(stays[length], length) for length in counts))
+    return Layout(tuple(Group(stays[length], length) for length in counts), layout.passing)
 
 
 def take(x_TC: Tensor, rows_R: Tensor, places_T: Tensor, worth_T1: Tensor) -> Tensor:

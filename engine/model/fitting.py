@@ -7,11 +7,11 @@ Shapes: C channels, N patches, E prefix tokens that have a position of their own
 from math import isqrt
 
 import torch
-from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table
 from torch import Tensor
 
 from engine.core.errors import BadInput
 from engine.model.layouts import State, listing
+from engine.model.positions import resampled, resampled_table
 from engine.model.sources import Grid, Source
 from engine.model.vit import VisionTransformer
 
@@ -23,6 +23,18 @@ def check_patch_size(state: State, model: VisionTransformer, name: str) -> None:
     kernel = state.get("patch_embed.proj.weight")
     if kernel is not None and kernel.ndim == 4 and kernel.shape[-1] != model.patch_size:
         raise BadInput(f"{name} has patches of {kernel.shape[-1]} pixels, not {model.patch_size}: set patch_size")
+
+
+def check_heads(found: Source, layout: str, model: VisionTransformer) -> None:
+    """BadInput for MoCo v3's ViT-S in a model of its shapes that has not its heads, which no tensor tells of."""
+    theirs = found.tree.get("arch") == "vit_small" and layout.endswith(
+        ("module.base_encoder.*", "module.momentum_encoder.*")
+    )
+    if theirs and model.num_heads != 12:
+        raise BadInput(
+            f"{found.name} is MoCo v3's ViT-S, whose attention has 12 heads, and {model.architecture.name} has "
+            f"{model.num_heads}: choose vit_small_12heads_patch16_224"
+        )
 
 
 def fit_relative_positions(
@@ -60,7 +72,8 @@ def fit_relative_positions(
     grid = found.grid or ((side + 1) // 2,) * 2
     if table.ndim != 2 or len(table) != (2 * grid[0] - 1) * (2 * grid[1] - 1) + 3:
         raise BadInput(f"{found.name} has a table of relative positions of {_shape(table)}, that of no square grid")
-    state[_TABLE] = resize_rel_pos_bias_table(table, model.grid, tuple(wanted.shape), grid)
+    if table.shape[1] == wanted.shape[1]:  # other heads are refused with all that does not fit
+        state[_TABLE] = resampled_table(table, grid, model.grid)
     return state, (grid, model.grid)
 
 
@@ -79,14 +92,14 @@ def fit_positions(state: State, model: VisionTransformer, found: Source) -> tupl
     positions, grid = state["pos_embed"], found.grid
     if positions.ndim == 4:
         grid, positions = tuple(positions.shape[1:3]), positions.flatten(1, 2)
-    if positions.ndim != 3:
+    if positions.ndim != 3 or len(positions) != 1:
         raise BadInput(f"{found.name} has positions of shape {list(positions.shape)}, not [1, tokens, channels]")
     cls, registers = (state[key].shape[1] if key in state else 0 for key in ("cls_token", "reg_token"))
     prefix, grid = _read_positions(positions.shape[1], (cls + registers, cls, 0), grid, model, found.name)
     prefix_1EC, patches_1NC = positions[:, :prefix], positions[:, prefix:]
-    resampled = None if grid == model.grid else (grid, model.grid)
-    if resampled:
-        patches_1NC = resample_abs_pos_embed(patches_1NC, list(model.grid), list(grid), num_prefix_tokens=0)
+    moved = None if grid == model.grid else (grid, model.grid)
+    if moved and positions.shape[2] == model.embed_dim:  # another width is refused with all that does not fit
+        patches_1NC = resampled(patches_1NC[0], *moved, model.architecture.interpolation)[None]
     state = dict(state)
     if model.no_embed_class:
         if prefix:
@@ -97,7 +110,7 @@ def fit_positions(state: State, model: VisionTransformer, found: Source) -> tupl
     else:
         without = patches_1NC.new_zeros(1, max(0, model.num_prefix_tokens - prefix), patches_1NC.shape[2])
         state["pos_embed"] = torch.cat([prefix_1EC[:, : model.num_prefix_tokens], without, patches_1NC], dim=1)
-    return state, resampled
+    return state, moved
 
 
 def _read_positions(

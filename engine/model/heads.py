@@ -4,6 +4,7 @@ Shapes: B images, N patches of an image, V visible and M masked ones, C encoder 
 R rows, K prototypes, E width of the bottleneck.
 """
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -12,20 +13,24 @@ from torch import Tensor, nn
 
 from engine.core import dist
 from engine.model import residual
-from engine.model.blocks import Block, initialise
-from engine.model.positions import sincos_positions
+from engine.model.blocks import Block
+from engine.model.initialisation import initialise
+from engine.model.patch_sizes import prediction_for
+from engine.model.positions import FixedPositions, sincos_positions
 from engine.model.tokens import Packed
 
 
 class Decoder(nn.Module):
     """The MAE decoder (He et al. 2022, section 3): visible tokens back in place, mask tokens elsewhere, blocks, pixels.
 
-    Parameter names are those of the published MAE files. Only masked patches get a prediction, since only they have a loss.
+    Parameter names are those of the published MAE files. Only masked patches get a prediction, since only they have a loss; where
+    only some of them are asked for, the others have no tokens here.
 
     Args:
         width: encoder width C.
-        grid: patches of an image, (rows, columns).
+        grid: patches of an image, (rows, columns); positions for images of others are interpolated.
         prefix: tokens before the patches; they pass through the blocks and are dropped at the end.
+        interpolation: one of `engine.model.positions.INTERPOLATIONS`.
 
     Attributes:
         residual: the stream's number format under autocast, one of `engine.model.residual.DTYPES`.
@@ -42,9 +47,11 @@ class Decoder(nn.Module):
         dim: int = 512,
         depth: int = 8,
         heads: int = 16,
+        interpolation: str = "antialiased",
     ):
         super().__init__()
-        self.prefix = prefix
+        self.prefix, self.grid, self.patch_size = prefix, grid, patch_size
+        self._fixed = FixedPositions(grid, interpolation)
         self.decoder_embed = nn.Linear(width, dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, dim))
         positions_ND = sincos_positions(dim, grid)
@@ -57,36 +64,83 @@ class Decoder(nn.Module):
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent_BLC: Tensor, visible_BV: Tensor, masked_BM: Tensor) -> Tensor:
-        """[B, prefix + V, C] -> predicted pixels [B, M, P*P*3] of the masked patches, in the order of `masked_BM`."""
-        packed = Packed.pack([self.assemble(latent_BLC, visible_BV)])
+    def forward(
+        self,
+        latents: Sequence[Tensor],
+        visible: Sequence[Tensor],
+        masked: Sequence[Tensor],
+        grids: Sequence[tuple[int, int]],
+        patch_size: int | None = None,
+    ) -> list[Tensor]:
+        """Of images shape by shape, in one pass: latent [B, prefix + V, C], visible and masked patches [B, V] and [B, M] of a
+        grid -> predicted pixels [B, M, P*P*3] of the masked ones, in their order; of patches of this size
+        (`engine.model.patch_sizes`), the decoder's by default."""
+        groups, wholes = [], []
+        for latent_BLC, visible_BV, masked_BM, grid in zip(latents, visible, masked, grids, strict=True):
+            positions_1LD = self.positions(grid)
+            wholes.append(self.prefix + visible_BV.shape[1] + masked_BM.shape[1] == positions_1LD.shape[1])
+            if wholes[-1]:
+                groups.append(self.assemble(latent_BLC, visible_BV, positions_1LD))
+            else:
+                groups.append(self.assemble_some(latent_BLC, visible_BV, masked_BM, positions_1LD))
+        several = len(groups) > 1  # shapes, of this step
+        packed = Packed.pack(groups, passing=several)
         tokens_TD = residual.enter(packed.tokens_TC, self.residual)
-        cu_seqlens = packed.layout.cu_seqlens(latent_BLC.device)
+        cu_seqlens = packed.cu_seqlens
         for block in self.decoder_blocks:
             tokens_TD = block(tokens_TD, cu_seqlens, packed.layout.max_seqlen)
-        return self.predict(tokens_TD, masked_BM)
+        last, side = self.decoder_pred, patch_size or self.patch_size
+        pixels = [prediction_for(layer, self.patch_size, side) for layer in (last.weight, last.bias)]
+        # of a single shape the tokens as they are: a split of one part would be copied on the way back
+        parts = tokens_TD.split([group.tokens for group in packed.layout.groups]) if several else [tokens_TD]
+        return [
+            (self.predict if whole else self.predict_last)(part, masked_BM, *pixels)
+            for part, whole, masked_BM in zip(parts, wholes, masked, strict=True)
+        ]
 
-    def assemble(self, latent_BLC: Tensor, visible_BV: Tensor) -> Tensor:
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Of prefix and patches, [1, prefix + N, D]."""
+        if grid == self.grid:
+            return self.decoder_pos_embed
+        prefix_pD, patches_ND = self.decoder_pos_embed[0].tensor_split([self.prefix])
+        return torch.cat([prefix_pD, self._fixed.resampled(patches_ND, grid)])[None]
+
+    def assemble(self, latent_BLC: Tensor, visible_BV: Tensor, positions_1LD: Tensor) -> Tensor:
         """Every token of the image in its place, with positions: [B, prefix + N, D]."""
         tokens_BLD = self.decoder_embed(latent_BLC)
         prefix_BpD, patches_BVD = tokens_BLD[:, : self.prefix], tokens_BLD[:, self.prefix :]
-        patches = self.decoder_pos_embed.shape[1] - self.prefix
+        patches = positions_1LD.shape[1] - self.prefix
         rows_BVD = visible_BV[..., None].expand(-1, -1, patches_BVD.shape[-1])
         full_BND = self.mask_token.to(tokens_BLD.dtype).repeat(len(latent_BLC), patches, 1)
         full_BND = full_BND.scatter(1, rows_BVD, patches_BVD)
-        return torch.cat([prefix_BpD, full_BND], 1) + self.decoder_pos_embed
+        return torch.cat([prefix_BpD, full_BND], 1) + positions_1LD
 
-    def predict(self, tokens_TD: Tensor, masked_BM: Tensor) -> Tensor:
+    def assemble_some(self, latent_BLC: Tensor, visible_BV: Tensor, masked_BM: Tensor, positions_1LD: Tensor) -> Tensor:
+        """Visible tokens, then those of these masked patches, each with its position: [B, prefix + V + M, D]."""
+        tokens_BLD = self.decoder_embed(latent_BLC)
+        hidden_BMD = self.mask_token.to(tokens_BLD.dtype).expand(*masked_BM.shape, -1)
+        prefix_1pD, patches_1ND = positions_1LD.tensor_split([self.prefix], 1)
+        places_BSD = patches_1ND[0][torch.cat([visible_BV, masked_BM], 1)]
+        places_BLD = torch.cat([prefix_1pD.expand(len(latent_BLC), -1, -1), places_BSD], 1)
+        return torch.cat([tokens_BLD, hidden_BMD], 1) + places_BLD
+
+    def predict_last(self, tokens_TD: Tensor, masked_BM: Tensor, weight_pD: Tensor, bias_p: Tensor) -> Tensor:
+        """Norm and pixels, for the last tokens of each image, which are the masked patches'."""
+        tokens_BLD = tokens_TD.view(len(masked_BM), -1, tokens_TD.shape[-1])
+        return F.linear(self.decoder_norm(tokens_BLD[:, -masked_BM.shape[1] :]), weight_pD, bias_p)
+
+    def predict(self, tokens_TD: Tensor, masked_BM: Tensor, weight_pD: Tensor, bias_p: Tensor) -> Tensor:
         """Norm and pixels, for the masked patches alone."""
         tokens_BLD = tokens_TD.view(len(masked_BM), -1, tokens_TD.shape[-1])
         rows_BMD = (masked_BM + self.prefix)[..., None].expand(-1, -1, tokens_TD.shape[-1])
-        return self.decoder_pred(self.decoder_norm(tokens_BLD.gather(1, rows_BMD)))
+        return F.linear(self.decoder_norm(tokens_BLD.gather(1, rows_BMD)), weight_pD, bias_p)
 
-    def flops(self, visible: int) -> float:
-        """Operations of one forward pass for one image with `visible` patches: matrix products only."""
-        tokens = self.decoder_pos_embed.shape[1]
+    def flops(self, visible: int, masked: int, patch_size: int | None = None) -> float:
+        """Operations of one forward pass for one image with so many patches that are visible and asked for: matrix products
+        only. `patch_size` as in `forward`."""
+        tokens = self.prefix + visible + masked
         ends = (self.prefix + visible) * self.decoder_embed.weight.numel()
-        ends += (tokens - self.prefix - visible) * self.decoder_pred.weight.numel()
+        ends += masked * 3 * (patch_size or self.patch_size) ** 2 * self.decoder_pred.in_features
         return 2.0 * ends + sum(block.flops(tokens) for block in self.decoder_blocks)
 
 
@@ -97,14 +151,20 @@ class PixelDecoder(nn.Module):
     Args:
         width: encoder width C.
         layers: linear layers before the last one.
+        start: how the encoder starts, one of `engine.model.initialisation.KINDS`, and so do linear layers here; with "dino" the
+            last one as torch's transposed convolution of SiT and MC-SSL, with "beit" as SimMIM's convolution of kernel 1.
     """
 
-    def __init__(self, width: int, patch_size: int, layers: int = 2):
+    def __init__(self, width: int, patch_size: int, layers: int = 2, start: str = "xavier"):
         super().__init__()
         self.patch_size = patch_size
         parts = [part for _ in range(layers) for part in (nn.Linear(width, width), nn.GELU())]
         self.mlp = nn.Sequential(*parts, nn.Linear(width, patch_size**2 * 3))
-        initialise(self)
+        initialise(self, kind=start)
+        if start in ("dino", "beit"):
+            bound = (patch_size**2 * 3 if start == "dino" else width) ** -0.5
+            for parameter in self.mlp[-1].parameters():
+                nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, tokens_BNC: Tensor) -> Tensor:
         """Patch tokens [B, N, C] -> pixels [B, N, P*P*3], in the order (row, column, channel)."""

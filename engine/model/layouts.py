@@ -10,6 +10,7 @@ from engine.core.errors import BadInput
 from engine.model.sources import Source
 
 State = dict[str, Tensor]
+Backbone = tuple[State, str, tuple[str, ...]]  # its tensors, where in the file they were, the keys beside them
 
 # Where published files nest their state dict; the first found is taken, which is the one their authors evaluate.
 _CONTAINERS = (
@@ -33,13 +34,25 @@ _PREFIXES = {
 }
 _COMPILED = "_orig_mod."  # what torch.compile puts into keys, wherever a module was compiled
 
-# Other spellings of timm's keys: MIM-Refiner (2), DINOv2 (registers; blocks in chunks), BEiT and DeiT III (LayerScale).
+# Other spellings of timm's keys: MIM-Refiner (2), DINOv2 (registers; blocks in chunks), BEiT and DeiT III (LayerScale), DINOv2's
+# gated MLPs (2).
 _SPELLINGS = (
     (re.compile(r"^cls_tokens\.tokens$"), "cls_token"),
     (re.compile(r"^pos_embed\.embed$"), "pos_embed"),
     (re.compile(r"^register_tokens$"), "reg_token"),
     (re.compile(r"^blocks\.\d+\.(\d+)\."), r"blocks.\1."),
     (re.compile(r"\.gamma_(\d)$"), r".ls\1.gamma"),
+    (re.compile(r"\.mlp\.w12\."), ".mlp.fc1."),
+    (re.compile(r"\.mlp\.w3\."), ".mlp.fc2."),
+)
+
+# How the code that wrote a file interpolates positions (`engine.model.positions.INTERPOLATIONS`), where the way to the backbone
+# tells whose that is. A backbone that lies in the file by itself doesn't.
+_INTERPOLATIONS = (
+    (re.compile(r"(teacher|student)/(module\.)?backbone\.\*"), "offset"),  # DINO, iBOT
+    (re.compile(r"(model/)?teacher\.backbone\.\*"), "offset"),  # DINOv2, while it trains
+    (re.compile(r"target_encoder/.*"), "bicubic"),  # MSN, I-JEPA
+    (re.compile(r"model/(encoder/)?\*"), "bicubic"),  # MAE, DeiT, BEiT; MAE-CT with its decoder
 )
 
 # Keys of what was trained along with the backbone.
@@ -51,7 +64,7 @@ _OTHER_PARTS = re.compile(
 )
 
 
-def find_backbone(found: Source) -> tuple[State, str, tuple[str, ...]]:
+def find_backbone(found: Source) -> Backbone:
     """The backbone's tensors without container and prefix, where they were, and the keys that lie beside them.
 
     Raises BadInput where there are none, where it is open which are meant, or where one of them is no plain, finite weight.
@@ -113,6 +126,32 @@ def respell(state: State) -> State:
             key = pattern.sub(spelling, key)
         respelt[key] = value
     return respelt
+
+
+def traits(found: Source, state: State, layout: str) -> dict[str, object]:
+    """What a backbone tells of the model it was trained as, beside its shapes: overrides of `engine.model.vit.create`.
+
+    Args:
+        state, layout: as of `find_backbone`.
+    """
+    spelt = respell(state)
+    registers, told = spelt.get("reg_token"), {}
+    if any(key.endswith(".ls1.gamma") for key in spelt):
+        told["init_values"] = 1.0  # any: the file's own take its place
+    if any(key.endswith(".mlp.w12.weight") for key in state):
+        told["gated_mlp"] = True
+    if registers is not None and registers.ndim == 3:
+        told["reg_tokens"] = registers.shape[1]
+    if any(key.startswith("rel_pos_bias.") for key in spelt):
+        told["positions"] = "relative"
+    if "fc_norm.weight" in spelt and "norm.weight" not in spelt:
+        told |= {"global_pool": "avg", "fc_norm": True}
+    kind = next((kind for pattern, kind in _INTERPOLATIONS if pattern.fullmatch(layout)), None)
+    if "pos_embed.embed" in state or "ctor_kwargs" in found.tree:  # MIM-Refiner, MAE-CT
+        kind = "bicubic"
+    elif "init_values" in told and getattr(state.get("mask_token"), "ndim", 0) == 2:  # DINOv2, its backbone by itself
+        kind = "antialiased" if registers is not None else "offset"
+    return told | ({"interpolation": kind} if kind else {})
 
 
 def split_off_other_parts(state: State) -> tuple[State, tuple[str, ...]]:

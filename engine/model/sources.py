@@ -4,7 +4,6 @@ Nothing here unpickles objects: files are safetensors, or read by torch.load wit
 """
 
 import argparse
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine.core.errors import BadInput
+from engine.core.json_text import parsed
 
 Grid = tuple[int, int]
 # Plain data that many published files hold: training arguments, and numbers of numpy's beside them.
@@ -57,18 +57,27 @@ def exported_folder(path: Path) -> Path | None:
 
 
 def _read_export(folder: Path) -> Source:
-    tree, size = _read_file(folder / "model.safetensors"), config(folder).get("pretrained_cfg", {}).get("input_size")
+    tree, size = _read_file(folder / "model.safetensors"), config(folder)["pretrained_cfg"].get("input_size")
     kernel = tree.get("patch_embed.proj.weight")
-    grid = None if size is None or kernel is None else (size[1] // kernel.shape[-1], size[2] // kernel.shape[-1])
-    return Source(str(folder), tree, grid)
+    if size is None or kernel is None:
+        return Source(str(folder), tree)
+    if not (
+        isinstance(size, list) and len(size) == 3 and all(isinstance(n, int) for n in size) and kernel.shape[-1:] > (0,)
+    ):
+        raise BadInput(f"{folder} has the input_size {str(size)[:60]} in config.json and patches {list(kernel.shape)}")
+    return Source(str(folder), tree, (size[1] // kernel.shape[-1], size[2] // kernel.shape[-1]))
 
 
 def config(folder: Path) -> dict:
-    """The config.json of an exported folder; BadInput where it cannot be read."""
+    """The config.json of an exported folder, an object that has one as "pretrained_cfg"; BadInput where it cannot be read."""
     try:
-        return json.loads((folder / "config.json").read_text())
+        found = parsed((folder / "config.json").read_text())
     except (OSError, ValueError) as error:
         raise BadInput(f"{folder} has no readable config.json beside its weights: {error}") from error
+    of_timm = found.setdefault("pretrained_cfg", {}) if isinstance(found, dict) else None
+    if not isinstance(of_timm, dict):
+        raise BadInput(f"{folder} has something else than timm's description of a model in config.json")
+    return found
 
 
 def _read_file(path: Path) -> Mapping[str, object]:

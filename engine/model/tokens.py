@@ -5,12 +5,13 @@ Shapes: T packed tokens, S sequences, L sequence length, C channels, B batch, N 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from itertools import accumulate, chain, repeat
 
 import torch
 from torch import Tensor
 
+from engine.core.host_memory import to_device
 from engine.core.lasting import lasting
 
 
@@ -32,9 +33,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """The lengths of all sequences of a packed tensor: static and hashable, so that a compiler sees constant shapes."""
+    """The lengths of all sequences of a packed tensor: static and hashable, so that a compiler sees constant shapes.
+
+    Attributes:
+        passing: whether it is of one step, like those of images of their own aspect: then nothing of it is kept for others.
+    """
 
     groups: tuple[Group, ...]
+    passing: bool = False
 
     @property
     def tokens(self) -> int:
@@ -50,14 +56,17 @@ class Layout:
 
     def cu_seqlens(self, device: torch.device | str) -> Tensor:
         """Where each sequence starts, and the end: int32 [S+1]. One tensor per layout and device, to read only."""
-        return _cu_seqlens(self, torch.device(device))
+        return (_passing_cu_seqlens if self.passing else _cu_seqlens)(self, torch.device(device))
 
 
-@cache  # a captured step reads them where they lie
-def _cu_seqlens(layout: Layout, device: torch.device) -> Tensor:
+def _bounds(layout: Layout, device: torch.device) -> Tensor:
     lengths = chain.from_iterable(repeat(g.length, g.sequences) for g in layout.groups)
     with lasting():
-        return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+        return to_device(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device="cpu"), device)
+
+
+_cu_seqlens = cache(_bounds)  # a captured step reads them where they lie
+_passing_cu_seqlens = lru_cache(maxsize=8)(_bounds)
 
 
 @dataclass(frozen=True)
@@ -75,9 +84,9 @@ class Packed:
             raise ValueError(f"tokens {tuple(self.tokens_TC.shape)} do not fit {self.layout}")
 
     @staticmethod
-    def pack(groups: Sequence[Tensor]) -> "Packed":
-        """Packs tensors [S, L, C], one per group. A single contiguous group is not copied."""
-        layout = Layout(tuple(Group(group.shape[0], group.shape[1]) for group in groups))
+    def pack(groups: Sequence[Tensor], passing: bool = False) -> "Packed":
+        """Packs tensors [S, L, C], one per group; `passing` as of a `Layout`. A single contiguous group is not copied."""
+        layout = Layout(tuple(Group(group.shape[0], group.shape[1]) for group in groups), passing)
         if len(groups) > 1:
             return Packed(torch.cat([group.flatten(0, 1) for group in groups]), layout)
         # no view by name: the compiler would make the first block, which is given it, a graph of its own
@@ -98,13 +107,15 @@ class View:
     """One view of a batch: `images` fp32 [B, 3, H, W] and which of their patches the model may see.
 
     `visible` is int64 [B, V], row-major patch indices in the order wanted; None shows every patch. Where `hidden`, bool [B, V],
-    is true, the model sees the token `blank` [C] at the patch's place instead of its pixels (BEiT, iBOT).
+    is true, the model sees the token `blank` [C] at the patch's place instead of its pixels (BEiT, iBOT). `passing` says that
+    how many images there are of this size is so in this step alone.
     """
 
     images: Tensor
     visible: Tensor | None = None
     hidden: Tensor | None = None
     blank: Tensor | None = None
+    passing: bool = False
 
 
 def random_masking(noise_BN: Tensor, keep: int) -> tuple[Tensor, Tensor]:

@@ -5,49 +5,43 @@ step, E elements of a patch (P * P * 3, channel last).
 """
 
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 import kernels
 from engine.core.errors import BadInput
 from engine.model import depth, residual
 from engine.model.architecture import Architecture, candidates, check_overrides, exists, read
-from engine.model.blocks import Block, LayerScale, PatchEmbed, initialise
-from engine.model.positions import RelativePositions, sincos_positions
+from engine.model.blocks import Block, LayerScale, PatchEmbed
+from engine.model.initialisation import KINDS, initialise
+from engine.model.positions import FixedPositions, RelativePositions, resampled, sincos_positions
 from engine.model.tokens import Packed, View
 
 
 def create(name: str, *, generator: torch.Generator | None = None, **overrides: object) -> "VisionTransformer":
-    """Builds the ViT `name`, initialised as MAE initialises (see `initialise`), in fp32 on the CPU.
+    """Builds the ViT `name`, with its first weights, in fp32 on the CPU.
 
     `name` is any timm ViT of the plain kind (`names()` lists them; a pretrained tag is ignored), vit_micro_patch8_32 or
     vit_micro_patch4_32. Its shape is read from timm's own model, built without memory on the meta device.
 
-    Overrides: img_size (int or (height, width)), patch_size, depth, reg_tokens, no_embed_class and init_values
-    (LayerScale) as in timm; global_pool "token" or "avg"; fc_norm (norm follows the pooling: as timm's model has it,
-    but never because of another global_pool alone); positions "learned", "sincos", "none" (fixed zeros) or
-    "relative" (BEiT's, see `RelativePositions`); drop_path (stochastic depth of the last block, falling linearly to 0 at the
-    first).
+    Overrides: img_size (int or (height, width)), patch_size, depth, reg_tokens, no_embed_class and init_values (LayerScale)
+    as in timm; gated_mlp (MLPs are SwiGLU of DINOv2's width, see `gated_width`); global_pool "token" or "avg"; fc_norm (norm
+    follows the pooling: as timm's model has it, but never because of another global_pool alone); positions "learned",
+    "sincos", "none" (fixed zeros) or "relative" (BEiT's, see `RelativePositions`); interpolation (of positions for images of
+    another size, one of `engine.model.positions.INTERPOLATIONS`); initialisation (one of
+    `engine.model.initialisation.KINDS`); drop_path (stochastic depth of the last block, falling linearly to 0 at the first,
+    or, with drop_path_uniform, of every block).
 
     `generator` (CPU) draws the weights; None takes torch's global one.
 
     Raises BadInput for an unknown name or override, a value out of range, or a model this one cannot represent.
     """
-    name = name.partition(".")[0]
-    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
-    check_overrides(overrides)
-    if not exists(name):
-        near = difflib.get_close_matches(name, names(), n=4, cutoff=0.5)
-        hint = f"close to it are {', '.join(near)}" if near else "names look like vit_large_patch16_224"
-        raise BadInput(f"unknown model {name!r}: {hint} (engine.model.names() lists all)")
-    if "global_pool" in overrides:
-        overrides.setdefault("fc_norm", False)
-    model = _without_memory(name, overrides)
+    model = without_memory(name, **overrides)
     model.to_empty(device="cpu")
     model.initialise(generator)
     return model
@@ -59,15 +53,24 @@ def names() -> tuple[str, ...]:
     found = []
     for name in candidates():
         try:
-            _without_memory(name, {"depth": 1})
+            without_memory(name, depth=1)
         except BadInput:
             continue
         found.append(name)
     return tuple(sorted(found))
 
 
-def _without_memory(name: str, overrides: dict[str, object]) -> "VisionTransformer":
-    """The model on the meta device; BadInput where it cannot be read from timm's own, or has other parameters than that."""
+def without_memory(name: str, **overrides: object) -> "VisionTransformer":
+    """What `create` makes, on the meta device: shapes without weights. Raises BadInput as that does."""
+    name = name.partition(".")[0]
+    overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
+    check_overrides(overrides)
+    if not exists(name):
+        near = difflib.get_close_matches(name, names(), n=4, cutoff=0.5)
+        hint = f"close to it are {', '.join(near)}" if near else "names look like vit_large_patch16_224"
+        raise BadInput(f"unknown model {name!r}: {hint} (engine.model.names() lists all)")
+    if "global_pool" in overrides:
+        overrides.setdefault("fc_norm", False)
     architecture, twin = read(name, overrides)
     with torch.device("meta"):
         model = VisionTransformer(architecture)
@@ -97,7 +100,8 @@ class VisionTransformer(nn.Module):
         self.embed_dim, self.depth, self.num_heads = a.embed_dim, a.depth, a.num_heads
         self.num_prefix_tokens, self.no_embed_class = a.num_prefix_tokens, a.no_embed_class
         self.global_pool = a.global_pool
-        self.drop_path_rates = tuple(a.drop_path * i / max(1, a.depth - 1) for i in range(a.depth))
+        rising = [a.drop_path * i / max(1, a.depth - 1) for i in range(a.depth)]
+        self.drop_path_rates = (a.drop_path,) * a.depth if a.drop_path_uniform else tuple(rising)
 
         self.cls_token = nn.Parameter(torch.empty(1, 1, a.embed_dim)) if a.class_token else None
         self.reg_token = nn.Parameter(torch.empty(1, a.reg_tokens, a.embed_dim)) if a.reg_tokens else None
@@ -111,12 +115,20 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(a.patch_size, a.embed_dim, bias=not a.pre_norm)
         self.norm_pre = nn.LayerNorm(a.embed_dim, eps=a.eps) if a.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(a.embed_dim, a.num_heads, a.mlp_dim, qkv_bias=a.qkv_bias, init_values=a.init_values, eps=a.eps)
+            Block(
+                a.embed_dim,
+                a.num_heads,
+                a.mlp_dim,
+                qkv_bias=a.qkv_bias,
+                init_values=a.init_values,
+                eps=a.eps,
+                gated=a.gated_mlp,
+            )
             for _ in range(a.depth)
         )
         norm = nn.LayerNorm(a.embed_dim, eps=a.eps)
         self.norm, self.fc_norm = (nn.Identity(), norm) if a.fc_norm else (norm, nn.Identity())
-        self._fixed_positions: dict[tuple[int, int], tuple[tuple[int, int], Tensor]] = {}
+        self._fixed_positions = FixedPositions(a.grid, a.interpolation)
 
     def copy(self, drop_path: float | None = None) -> "VisionTransformer":
         """Another one of equal weights on the same device, uncompiled whatever this one is; maybe of another stochastic depth."""
@@ -131,37 +143,35 @@ class VisionTransformer(nn.Module):
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None = None) -> None:
-        """Fills every parameter: as `initialise`, N(0, .02) prefix tokens, truncated N(0, .02), sin-cos or no positions; relative
-        ones are zero."""
-        initialise(self, generator)
+        """Fills every parameter as the architecture's kind of `engine.model.initialisation` has it; relative positions with 0."""
+        kind = KINDS[self.architecture.initialisation]
+        initialise(self, generator, self.architecture.initialisation)
+        for layer, block in enumerate(self.blocks if kind.shrinks else (), 1):
+            for weight in (block.attn.proj.weight, block.mlp.fc2.weight):
+                weight.div_(math.sqrt(2 * layer))
         for token in (self.cls_token, self.reg_token):
             if token is not None:
-                nn.init.normal_(token, std=0.02, generator=generator)
+                kind.token(token, generator=generator)
         for scale in (part for part in self.modules() if isinstance(part, LayerScale)):
             scale.gamma.fill_(self.architecture.init_values)
         if self.rel_pos_bias is not None:
             self.rel_pos_bias.relative_position_bias_table.zero_()
         elif self.architecture.positions == "learned":
-            nn.init.trunc_normal_(self.pos_embed, std=0.02, generator=generator)
+            kind.positions(self.pos_embed, generator=generator)
         elif self.architecture.positions == "sincos":
-            fixed = sincos_positions(self.embed_dim, self.grid)
+            fixed = sincos_positions(self.embed_dim, self.grid, kind.rows_first)
             self.pos_embed.zero_()[0, -len(fixed) :] = fixed
         else:
             self.pos_embed.zero_()
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """Positions of the patches of an image of `grid` patches, [h*w, C]; interpolated if not the model's. Absolute ones."""
-        patches = self.pos_embed[:, self.pos_embed.shape[1] - self.grid[0] * self.grid[1] :]
+        patches = self.pos_embed[0, self.pos_embed.shape[1] - self.grid[0] * self.grid[1] :]
         if grid == self.grid:
-            return patches[0]
+            return patches
         if self.architecture.positions == "learned":
-            return resample_abs_pos_embed(patches, list(grid), list(self.grid), num_prefix_tokens=0)[0]
-        stored = (self.pos_embed.data_ptr(), self.pos_embed._version)  # changes when positions are loaded or moved
-        if self._fixed_positions.get(grid, (None,))[0] != stored:
-            with torch.inference_mode(False), torch.no_grad():
-                fixed = resample_abs_pos_embed(patches.clone(), list(grid), list(self.grid), num_prefix_tokens=0)[0]
-            self._fixed_positions[grid] = (stored, fixed)
-        return self._fixed_positions[grid][1]
+            return resampled(patches, self.grid, grid, self.architecture.interpolation)
+        return self._fixed_positions.resampled(patches, grid)
 
     def prefix(self) -> Tensor:
         """Class token and registers with their positions, [1, num_prefix_tokens, C]."""
@@ -170,24 +180,27 @@ class VisionTransformer(nn.Module):
         bare = self.no_embed_class or self.pos_embed is None
         return prefix if bare else prefix + self.pos_embed[:, : self.num_prefix_tokens]
 
-    def embed(self, views: Sequence[View]) -> Packed:
-        """Tokens of all views before the first block, one group per view. Only visible patches are read and embedded.
+    def embed(self, views: Sequence[View], patch_size: int | None = None) -> Packed:
+        """Tokens of all views before the first block, one group per view. Only visible patches are read and embedded; of another
+        size than the model's, where `patch_size` is given, by weights that are made of its own (`engine.model.patch_sizes`).
 
         Raises BadInput for images that are not a multiple of the patch size, or, with relative positions, not of the model's
         size or shown in part.
         """
-        rows, places = [], []
+        rows, places, patch_size = [], [], patch_size or self.patch_size
+        positions_of: dict[tuple[int, int], Tensor] = {}  # interpolated once for all crops of a size
         for view in views:
-            grid, visible = self._grid_of(view.images), view.visible
+            grid, visible = self._grid_of(view.images, patch_size), view.visible
             if self.rel_pos_bias is not None:
                 self._check_whole(grid, visible)
                 places.append(None)
             else:
-                positions_NC = self.positions(grid)
-                places.append(positions_NC if visible is None else positions_NC[visible])
+                if grid not in positions_of:
+                    positions_of[grid] = self.positions(grid)
+                places.append(positions_of[grid] if visible is None else positions_of[grid][visible])
             if visible is None:
                 visible = torch.arange(grid[0] * grid[1], device=view.images.device).expand(len(view.images), -1)
-            rows.append(kernels.gather_patches(view.images, visible, self.patch_size))
+            rows.append(kernels.gather_patches(view.images, visible, patch_size))
         patches_RE = torch.cat([patches.flatten(0, 1) for patches in rows]) if len(rows) > 1 else rows[0].flatten(0, 1)
         parts = self.patch_embed(patches_RE).split([patches.shape[0] * patches.shape[1] for patches in rows])
         groups = []
@@ -201,7 +214,7 @@ class VisionTransformer(nn.Module):
                 prefix = self.prefix().expand(len(patches), -1, -1)
                 tokens_BVC = torch.cat([prefix.to(tokens_BVC.dtype), tokens_BVC], dim=1)
             groups.append(tokens_BVC)
-        packed = Packed.pack(groups)
+        packed = Packed.pack(groups, any(view.passing for view in views))
         return Packed(self.norm_pre(packed.tokens_TC), packed.layout)
 
     def run_blocks(
@@ -223,9 +236,12 @@ class VisionTransformer(nn.Module):
                 x_TC = block(x_TC, packed.cu_seqlens, layout.max_seqlen, None, bias_HLL, who.worth_2T1)
         return Packed(x_TC, layout)
 
-    def encode(self, views: Sequence[View], generator: torch.Generator | None = None) -> Packed:
-        """All tokens of all views after the final norm, one group [B, num_prefix_tokens + V, C] per view."""
-        packed = self.run_blocks(self.embed(views), generator=generator)
+    def encode(
+        self, views: Sequence[View], generator: torch.Generator | None = None, patch_size: int | None = None
+    ) -> Packed:
+        """All tokens of all views after the final norm, one group [B, num_prefix_tokens + V, C] per view; `patch_size` as in
+        `embed`."""
+        packed = self.run_blocks(self.embed(views, patch_size), generator=generator)
         return Packed(self.norm(packed.tokens_TC), packed.layout)
 
     def pool(self, tokens_BLC: Tensor) -> Tensor:
@@ -247,23 +263,33 @@ class VisionTransformer(nn.Module):
             return int(name.split(".")[1])
         return self.depth if name.startswith(("norm.", "fc_norm.")) else -1
 
-    def flops(self, patches: int, start: int = 0, stop: int | None = None, *, thinned: bool = False) -> float:
-        """Operations of one forward pass for one image of `patches` visible patches; embedding counts if `start` is 0.
+    def flops(
+        self,
+        patches: int,
+        start: int = 0,
+        stop: int | None = None,
+        *,
+        thinned: bool = False,
+        patch_size: int | None = None,
+    ) -> float:
+        """Operations of one forward pass for one image of `patches` visible patches, which are of `patch_size` as in `embed`;
+        embedding counts if `start` is 0.
 
         `thinned`: under stochastic depth, on average; what is computed to be multiplied by zero does not count.
         """
         length = self.num_prefix_tokens + patches
-        embedding = 0.0 if start else 2.0 * patches * self.patch_embed.proj.weight.numel()
+        pixels = 3 * (patch_size or self.patch_size) ** 2
+        embedding = 0.0 if start else 2.0 * patches * pixels * self.embed_dim
         rates = self.drop_path_rates if thinned else (0.0,) * self.depth
         pairs = list(zip(self.blocks, rates, strict=True))[start:stop]
         return embedding + sum((1 - rate) * block.flops(length) for block, rate in pairs)
 
-    def _grid_of(self, images: Tensor) -> tuple[int, int]:
+    def _grid_of(self, images: Tensor, side: int) -> tuple[int, int]:
         height, width = images.shape[-2:]
-        if images.ndim != 4 or images.shape[1] != 3 or height % self.patch_size or width % self.patch_size:
-            shape, side = tuple(images.shape), self.patch_size
+        if images.ndim != 4 or images.shape[1] != 3 or height % side or width % side:
+            shape = tuple(images.shape)
             raise BadInput(f"images {shape} should be [batch, 3, height, width] in multiples of the patch size {side}")
-        return height // self.patch_size, width // self.patch_size
+        return height // side, width // side
 
     def _check_whole(self, grid: tuple[int, int], visible: Tensor | None) -> None:
         if grid != self.grid:

@@ -8,13 +8,13 @@ from pathlib import Path
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import save_for_hf
 from timm.models.vision_transformer import checkpoint_filter_fn
-from torch import nn
+from torch import Tensor, nn
 
 from engine.core.durable import write_folder
 from engine.core.errors import BadInput
 from engine.model import fitting, layouts, sources, vit
 from engine.model.architecture import OVERRIDES
-from engine.model.sources import Grid
+from engine.model.sources import Grid, Source
 
 _EXPORTED = {"config.json", "model.safetensors"}
 
@@ -59,16 +59,22 @@ def load(model: vit.VisionTransformer, source: str | Path, *, strict: bool = Tru
     layouts of timm, MAE, MAE-CT, MIM-Refiner, DINO, DINOv2, iBOT, MSN, MoCo v3 or BEiT: with absolute positions, or, for a model
     with relative ones, with one table of them for all blocks, as BEiT has it until it is fine-tuned.
 
-    Positions of another grid are resampled (bicubic, antialiased, as timm does; relative ones as BEiT and timm do). Positions of
-    class token and registers go where `model` keeps them: into the token itself, or beside zeros for those without. Of a source
-    that was trained without positions (all are zero) the model keeps its own, and a model without takes none; a norm after
-    pooling stays the model's own where the source has one before it, as when MAE fine-tunes. The report says so.
+    Positions of another grid are resampled as the model does it with images of another size (its `interpolation`), relative ones
+    as BEiT's code does. Positions of class token and registers go where `model` keeps them: into the token itself, or beside
+    zeros for those without. Of a source that was trained without positions (all are zero) the model keeps its own, and a model
+    without takes none; a norm after pooling stays the model's own where the source has one before it, as when MAE fine-tunes.
+    The report says so.
 
     With strict=False, missing and unexpected keys are tolerated and reported. Raises BadInput if the source is not
     found, cannot be fetched, holds more than plain weights, or does not fit; `model` is then as it was.
     """
     found = sources.read(source)
-    state, layout, aside = layouts.find_backbone(found)
+    return _load(model, found, layouts.find_backbone(found), strict)
+
+
+def _load(model: vit.VisionTransformer, found: Source, backbone: layouts.Backbone, strict: bool = True) -> LoadReport:
+    state, layout, aside = backbone
+    fitting.check_heads(found, layout, model)
     state, decoders_and_heads = layouts.split_off_other_parts(layouts.respell(state))
     fitting.check_patch_size(state, model, found.name)
     state, resampled = fitting.fit_relative_positions(state, model, found)
@@ -92,28 +98,46 @@ def load(model: vit.VisionTransformer, source: str | Path, *, strict: bool = Tru
     return LoadReport(found.name, layout, loaded, aside, missing, unexpected, resampled, kept, bool(norms))
 
 
-def create(source: str | Path, **overrides: object) -> tuple[vit.VisionTransformer, LoadReport]:
+def create(source: str | Path, name: str = "", **overrides: object) -> tuple[vit.VisionTransformer, LoadReport]:
     """Builds the model that `source` names and loads its weights.
 
-    `source` is an exported folder, a run folder or a timm model, as for `load`; `overrides` as for `vit.create`.
-    Raises BadInput as both do, and for a bare file, which does not say what it holds.
+    `source` is as for `load`. A bare file does not say which model it holds: it is one called `name`, with what its tensors
+    and layout tell besides: LayerScale, registers, relative positions, a norm after pooling, and how its authors interpolate
+    positions. `overrides` are as for `vit.create`, and go before all that. Raises BadInput as both do, and for a file without a
+    name.
     """
-    folder = sources.exported_folder(Path(source).expanduser())
+    path = Path(source).expanduser()
+    folder = sources.exported_folder(path)
+    if folder is None and path.is_file():
+        if not name:
+            raise BadInput(f"{source} does not say which model it holds: name one of engine.model.names()")
+        vit.without_memory(name, **overrides)  # raises what is wrong before a large file is read
+        found = sources.read(path)
+        backbone = layouts.find_backbone(found)
+        state, layout, _ = backbone
+        model = vit.create(name, **layouts.traits(found, state, layout) | overrides)
+        return model, _load(model, found, backbone)
     if folder is not None:
-        config = sources.config(folder)
+        name, own = _named(sources.config(folder), folder)
+    else:
+        name, own = str(source).removeprefix("timm:"), {}
+    model = vit.create(name, **own | overrides)
+    return model, load(model, source)
+
+
+def _named(config: dict, folder: Path) -> tuple[str, dict[str, object]]:
+    """The model of an export, and with what it is made. Raises BadInput where its config.json doesn't say so."""
+    try:
         if "tessera" in config:
             name, own = config["tessera"]["model"], config["tessera"]["overrides"]
         else:
             args = config.get("model_args", {})
             name, own = config["architecture"], {key: args[key] for key in OVERRIDES if key in args}
-    elif Path(source).expanduser().is_file():
-        raise BadInput(
-            f"{source} does not say which model it holds: name one of engine.model.names() and load it there"
-        )
-    else:
-        name, own = str(source).removeprefix("timm:"), {}
-    model = vit.create(name, **own | overrides)
-    return model, load(model, source)
+    except (KeyError, TypeError, IndexError):
+        name, own = None, None
+    if not isinstance(name, str) or not isinstance(own, dict):
+        raise BadInput(f"{folder} names no model in config.json")
+    return name, own
 
 
 def export(
@@ -123,19 +147,28 @@ def export(
     *,
     classifier: nn.Linear | None = None,
     classes: Sequence[str] = (),
+    state: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes `folder` so that timm.create_model("local-dir:FOLDER", pretrained=True) loads it.
 
     It holds model.safetensors and config.json; the features timm then computes are ours. With a `classifier` on the pooled
     features it is a whole classifier to timm, whose scores are ours, too; `classes` are then the names it knows them by.
-    config.json asks for ImageNet normalisation and keeps `extra` (JSON) under "extra". The folder is written aside and renamed;
-    an earlier export is replaced. Raises BadInput if `folder` holds anything but an export.
+    config.json asks for ImageNet normalisation and keeps `extra` (JSON) under "extra". `state` is written in place of the tensors
+    that the model and the classifier have now; it has the names of `state_of`. The folder is written aside and renamed; an
+    earlier export is replaced. Raises BadInput if `folder` holds anything but an export.
     """
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or _foreign(folder)):
         raise BadInput(f"{folder} holds something else than an exported model: choose a new or empty folder")
-    write_folder(folder, lambda aside: _save(model, aside, extra, classifier, classes))
+    state = state_of(model, classifier) if state is None else state
+    write_folder(folder, lambda aside: _save(model, state, aside, extra, classifier, classes))
     return folder
+
+
+def state_of(model: vit.VisionTransformer, classifier: nn.Linear | None) -> dict[str, Tensor]:
+    """The tensors that an export holds, by name; those of a classifier with "classifier." before it."""
+    head = {} if classifier is None else {"classifier.weight": classifier.weight, "classifier.bias": classifier.bias}
+    return dict(model.state_dict()) | {name: value.detach() for name, value in head.items()}
 
 
 def _foreign(folder: Path) -> set[str]:
@@ -145,16 +178,17 @@ def _foreign(folder: Path) -> set[str]:
 
 def _save(
     model: vit.VisionTransformer,
+    state: Mapping[str, Tensor],
     folder: Path,
     extra: Mapping[str, object] | None,
     classifier: nn.Linear | None,
     classes: Sequence[str],
 ) -> None:
     architecture, twin = model.architecture, model.architecture.twin()
-    state, described = dict(model.state_dict()), {}
+    described = {}
     if classifier is not None:
         twin.reset_classifier(classifier.out_features)
-        state |= {"head.weight": classifier.weight.detach(), "head.bias": classifier.bias.detach()}
+        state = {name.replace("classifier.", "head."): value for name, value in state.items()}
         described = {"label_names": list(classes)} if classes else {}
     state = {key: value.cpu().contiguous() for key, value in architecture.timm_state(state).items()}
     twin.load_state_dict(state, assign=True)

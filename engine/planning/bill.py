@@ -10,12 +10,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from engine.methods.base import StageSettings
 from engine.planning.cards import LAUNCH, Card, Reached
 from engine.planning.counting import Count
 from engine.planning.peak import GROWING
 from engine.planning.traffic import Moved
-from engine.training.loop import Stage
+from engine.training.portions import Portion
 
 # of memory: what CUDA, its libraries and NCCL take, and what the allocator cannot use of its blocks
 CONTEXT, WHOLE_BLOCKS = 1.0 * 2**30, 0.03
@@ -94,7 +93,7 @@ def images_that_fit(count: Count, images: int, card: Card) -> int:
 
 @dataclass(frozen=True)
 class StageBill:
-    """One stage of a run on so many cards.
+    """One stage of a run, or one phase of it, on so many cards.
 
     Attributes:
         step: seconds.
@@ -118,11 +117,9 @@ class StageBill:
         return self.step * (self.steps / 3600)
 
 
-def of_stage(settings: StageSettings, stage: Stage, count: Count, card: Card, gpus: int) -> StageBill:
-    """Where features are stored, as many images are encoded as are stored; the steps on them are nothing beside that."""
-    reuse, batch = getattr(settings, "reuse", 0), stage.images_per_step
-    steps = reuse * stage.steps_per_epoch if reuse else stage.total_steps
-    return StageBill(stage.name, count, batch, steps, step_seconds(count, card, gpus), gpus)
+def of_portion(portion: Portion, count: Count, card: Card, gpus: int) -> StageBill:
+    batch = portion.images_per_step
+    return StageBill(portion.name, count, batch, portion.steps, step_seconds(count, card, gpus), gpus)
 
 
 def hours(stages: Sequence[StageBill]) -> Spread:

@@ -25,6 +25,7 @@ import kernels
 from engine.core.draws import Draws
 from engine.core.durable import write_file
 from engine.core.errors import BadInput
+from engine.core.phases import Phase
 from engine.data import cache
 from engine.methods.base import Method
 from engine.model import recomputing, residual, vit
@@ -37,6 +38,7 @@ from engine.training.build import compile_regions
 from engine.training.calls import without_data
 from engine.training.config import Plan
 from engine.training.drawing import drawn
+from engine.training.portions import Portion
 from engine.training.step import Update
 
 WARM = 2  # steps until everything is compiled and allocated
@@ -45,7 +47,8 @@ MEMORY = 2**42  # bytes: also what no card holds is counted
 # settings of a stage that a step costs the same with
 FREE = (
     "epochs", "base_lr", "start_lr", "end_lr", "weight_decay", "weight_decay_end", "betas", "warmup", "schedule", "drops",
-    "horizon", "crop_scale", "flip", "labels_per_class",
+    "horizon", "crop_scale", "flip", "labels_per_class", "phases", "phase_sides", "phase_keeps", "phase_locals", "phase_patches",
+    "patch_draws", "phase_clock", "phase_batch", "phase_choice",
 )  # fmt: skip
 
 
@@ -110,9 +113,11 @@ def stepping(
     precision: str = "bf16",
     graphs: bool = False,
     logged: bool = True,
+    images_per_step: int = 0,
 ) -> tuple[Callable[[int], None], Update]:
-    """On the device: the engine's update of a method as the loop calls it with a step's draws, in one of so many processes."""
-    place, batch = torch.device("cuda", 0), method.settings.batch_size
+    """On the device: the engine's update of a method as the loop calls it with a step's draws, in one of so many processes; of as
+    many images as its settings have, or as are given."""
+    place, batch = torch.device("cuda", 0), images_per_step or method.settings.batch_size
     rows = batch // gpus
     method.to(place).train()
     if compiles:
@@ -144,27 +149,33 @@ def counted(step: Callable[[int], None], update: Update) -> Count:
     return Count(launches, tuple(rows), held.bytes, gradients, update.method.flops_per_image())
 
 
-def count(plan: Plan, flags: Sequence[str], stage: int, gpus: int, precision: str, chip: int) -> Count:
-    """A step of a stage of a plan, parsed of these flags, on one of so many GPUs: from the cache, or counted in half a minute.
+def count(plan: Plan, flags: Sequence[str], portion: Portion, gpus: int, precision: str, chip: int) -> Count:
+    """A step of a portion of a plan, parsed of these flags, on one of so many GPUs: from the cache, or counted in half a minute.
 
     Raises:
         BadInput: the device that computes nothing cannot be built here, or the step cannot be taken.
     """
-    kept = cache.folder() / "planned" / f"{_key(plan, stage, gpus, precision, chip)}.json"
+    kept = cache.folder() / "planned" / f"{_key(plan, portion, gpus, precision, chip)}.json"
     if kept.exists():
         return Count.from_json(json.loads(kept.read_text()))
-    asked = json.dumps({"flags": list(flags), "stage": stage, "gpus": gpus, "precision": precision})
+    what = {
+        "flags": list(flags),
+        "stage": portion.stage.index,
+        "phase": asdict(portion.phase),
+        "batch": portion.images_per_step,
+    }
+    asked = json.dumps(what | {"gpus": gpus, "precision": precision})
     with tempfile.TemporaryDirectory() as scratch:
         seen = device.environment(_library(), chip, Path(scratch)) | {
             "NULLCUDA_MEMORY": str(MEMORY),
-            "TORCHINDUCTOR_CACHE_DIR": str(cache.folder() / "planned" / f"compiled_{chip}"),
+            # its own: code that was made for another batch is taken again where sizes vary, and moves other bytes
+            "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "compiled"),
             "TRITON_CACHE_DIR": str(cache.folder() / "planned" / f"triton_{chip}"),
         }
         done = device.process(["-m", "engine.planning.counting", asked], seen)
     if done.returncode:
-        name = plan.stages[stage][0]
         why = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-        raise BadInput(f"a step of stage {name} cannot be counted: {why}")
+        raise BadInput(f"a step of stage {portion.name} cannot be counted: {why}")
     found = Count.from_json(json.loads(done.stdout.splitlines()[-1]))
     write_file(kept, lambda aside: aside.write_text(json.dumps(found.as_json())))
     return found
@@ -183,14 +194,15 @@ def _library() -> Path:
         ) from error
 
 
-def _key(plan: Plan, stage: int, gpus: int, precision: str, chip: int) -> str:
+def _key(plan: Plan, portion: Portion, gpus: int, precision: str, chip: int) -> str:
     """All that a count depends on: what is trained, how, and the code that does it."""
     stages = [
         (name, {key: value for key, value in asdict(settings).items() if key not in FREE})
-        for name, settings in plan.stages[: stage + 1]
+        for name, settings in plan.stages[: portion.stage.index + 1]
     ]
     how = {name: getattr(plan.train, name) for name in ("accumulate", "recompute", "residual", "compile", "kernels")}
-    request = json.dumps([plan.model, plan.encoder, stages, how, gpus, precision, chip, _code()], sort_keys=True)
+    phase = asdict(portion.phase) | {"batch": portion.images_per_step}
+    request = json.dumps([plan.model, plan.encoder, stages, phase, how, gpus, precision, chip, _code()], sort_keys=True)
     return hashlib.blake2b(request.encode(), digest_size=16).hexdigest()
 
 
@@ -213,9 +225,11 @@ def main() -> int:
     kernels.use("reference" if plan.train.kernels == "auto" else plan.train.kernels)
     torch.manual_seed(0)
     stage, train = asked["stage"], plan.train
+    method = method_of(plan, stage)
+    (method.phase,) = Phase.read(asked["phase"]).forms
     step, update = stepping(
-        method_of(plan, stage), train.compile != "off", stage, train.accumulate,
-        gpus=asked["gpus"], precision=asked["precision"], logged=False,
+        method, train.compile != "off", stage, train.accumulate,
+        gpus=asked["gpus"], precision=asked["precision"], logged=False, images_per_step=asked["batch"],
     )  # fmt: skip
     print(json.dumps(counted(step, update).as_json()))
     return 0

@@ -60,7 +60,7 @@ def _standing(update: Update) -> dict[str, int]:
     return {
         "weights": new([*method.parameters(), *method.buffers()]),
         "averages": new(
-            average for one in [*method.averages(), *update.average.averages()] for average, _ in one.pairs
+            average for one in [*method.averages(), *update.average.averages(1)] for average, _ in one.pairs
         ),
         "optimiser": new(
             t for state in update.optimizer.state.values() for t in state.values() if isinstance(t, Tensor)

@@ -21,10 +21,13 @@ def described(plan: Plan, precision: str, card: Card, gpus: int, images: int) ->
     how = [precision, "not compiled" if train.compile == "off" else "compiled"]
     how += train.in_words()
     how += [f"kernels {'reference' if train.kernels == 'auto' else train.kernels}"]
+    own_aspect = any(settings.aspect == "keep" for _, settings in plan.stages)
     return (
         f"{train.method} ({plan.source}) with {plan.model} on {images:,} images; {gpus} x {card.name}, {', '.join(how)}\n"
         f"counted: launches, bytes, operations, memory; modelled: time, {card.origin}, in brackets at worst and at best\n"
         "loading, probes and evaluation come on top"
+        + "\nimages of their own aspect are counted as if each filled its patches, and sorting them by shape is not"
+        * own_aspect
     )
 
 
@@ -44,6 +47,16 @@ def show(bills: Sequence[StageBill], card: Card, price: float, rows: int) -> Non
     if price:
         said += f", {_spread(hours * (price * bills[0].gpus))} dollars"
     console.out(f"{said}; a loader has to give {needed:,.0f} images/s", highlight=False)
+
+
+def between(least: Sequence[StageBill], most: Sequence[StageBill], price: float) -> str:
+    """What a run takes that chooses how many tokens it sees."""
+    words = []
+    for bills, where in ((least, "where the cheapest is chosen each time (above)"), (most, "where all tokens are")):
+        hours = bill.hours(bills)
+        dollars = f", {_spread(hours * (price * bills[0].gpus))} dollars" * bool(price)
+        words.append(f"{_spread(hours)} hours{dollars}, {where}")
+    return f"auto: between {' and '.join(words)}; what choosing takes comes on top"
 
 
 def _of_stages(bills: Sequence[StageBill], card: Card) -> Table:

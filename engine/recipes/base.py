@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from engine.methods.base import StageSettings
+from engine.methods.settings import StageSettings
 
 
 @dataclass(frozen=True)
@@ -32,3 +32,8 @@ DIGITS_CLUSTERING = {
     "target_temperature_epochs": 0, "teacher_momentum": 0.95, "freeze_last_layer": 0,
 }  # fmt: skip
 DIGITS_ENCODER = {"positions": "sincos", "global_pool": "avg"}
+
+# How encoders start and how their positions are brought to the size of small crops, by the code that it is read from. Recipes for
+# the digits were found by trial with `create`'s defaults and keep them.
+AS_MAE = {"initialisation": "mae"}
+AS_DINO = {"initialisation": "dino", "interpolation": "offset"}

@@ -2,7 +2,7 @@
 
 B's codes are those of DALL-E's discrete VAE, which saw about 250 million images: give its file with --beit.tokenizer. Without it
 they are a codebook's, fitted to the data, which is ours. Pixels are normalised by ImageNet's mean and deviation, as by B's
-command for ImageNet (its default would scale them to [-1, 1]). Weights start as MAE's do, B's smaller with depth.
+command for ImageNet (its default would scale them to [-1, 1]).
 """
 
 from dataclasses import replace
@@ -12,9 +12,9 @@ from engine.recipes.base import DIGITS, Recipe
 
 # B's learning rate 1.5e-3 is for a batch of 2048: 1.875e-4 for 256 images.
 SETTINGS = Settings(
-    epochs=800, batch_size=2048, base_lr=1.5e-3 * 256 / 2048, end_lr=1e-5, warmup=10 / 800, weight_decay=0.05,
-    betas=(0.9, 0.999), clip_norm=3.0, clip_over="all", crop_scale=(0.08, 1.0), flip=0.5, jitter=0.4, mask_ratio=75 / 196,
-    smallest_block=16, codes=8192,
+    epochs=800, batch_size=2048, base_lr=1.5e-3 * 256 / 2048, end_lr=1e-5, warmup=10 / 800, warmup_form="through",
+    weight_decay=0.05, betas=(0.9, 0.999), clip_norm=3.0, clip_over="all", crop_scale=(0.08, 1.0), flip=0.5, jitter=0.4,
+    mask_ratio=75 / 196, smallest_block=16, codes=8192,
 )  # fmt: skip
 LAYER_SCALE = {"vit_base_patch16_224": 0.1, "vit_large_patch16_224": 1e-5}
 SMALL = Settings(
@@ -27,6 +27,7 @@ faster than the rest."""
 
 def published(model: str) -> Recipe:
     encoder = {
+        "initialisation": "beit",
         "positions": "relative",
         "init_values": LAYER_SCALE.get(model, 0.1),
         "drop_path": 0.1,

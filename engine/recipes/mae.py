@@ -1,7 +1,7 @@
 """MAE. M = facebookresearch/mae (PRETRAIN.md, main_pretrain.py)."""
 
 from engine.methods.mae import Settings
-from engine.recipes.base import DIGITS, Recipe
+from engine.recipes.base import AS_MAE, DIGITS, Recipe
 
 MODELS = ("vit_base_patch16_224", "vit_large_patch16_224", "vit_huge_patch16_224", "vit_huge_patch14_224")
 SETTINGS = Settings(epochs=800, batch_size=4096, warmup=40 / 800)
@@ -19,7 +19,8 @@ def published(model: str) -> Recipe:
     known = (
         "MAE's released recipe (M)" if model in MODELS else "after MAE's released recipe (M), which has no such model"
     )
-    return Recipe(known, (("mae", SETTINGS),), {"positions": "sincos", "global_pool": "token"})
+    encoder = AS_MAE | {"positions": "sincos", "global_pool": "token"}
+    return Recipe(known, (("mae", SETTINGS),), encoder)
 
 
 def digits() -> Recipe:

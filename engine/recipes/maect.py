@@ -10,7 +10,7 @@ from functools import partial
 from engine.methods import mae, nnclr
 from engine.methods.maect import Settings
 from engine.recipes import mae as mae_recipe
-from engine.recipes.base import DIGITS, Recipe
+from engine.recipes.base import AS_MAE, DIGITS, Recipe
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,15 @@ def published(model: str, aug: bool) -> Recipe:
     known = size is not None
     size = size or replace(_SIZES["vit_base_patch16_224"], frozen_blocks=-1)
     augmentation = "byol" if aug else "minimal"
-    pretext = mae.Settings(epochs=800, batch_size=size.batch, warmup=20 / 800, crops=2)
+    pretext = mae.Settings(epochs=800, batch_size=size.batch, warmup=20 / 800, warmup_form="between", crops=2)
     if model == "vit_huge_patch14_224":
         # C starts this size from M's weights, which took twice the script's epochs.
         pretext = replace(mae_recipe.SETTINGS, epochs=1600, warmup=40 / 1600)
-    head = nnclr.Settings(batch_size=size.batch, augmentation=augmentation)
+    head = nnclr.Settings(batch_size=size.batch, warmup_form="between", augmentation=augmentation)
     tuning = Settings(
         epochs=size.tuning_epochs[variant],
         batch_size=size.batch,
+        warmup_form="between",
         augmentation=augmentation,
         base_lr=1e-4,
         head_base_lr=5e-4 if aug else 1e-4,
@@ -60,7 +61,7 @@ def published(model: str, aug: bool) -> Recipe:
         f"{name}'s published settings (C)" if known else f"after {name}'s B/16 settings (C), which has no such model"
     )
     stages = (("mae", pretext), ("nnclr", head), ("maect", tuning))
-    return Recipe(source, stages, {"positions": "sincos", "global_pool": size.pool})
+    return Recipe(source, stages, AS_MAE | {"positions": "sincos", "global_pool": size.pool})
 
 
 def digits() -> Recipe:
@@ -77,4 +78,14 @@ def digits() -> Recipe:
     return Recipe(DIGITS, stages, {"positions": "sincos", "global_pool": "avg"})
 
 
-PUBLISHED = {"plain": partial(published, aug=False), "aug": partial(published, aug=True)}
+def thrift(model: str) -> Recipe:
+    """The plain recipe with what makes stages two and three cheaper: features of one pair of crops stored, then half of the
+    patches and frozen blocks in bf16. What each costs in quality was measured on the digits (docs/results.md)."""
+    plain = published(model, aug=False)
+    cheaper = {"nnclr": {"reuse": 1}, "maect": {"patch_keep": 0.5, "frozen_precision": "bf16"}}
+    stages = tuple((name, replace(settings, **cheaper.get(name, {}))) for name, settings in plain.stages)
+    source = f"after {plain.source.removeprefix('after ')}, with stages two and three made cheaper"
+    return replace(plain, source=source, stages=stages)
+
+
+PUBLISHED = {"plain": partial(published, aug=False), "aug": partial(published, aug=True), "thrift": thrift}

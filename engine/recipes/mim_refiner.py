@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from engine.methods import mim_heads
 from engine.methods.mim_refiner import Settings
 from engine.recipes import mae as mae_recipe
-from engine.recipes.base import DIGITS, Recipe
+from engine.recipes.base import AS_MAE, DIGITS, Recipe
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,7 @@ def published(model: str) -> Recipe:
         "local_size": size.local_size,
         "head_blocks": size.head_blocks,
         "end_lr": 1e-6,
+        "warmup_form": "between",
     }
     # R starts from M's released weights, which took twice the script's epochs.
     pretext = replace(mae_recipe.SETTINGS, epochs=1600, warmup=40 / 1600)
@@ -56,7 +57,8 @@ def published(model: str) -> Recipe:
         augmentation="byol", **shared,
     )  # fmt: skip
     stages = (("mae", pretext), ("mim_heads", heads), ("mim_refiner", refinement))
-    return Recipe(source, stages, {"positions": "sincos", "global_pool": "token"})
+    encoder = AS_MAE | {"interpolation": "bicubic", "positions": "sincos", "global_pool": "token"}
+    return Recipe(source, stages, encoder)
 
 
 def digits() -> Recipe:

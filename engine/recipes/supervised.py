@@ -9,7 +9,7 @@ weights. C normalises by each set's own mean and standard deviation, this projec
 from dataclasses import replace
 
 from engine.methods.supervised import Settings
-from engine.recipes.base import DIGITS, DIGITS_ENCODER, Recipe
+from engine.recipes.base import AS_DINO, DIGITS, DIGITS_ENCODER, Recipe
 from engine.recipes.small_data import SETS
 
 # Of M, for weights trained on normalised pixels: base lr, layer decay, epochs, stochastic depth.
@@ -18,9 +18,9 @@ FINE_TUNED = {"base": (5e-4, 0.65, 100, 0.1), "large": (1e-3, 0.75, 50, 0.2), "h
 FROM_SCRATCH = {"base": (300, 0.1), "large": (200, 0.1), "huge": (200, 0.2)}
 POOLED = {"positions": "learned", "global_pool": "avg", "fc_norm": True}
 BASELINE = Settings(
-    epochs=100, batch_size=256, base_lr=5e-4, end_lr=1.25e-6, schedule="quarter-cosine", warmup=0.1, weight_decay=0.1,
-    decay_all=True, betas=(0.9, 0.999), clip_norm=1.0, weight_ema=0.0, label_smoothing=0.0, mixup=0.0, cutmix=0.0, operations=0,
-    head_std=0.02,
+    epochs=100, batch_size=256, resize="bilinear", base_lr=5e-4, end_lr=1.25e-6, schedule="quarter-cosine", warmup=0.1,
+    weight_decay=0.1, decay_all=True, betas=(0.9, 0.999), clip_norm=1.0, weight_ema=0.0, label_smoothing=0.0, mixup=0.0,
+    cutmix=0.0, operations=0, head_std=0.02,
 )  # fmt: skip
 """C: learning rate 5e-4 at its batch of 256, whatever the batch."""
 SMALL = Settings(
@@ -33,10 +33,6 @@ SMALL = Settings(
 def _size(model: str) -> str:
     """Which of ViT-B, L and H the model is; for others B's numbers are taken."""
     return next((size for size in FINE_TUNED if model.startswith(f"vit_{size}_patch1")), "")
-
-
-def _said(what: str, model: str) -> str:
-    return what if _size(model) else f"after {what}, which has no such model (the numbers are ViT-B's)"
 
 
 def from_scratch(model: str) -> Recipe:
@@ -52,15 +48,17 @@ def fine_tuned(model: str) -> Recipe:
         epochs=epochs, batch_size=1024, base_lr=base_lr, end_lr=1e-6, layer_decay=layer_decay, warmup=5 / epochs,
         weight_decay=0.05, betas=(0.9, 0.999), weight_ema=0.0, erase=0.25,
     )  # fmt: skip
-    said = _said("MAE's released fine-tuning (T9, M)", model)
+    said = "after MAE's released fine-tuning (T9, M); RandAugment turns, shears and shifts bilinearly"
+    said += "" if _size(model) else "; the numbers are ViT-B's"
     return Recipe(said, (("supervised", settings),), POOLED | {"drop_path": drop_path})
 
 
 def _baseline(name: str) -> Recipe:
     chosen = SETS[name]
     settings = replace(BASELINE, batch_size=chosen.batch_size, pad=4 if chosen.crop == "pad" else 0)
-    encoder = {"positions": "learned", "global_pool": "token", "drop_path": 0.1}
-    return Recipe(f"after RelViT's supervised baseline on {name} (C)", (("supervised", settings),), encoder)
+    encoder = AS_DINO | {"positions": "learned", "global_pool": "token", "drop_path": 0.1}
+    said = f"after RelViT's supervised baseline on {name} (C); images normalised as ImageNet's"
+    return Recipe(said, (("supervised", settings),), encoder)
 
 
 def digits() -> Recipe:

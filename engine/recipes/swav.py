@@ -5,15 +5,17 @@ from engine.recipes.base import DIGITS, DIGITS_ENCODER, Recipe
 
 # S has lr 4.8 for its batch of 4096; for a batch of 256, lr 0.6 and a queue of 3,840 images from epoch 15.
 _RESNET = Settings(
-    epochs=800, batch_size=4096, optimizer="larc", base_lr=0.3, start_lr=0.3, end_lr=0.0048, warmup=10 / 800, weight_decay=1e-6,
-    collapse="sinkhorn", global_crops=2, crop_scale=(0.14, 1.0), local_crops=6, local_size=96, local_scale=(0.05, 0.14),
+    epochs=800, batch_size=4096, optimizer="larc", base_lr=0.3, start_lr=0.3, end_lr=0.0048, warmup=10 / 800,
+    warmup_form="through", weight_decay=1e-6, decay_all=True,
+    collapse="sinkhorn", global_crops=2, crop_scale=(0.14, 1.0), resize="bilinear",
+    augmentation="swav", local_crops=6, local_size=96, local_scale=(0.05, 0.14),
     prototypes=3000, projector_hidden=2048, embedding=128, student_temperature=0.1, target_temperature=0.05,
     target_temperature_start=0.05, freeze_last_layer=1,
 )  # fmt: skip
 
 
 def published(model: str) -> Recipe:
-    source = "after SwAV's ResNet-50 settings (S), which has no ViT; colours as DINO's"
+    source = "after SwAV's ResNet-50 settings (S), which has no ViT"
     return Recipe(source, (("swav", _RESNET),), {"global_pool": "token"})
 
 

@@ -46,7 +46,7 @@ class Study:
         shots, percents: the low-shot subsets; those that the data are too small for are left out.
         protocols: what else encoders are judged by: knn, linear, cluster.
         classifies: whether arms have a classifier of their own, whose held-out accuracy is shown.
-        minutes: whether the time of training is shown.
+        costs: whether the time of training and its operations are shown.
         cadence: flags of `engine.train` on how often a run logs and saves.
     """
 
@@ -62,7 +62,7 @@ class Study:
     percents: tuple[float, ...] = (1.0,)
     protocols: tuple[str, ...] = ("knn",)
     classifies: bool = False
-    minutes: bool = False
+    costs: bool = False
     cadence: tuple[str, ...] = ()
 
     def arm(self, name: str) -> Arm:

@@ -9,6 +9,6 @@ STUDY = Study(
     arms=tuple(Arm(name, name, clusters=False) for name in methods.names() if methods.get(name).trains_encoder),
     percents=(),
     protocols=("knn", "linear", "cluster"),
-    minutes=True,
+    costs=True,
     cadence=("--save-every", "5"),
 )

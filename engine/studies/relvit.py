@@ -42,6 +42,6 @@ STUDY = Study(
     shots=(5,),
     percents=(),
     classifies=True,
-    minutes=True,
+    costs=True,
     cadence=("--save-every", "0", "--probe-every", "0"),
 )  # fmt: skip

@@ -23,6 +23,6 @@ STUDY = Study(
     ),
     percents=(),
     protocols=("knn", "cluster"),
-    minutes=True,
+    costs=True,
     cadence=("--save-every", "0", "--probe-every", "0"),
 )

@@ -29,16 +29,23 @@ def build(parts: Parts, index: int, earlier: Method | None, *, anew: bool = True
     recomputing.choose(method, parts.plan.train.recompute)
     residual.choose(method, parts.plan.train.residual)
     if parts.compiles:
-        compile_regions(method)
+        forms = sum(len(phase.forms) for phase in settings.token_phases.phases)
+        compile_regions(method, forms, ragged=settings.aspect == "keep")
+    timetable = parts.stages[index].timetable
     update = Update(
-        method, parts.stages[index].total_steps, parts.precision, parts.plan.train.accumulate,
-        graphs=not parts.ungraphed()[index][1],
+        method, timetable.length, parts.precision, parts.plan.train.accumulate,
+        graphs=not parts.ungraphed()[index][1], timetable=timetable,
     )  # fmt: skip
     return TrainState(method, update, index, 0, [])
 
 
-def compile_regions(method: Method) -> None:
-    """Compile a method's regions, each full-graph. Blocks of one shape share one compiled graph."""
+def compile_regions(method: Method, phases: int = 1, *, ragged: bool = False) -> None:
+    """Compile a method's regions, each full-graph. Blocks of one shape share one compiled graph.
+
+    Args:
+        phases: in which they meet other shapes, or forms of them.
+        ragged: whether these differ from step to step, as those of images of their own aspect do.
+    """
     import torch._dynamo.config
     import torch._inductor.config  # takes seconds, which only a compiled run should spend
 
@@ -54,9 +61,11 @@ def compile_regions(method: Method) -> None:
     # for two, run by one, takes fifteen times as long.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
     torch._inductor.config.post_grad_custom_pre_pass = CastsTogether()
+    # In each phase blocks meet other numbers of tokens: those of student and teacher, of decoders.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * (phases + 1))
     on_gpu = any(parameter.device.type == "cuda" for parameter in method.parameters())
     static = (*method.regions(), *(method.regions_on_gpus() if on_gpu else ()))
-    for dynamic, regions in ((False, static), (True, method.ragged_regions())):
+    for dynamic, regions in ((ragged, static), (True, method.ragged_regions())):
         for owner, name in regions:
             region = getattr(owner, name)
             if not hasattr(region, "get_compiler_config"):

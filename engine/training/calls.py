@@ -4,6 +4,7 @@ import copy
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -14,16 +15,20 @@ from engine import methods
 from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
-from engine.methods.base import Labels, Method, StageSettings
+from engine.methods.base import Labels, Method
+from engine.methods.settings import StageSettings
 from engine.model import vit
 from engine.training import config, gradient_cache
 from engine.training.config import Plan
+from engine.training.loop import Stage
 from engine.training.precision import automatic
 from engine.training.step import Update
 from kernels.calibration.calls import Call, keep_largest, listing
 
 
-def calls_of(plan: Plan, device: torch.device, world: int, precision: str, classes: int = 1000) -> list[Call]:
+def calls_of(
+    plan: Plan, device: torch.device, world: int, precision: str, classes: int = 1000, stages: Sequence[Stage] = ()
+) -> list[Call]:
     """The calls of all stages, of each class of shapes the largest.
 
     Args:
@@ -32,21 +37,27 @@ def calls_of(plan: Plan, device: torch.device, world: int, precision: str, class
         world: over how many ranks a batch is shared out.
         precision: fp32, bf16 or fp16.
         classes: of the images, for stages that learn from them.
+        stages: those of the plan for these images; without them, all steps are of the settings' batch.
     """
     calls: dict[tuple[str, str], Call] = {}
     earlier = None
     with torch.random.fork_rng(devices=[]):  # new weights, which nobody sees, are drawn
         encoder = vit.create(plan.model, **plan.encoder)
-        for name, settings in plan.stages:
+        for index, (name, settings) in enumerate(plan.stages):
+            steps = [(phase, settings.batch_size) for phase in settings.token_phases.phases]
+            if stages:
+                steps = [(stretch.phase, stretch.images) for stretch in stages[index].timetable.stretches]
             method = without_data(name, settings, encoder, classes)
             if earlier is not None:
                 method.inherit(earlier)
             earlier = method
-            rows, accumulate = settings.batch_size // world, plan.train.accumulate
-            if not gradient_cache.needed(settings, accumulate):  # then micro-batches are alike, and one is enough
-                rows, accumulate = rows // accumulate, 1
-            for call in _calls_of_step(method, rows, accumulate, device, precision):
-                keep_largest(calls, call)
+            for phase, batch in steps:
+                rows, accumulate = batch // world, plan.train.accumulate
+                if not gradient_cache.needed(settings, accumulate):  # then micro-batches are alike, and one is enough
+                    rows, accumulate = rows // accumulate, 1
+                for method.phase in phase.forms:
+                    for call in _calls_of_step(method, rows, accumulate, device, precision):
+                        keep_largest(calls, call)
     return list(calls.values())
 
 

@@ -1,25 +1,30 @@
 """How a state becomes durable: safetensors and JSON, written aside, hashed, then renamed into place.
 
-A folder `checkpoints/step-N` exists only whole: its manifest names every file with its SHA-256. Reading takes the newest
-folder whose files match; a damaged one is named and passed over. What has another name, or is in no manifest, is none of ours: it
-is neither read nor removed.
+A folder `checkpoints/step-N` exists only whole: its manifest names every file with its SHA-256, and before it gets its name all
+files were read back from the disk and found to hold what was to be saved. Reading takes the newest folder whose files match; a
+damaged one is named and passed over. What has another name, or is in no manifest, is none of ours: neither read nor removed.
 """
 
+import errno
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine.core.durable import write_folder
+from engine.core.durable import flush, write_folder
 from engine.core.errors import BadInput
+from engine.core.json_text import parsed
 
 PREFIX = "step-"
 NAME = re.compile(rf"{PREFIX}\d{{9,}}")
@@ -31,24 +36,42 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def save(folder: Path, global_step: int, tensors: dict[str, dict[str, Tensor]], position: dict, keep: int = 2) -> Path:
-    """Write one checkpoint, and of it and those before it remove all but the newest `keep`.
+def save(
+    folder: Path,
+    global_step: int,
+    tensors: dict[str, dict[str, Tensor]],
+    position: dict,
+    keep: int = 2,
+    go_on: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write one checkpoint, read it back, and of it and those before it remove all but the newest `keep`.
 
     Args:
         folder: the run's `checkpoints` folder.
         global_step: updates since the run began, over all stages; the checkpoint's name.
         tensors: file stem -> tensor name -> host tensor.
         position: JSON content of `state.json`.
+        go_on: asked before every file; what it raises leaves all as it was.
 
     Returns:
         The checkpoint's folder. Until it is in place under that name, the older ones are left alone.
+
+    Raises:
+        OSError: it cannot be written, or what is read back is something else; the older ones are left alone.
     """
+    text = json.dumps(position, indent=1)
 
     def fill(aside: Path) -> None:
         for stem, named in tensors.items():
+            go_on()
             save_file(named, aside / f"{stem}.safetensors")
-        (aside / STATE).write_text(json.dumps(position, indent=1))
-        hashes = {path.name: _sha256(path) for path in sorted(aside.iterdir())}
+        (aside / STATE).write_bytes(text.encode())
+        hashes = {}
+        for path in sorted(aside.iterdir()):
+            go_on()
+            _to_disk_alone(path)
+            hashes[path.name] = _sha256(path)
+        _check(aside, tensors, text)
         (aside / MANIFEST).write_text(json.dumps(hashes, indent=1))
 
     final = folder / f"{PREFIX}{global_step:09d}"
@@ -56,10 +79,41 @@ def save(folder: Path, global_step: int, tensors: dict[str, dict[str, Tensor]], 
     # a later one is there where that was damaged, and this run goes on from before it
     for old in [one for one in found(folder) if _number(one) <= global_step][keep:]:
         shutil.rmtree(old)
-    # What a crash left half-written; ours alone writes here.
-    for left_over in folder.glob(f".{PREFIX}*"):
-        shutil.rmtree(left_over)
     return final
+
+
+def _to_disk_alone(path: Path) -> None:
+    """Flush a file and let the system forget its copy in memory, so that it is read from the disk next."""
+    flush(path)
+    if hasattr(os, "posix_fadvise"):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _check(folder: Path, tensors: dict[str, dict[str, Tensor]], text: str) -> None:
+    """Raise OSError where files hold anything but this."""
+    sound = {f"{stem}.safetensors": _holds(folder / f"{stem}.safetensors", named) for stem, named in tensors.items()}
+    sound[STATE] = (folder / STATE).read_bytes() == text.encode()
+    for name, holds in sound.items():
+        if not holds:
+            raise OSError(errno.EIO, "what is read back is not what was written", str(folder / name))
+
+
+def _holds(path: Path, named: dict[str, Tensor]) -> bool:
+    try:
+        with safe_open(path, "pt") as file:
+            if sorted(file.keys()) != sorted(named):
+                return False
+            return all(_equal(file.get_tensor(name), tensor) for name, tensor in named.items())
+    except SafetensorError:
+        return False
+
+
+def _equal(one: Tensor, other: Tensor) -> bool:
+    """To the bit, so that NaN equals itself; numpy compares in this thread alone and lets others run meanwhile."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    return np.array_equal(*(tensor.reshape(-1).view(torch.uint8).numpy() for tensor in (one, other)))
 
 
 def found(folder: Path) -> list[Path]:
@@ -92,7 +146,7 @@ def damage(checkpoint: Path) -> str:
 
 def _hashes(checkpoint: Path) -> dict[str, str]:
     """What the manifest says, by file. ValueError if it is not what `save` writes."""
-    hashes = json.loads((checkpoint / MANIFEST).read_text())
+    hashes = parsed((checkpoint / MANIFEST).read_text())
     if not isinstance(hashes, dict) or STATE not in hashes:
         raise ValueError(f"{MANIFEST} names no {STATE}")
     for name, expected in hashes.items():
@@ -129,7 +183,7 @@ def newest(
         if not fault:
             try:
                 return load(checkpoint)
-            except (SafetensorError, ValueError, OSError) as error:
+            except (SafetensorError, ValueError, OSError, RuntimeError) as error:  # torch's reader raises the last
                 fault = str(error)
         say(f"checkpoint {checkpoint.name} is damaged ({fault}); falling back to the one before it.")
     count = f"all {len(candidates)} are damaged" if candidates else "there is none"

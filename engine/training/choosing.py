@@ -16,6 +16,7 @@ import kernels
 from engine.core import dist
 from engine.core.durable import write_file
 from engine.core.errors import BadInput
+from engine.core.json_text import parsed
 from engine.training.calls import calls_of
 from engine.training.parts import Parts
 from kernels.calibrate import measure, table
@@ -68,7 +69,7 @@ def _found(parts: Parts, say: Say) -> dict[str, Any]:
     classes = len(parts.train_images.classes or ()) or 1
     calls = [
         call
-        for call in calls_of(parts.plan, device, parts.ranks.world, parts.precision, classes)
+        for call in calls_of(parts.plan, device, parts.ranks.world, parts.precision, classes, parts.stages)
         if call.op in left_to_auto()
     ]
     how = {"compiles": parts.compiles}
@@ -87,7 +88,7 @@ def _saved(path: Path) -> dict[str, Any]:
     if not path.exists():  # the run began before there were tables
         return {"table": {}, "machine": None}
     try:
-        found = json.loads(path.read_text())
+        found = parsed(path.read_text())
         return {"table": found["table"], "machine": found["machine"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {"failed": f"{path} is not a table of kernels that this version wrote ({error}); --resume needs it."}

@@ -14,27 +14,27 @@ from engine.core.errors import BadInput
 from engine.core.flags import read
 from engine.core.short_help import short_help
 from engine.data.sources import located
-from engine.methods.base import StageSettings
 from engine.methods.parts.collapse import CHOICES
+from engine.methods.settings import StageSettings
 from engine.model import recomputing, residual
-from engine.recipes import small_data
+from engine.recipes import small_data, token_schedules
 from engine.training import config_file, trackers
 
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
 RESUME_MAY_CHANGE = (
     "resume", "out", "data", "changed_data", "compile", "graphs", "device", "threads", "log_every", "probe_every", "save_every",
-    "keep", "evaluate", "dry_run", "bad_limit", "abort_after", "kernels", "calibrate", "accumulate", "recompute", "track",
-    "profile",
+    "keep", "evaluate", "dry_run", "bad_limit", "abort_after", "rewind", "kernels", "calibrate", "accumulate", "recompute",
+    "track", "profile",
 )  # fmt: skip
 
+Stages = tuple[tuple[str, StageSettings], ...]
+
 IN_FULL = ("--help-method", "--help-all")
-MORE_HELP = (
-    f"Methods: {', '.join(methods.names())}. --method NAME --help-method lists the settings of a method's stages "
-    "(--mae.epochs, ...), --help-all every flag in full. Brackets have defaults."
-)
+MORE_HELP = f"Methods: {', '.join(methods.names())}. More: --method NAME --help-method, or --help-all."
 HELP = {
     "what": (
-        "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
+        "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "tokens", "pool",
+        "collapse",
     ),
     "how": (
         "compile", "graphs", "precision", "residual", "accumulate", "recompute", "kernels", "calibrate", "deterministic",
@@ -42,7 +42,7 @@ HELP = {
     ),
     "run": (
         "out", "resume", "changed_data", "dry_run", "log_every", "probe_every", "save_every", "keep", "evaluate", "track",
-        "profile", "bad_limit", "abort_after",
+        "profile", "bad_limit", "abort_after", "rewind",
     ),
 }  # fmt: skip
 
@@ -66,8 +66,8 @@ class Train:
     weights: str = ""
     """Start from these (a published file, a run folder, an exported folder); where stages follow MAE, leave that one out."""
     preset: str = "auto"
-    """Which settings: a published preset of the method (plain, aug or the name of a set, where it has them), or digits; auto is
-    digits on the embedded data, the set's own on a published set, where there is one, and plain on others."""
+    """Which settings: a published preset of the method (plain, aug, thrift or the name of a set, where it has them), or digits;
+    auto is digits on the embedded data, the set's own on a published set, where there is one, and plain on others."""
     epochs: tuple[int, ...] = ()
     """Epochs of each stage, in order."""
     batch_size: int = 0
@@ -76,6 +76,10 @@ class Train:
     """Height and width of the input, or one number for both; default: the model's."""
     patch_size: int = 0
     """Side of a patch in pixels; 0 is the model's."""
+    tokens: str = "none"
+    """Fewer tokens in the first part of every stage that can do with them: progressive or fast (smaller crops), anneal (a
+    share of each large crop's patches, and larger ones), flexi (patches of a size drawn for each step), auto (chosen as the
+    run goes), or none; docs/low_budget.md has what each is, and the settings behind them."""
     pool: str = ""
     """What evaluation reads: token (CLS) or avg (mean of patches); default: the recipe's."""
     collapse: str = ""
@@ -139,6 +143,9 @@ class Train:
     """Largest share of unreadable images that a run accepts; they are replaced and listed."""
     abort_after: int = 50
     """Stop when this many updates in a row were skipped because loss or gradients were not finite."""
+    rewind: int = 0
+    """Where the loss shoots up, or updates are skipped as --abort-after says, go back to the weights of the last good checkpoint
+    and on behind the batches since, at most this many times a stage; 0 is never."""
 
     def in_words(self) -> list[str]:
         """What of a step is done otherwise than plainly."""
@@ -151,6 +158,7 @@ class Train:
         choices = {
             "pool": ("", "token", "avg"),
             "collapse": ("", *CHOICES),
+            "tokens": tuple(token_schedules.SCHEDULES),
             "precision": ("auto", "fp32", "bf16", "fp16"),
             "recompute": recomputing.CHOICES,
             "residual": tuple(residual.DTYPES),
@@ -168,7 +176,7 @@ class Train:
         except ValueError as error:
             raise BadInput(f"--kernels {self.kernels} cannot be had: {error}.") from error
         lowest = {"batch_size": 0, "patch_size": 0, "threads": 0, "probe_every": 0, "save_every": 0, "seed": 0}
-        lowest |= {"profile": 0, "accumulate": 1, "log_every": 1, "keep": 1, "abort_after": 1}
+        lowest |= {"profile": 0, "rewind": 0, "accumulate": 1, "log_every": 1, "keep": 1, "abort_after": 1}
         for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more.")
@@ -189,7 +197,7 @@ class Plan:
     source: str
     model: str
     encoder: dict[str, Any]
-    stages: tuple[tuple[str, StageSettings], ...] = field(default=())
+    stages: Stages = field(default=())
 
     def as_json(self) -> str:
         return config_file.sealed(
@@ -299,7 +307,31 @@ def _preset(train: Train) -> Plan:
             (name, replace(settings, collapse=train.collapse) if hasattr(settings, "collapse") else settings)
             for name, settings in stages
         )
+    if train.tokens != "none":
+        schedule = token_schedules.SCHEDULES[train.tokens]
+        stages = _with_tokens(train, schedule, stages)
+        source = f"{'' if source.startswith('after ') else 'after '}{source}, with {schedule.source}"
     return Plan(train, source, model, encoder, stages)
+
+
+def _with_tokens(train: Train, schedule: token_schedules.Schedule, stages: Stages) -> Stages:
+    """The stages, those with the schedule that can take it. Raises BadInput where none can."""
+    needed = {"phase_keeps": "drops_patches"} | dict.fromkeys(
+        ("phase_sides", "phase_patches", "patch_draws"), "shrinks"
+    )
+    wanted = [able for what, able in needed.items() if what in schedule.settings]
+    able = [
+        name
+        for name, settings in stages
+        if not getattr(settings, "reuse", 0)
+        and all(getattr(methods.get(name), able) for able in wanted)
+        and (wanted or any(getattr(methods.get(name), able) for able in needed.values()))
+    ]
+    if not able:
+        raise BadInput(
+            f"--tokens {train.tokens} cannot be had: no stage of {train.method} can do with fewer tokens so."
+        )
+    return tuple((name, replace(s, **schedule.settings) if name in able else s) for name, s in stages)
 
 
 def _saved(run: Path) -> Plan:

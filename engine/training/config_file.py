@@ -12,7 +12,7 @@ from typing import Any
 
 from engine.core.errors import BadInput
 
-VERSION = 1
+VERSION = 3
 SEAL = "sha256"
 Content = dict[str, Any]
 
@@ -29,7 +29,39 @@ def _of_none(content: Content) -> Content:
     return content | {"train": before | train}
 
 
-MIGRATIONS: tuple[Callable[[Content], Content], ...] = (_of_none,)
+def _of_one(content: Content) -> Content:
+    """All methods started, interpolated positions, resized and warmed up alike, and none had these choices; a spike of the loss
+    was left alone."""
+    encoder = {"initialisation": "xavier", "interpolation": "antialiased"} | content["encoder"]
+    before = {
+        "relvit": {"mega_shared": False, "patch_colours": "pixels"},
+        "mim_heads": {"local_pairs": "intended"}, "mim_refiner": {"local_pairs": "intended"},
+        "dinov2": {"frozen_moments": False}, "swav": {"decay_all": False}, "simmim": {"decay_token": True},
+    }  # fmt: skip
+    stages = []
+    for stage in content["stages"]:
+        stage = {"resize": "bicubic", "warmup_form": "from-start"} | before.get(stage["method"], {}) | stage
+        late = stage["schedule"] == "quarter-cosine"
+        stages.append(stage | ({"schedule": "late-quarter-cosine"} if late else {}))
+    return content | {"train": content["train"] | {"rewind": 0}, "encoder": encoder, "stages": stages}
+
+
+def _of_two(content: Content) -> Content:
+    """All steps of a stage saw images alike, cut to the model's shape, MAE decoded all masked patches, and colours were jittered
+    in one linear map."""
+    alike = {"phases": [0.0], "phase_sides": [1.0], "phase_keeps": [1.0], "phase_locals": [1.0]}
+    alike |= {"phase_patches": [1.0], "patch_draws": [1.0]}
+    alike |= {"phase_clock": "images", "phase_batch": "same", "phase_choice": "given", "aspect": "crop"}
+    before = {"mae": {"decode_share": 1.0}}
+    coloured = {"augmentation", "jitter"}  # which settings those stages have whose crops may be jittered
+    stages = [
+        alike | before.get(stage["method"], {}) | ({"colours": "linear"} if coloured & stage.keys() else {}) | stage
+        for stage in content["stages"]
+    ]
+    return content | {"train": {"tokens": "none"} | content["train"], "stages": stages}
+
+
+MIGRATIONS: tuple[Callable[[Content], Content], ...] = (_of_none, _of_one, _of_two)
 
 
 def sealed(content: Content) -> str:
@@ -52,7 +84,7 @@ def opened(path: Path) -> Content:
         raise BadInput(
             f"--resume {path.parent} is not a run folder: {path.name} cannot be read; give the folder a run wrote."
         ) from error
-    except (ValueError, AttributeError, TypeError) as error:
+    except (ValueError, AttributeError, TypeError, RecursionError) as error:
         raise BadInput(f"{path} is not a configuration this version wrote ({error}); start a new run.") from error
     if not whole:
         raise BadInput(

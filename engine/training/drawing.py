@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.core.draws import Draws
+from engine.core.phases import Phase
 from engine.methods.base import Method
 
 Drawn = dict[str, Tensor]
@@ -22,33 +23,42 @@ def drawn(method: Method, draws: Draws) -> Drawn:
 
 
 @contextmanager
-def drawing(method: Method, draws: Callable[[int], Draws], first: int, end: int) -> Iterator[Callable[[int], Drawn]]:
+def drawing(
+    method: Method,
+    draws: Callable[[int], Draws],
+    first: int,
+    end: int,
+    form: Callable[[int], Phase] | None = None,
+) -> Iterator[Callable[[int], Drawn]]:
     """Inside, a function that gives what is drawn of a step, asked for each from `first` up to before `end`, in order.
 
     A method that draws ahead does so in one thread, with one of torch's threads, which is gone afterwards, whatever ends the
     context; an exception there is raised where the step is asked for. As every choice is a function of seed, stage and step, what
     is drawn is the same. Any other method draws where it is asked.
+
+    Args:
+        form: of the phase, what a step is shown; by default all that the method is.
     """
+
+    def made(step: int) -> Drawn:
+        return drawn(method if form is None else method.in_phase(form(step)), draws(step))
+
     if not method.draws_ahead:
-        yield lambda step: drawn(method, draws(step))
+        yield made
         return
     threads = torch.get_num_threads()
     with ThreadPoolExecutor(1, "draws", initializer=_take_one_thread) as pool:
-
-        def ahead(step: int) -> Drawn:
-            return drawn(method, draws(step))
-
         try:
             pool.submit(int).result()  # the thread has begun once this ran
         finally:
             torch.set_num_threads(threads)  # for those that begin later, which is the other call's doing as well
-        waiting = {first: pool.submit(ahead, first)}
+        waiting = {first: pool.submit(made, first)}
 
         def take(step: int) -> Drawn:
-            made = waiting.pop(step).result()
+            taken = waiting.pop(step).result()
             if step + 1 < end:
-                waiting[step + 1] = pool.submit(ahead, step + 1)
-            return made
+                waiting[step + 1] = pool.submit(made, step + 1)
+            return taken
 
         try:
             yield take

@@ -4,6 +4,7 @@ Where the steps wait for images, the loader is timed alone as well, with other n
 """
 
 import resource
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,7 +22,9 @@ from engine.training.build import build
 from engine.training.choosing import choose
 from engine.training.config import Plan
 from engine.training.drawing import drawing
+from engine.training.operations import cheapest
 from engine.training.parts import Parts
+from engine.training.portions import portions
 from engine.training.state import TrainState
 from engine.training.waits import Feed, Waits, verdict
 
@@ -31,7 +34,7 @@ SECONDS_ALONE = 3.0  # for which a loader is timed
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of a stage's steps.
+    """Of a portion's steps.
 
     Attributes:
         first: seconds of the first step, compilation included.
@@ -46,48 +49,55 @@ class _Measured:
 
 @dataclass(frozen=True)
 class Planned:
-    """Of a stage, what `engine.plan` says beforehand: images per second of all ranks, and GiB at a step's peak."""
+    """Of a portion, what `engine.plan` says beforehand: images per second of all ranks, and GiB at a step's peak."""
 
     images_per_second: float
     peak: float
 
 
 def dry_run(parts: Parts, planned: Sequence[Planned] = ()) -> int:
-    """Print images/s, peak memory and hours of every stage, measured on real batches of the data, beside what was planned of
-    each where that is given. Returns the exit status."""
+    """Print images/s, peak memory and hours of every stage and phase, measured on real batches of the data, beside what was
+    planned of each where that is given. Returns the exit status."""
     choose(parts, None, lambda line: print(line) if parts.ranks.first else None)
     table = Table(title=f"dry run: {parts.plan.train.method}, {parts.plan.model}, {parts.precision}")
     headings = ["stage", "first step (s)", "images/s", "waiting for data", "steps", "hours", "peak memory (GiB)"]
     for heading in headings + ["images/s planned", "GiB planned"] * bool(planned):
         table.add_column(heading, justify="left" if heading == "stage" else "right")
-    state, hours, measured, said = None, 0.0, replace(parts, plan=_without_reuse(parts.plan)), []
-    for stage in parts.stages:
+    state, measured, said = None, replace(parts, plan=_without_reuse(parts.plan)), []
+    # by stage; and as if all its steps were like those of its last portion
+    hours, like_last = defaultdict(float), {}
+    least = cheapest(parts.plan, parts.stages)
+    for number, portion in enumerate(portions(parts.plan, parts.stages, least)):
         if parts.ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        state = build(measured, stage.index, state.method if state else None)
+        if state is None or state.stage != portion.stage.index:
+            state = build(measured, portion.stage.index, state.method if state else None)
+        state.update.begin_phase(portion.phase, portion.images_per_step)
         found = _measure(measured, state)
-        reuse = getattr(parts.settings(stage.index), "reuse", 0)
-        # a stage that stores features encodes as many images as it stores; its steps on them are nothing beside that
-        images = reuse * len(parts.images(stage.index)) if reuse else stage.total_steps * stage.images_per_step
-        stage_hours = images / found.images_per_second / 3600
-        hours += stage_hours
+        step_hours = portion.images_per_step / found.images_per_second / 3600
+        portion_hours = portion.steps * step_hours
+        hours[portion.stage.name] += portion_hours
+        like_last[portion.stage.name] = portion.stage.total_steps * step_hours
         peak = _peak_memory(parts)
         cells = [
             f"{found.first:.1f}",
             f"{found.images_per_second:,.0f}",
             f"{found.waiting:.0%}",
-            f"{stage.total_steps:,}",
-            f"{stage_hours:,.2f}",
+            f"{portion.steps:,}",
+            f"{portion_hours:,.2f}",
             f"{peak:.2f}",
         ]
-        for plan in planned[stage.index : stage.index + 1]:
+        for plan in planned[number : number + 1]:
             cells += [_beside(plan.images_per_second, found.images_per_second, ",.0f"), _beside(plan.peak, peak, ".2f")]
-        table.add_row(stage.name, *cells)
+        table.add_row(portion.name, *cells)
         said += _about_loader(measured, state, found)
     if parts.ranks.first:
         Console().print(table)
         print(*said, sep="\n", end="\n" if said else "")
-        print(f"the whole run: about {hours:,.2f} hours with {parts.ranks.world} process(es), evaluation not counted.")
+        most = sum(like_last[name] if name in least else taken for name, taken in hours.items())
+        more = f" (where auto takes the cheapest each time; {most:,.2f} where it takes all tokens)" * bool(least)
+        whole = f"about {sum(hours.values()):,.2f} hours{more} with {parts.ranks.world} process(es)"
+        print(f"the whole run: {whole}, evaluation not counted.")
     return 0
 
 
@@ -103,15 +113,16 @@ def _without_reuse(plan: Plan) -> Plan:
 
 
 def _measure(parts: Parts, state: TrainState) -> _Measured:
-    ranks, stage = parts.ranks, parts.stages[state.stage]
+    ranks, images = parts.ranks, state.update.images_per_step
     loader, waits, waited = parts.loader(state), Waits(ranks.device), 0.0
     marks = [monotonic()]
     try:
-        with drawing(state.method, partial(parts.draws, stage.index), 0, WARM_UP + MEASURED) as drawn:
+        with drawing(state.method, partial(parts.draws, state.stage, batch=images), 0, WARM_UP + MEASURED) as drawn:
             for step in range(WARM_UP + MEASURED):
                 batch = waits.fetch(loader)
                 # most steps are not logged
-                state.update(step, batch.images, to_device(batch.ids, ranks.device), drawn(step), logged=False)
+                chosen = drawn(step) | batch.shapes
+                state.update(step, batch.images, to_device(batch.ids, ranks.device), chosen, logged=False)
                 if step in (0, WARM_UP - 1, WARM_UP + MEASURED - 1):
                     _wait(ranks.device)
                     dist.barrier()
@@ -121,7 +132,7 @@ def _measure(parts: Parts, state: TrainState) -> _Measured:
         loader.close()
     start, first, warm, end = marks
     waiting = min(1.0, dist.largest(waited / (end - warm), ranks.device))
-    return _Measured(first - start, MEASURED * stage.images_per_step / (end - warm), waiting)
+    return _Measured(first - start, MEASURED * images / (end - warm), waiting)
 
 
 def _about_loader(parts: Parts, state: TrainState, found: _Measured) -> list[str]:
@@ -135,7 +146,9 @@ def _about_loader(parts: Parts, state: TrainState, found: _Measured) -> list[str
         loader = parts.with_threads(threads).loader(state)
         try:
             dist.barrier()
-            own = rate_alone(loader, stage.images_per_step // parts.ranks.world, partial(_wait, parts.ranks.device))
+            own = rate_alone(
+                loader, state.update.images_per_step // parts.ranks.world, partial(_wait, parts.ranks.device)
+            )
         finally:
             loader.close()
         whole = float(dist.all_reduce(torch.tensor(own, dtype=torch.float64, device=parts.ranks.device)))

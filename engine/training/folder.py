@@ -10,14 +10,18 @@ import json
 from contextlib import suppress
 from pathlib import Path
 
+from torch import Tensor
+
 from engine.core.durable import new_folder, write_file
 from engine.core.errors import BadInput
+from engine.core.json_text import parsed
+from engine.methods.base import Method
 from engine.model import weights
 from engine.training.config import Plan
 from engine.training.log import EVENTS
 from engine.training.loop import Stage
 from engine.training.parts import Parts
-from engine.training.state import TrainState
+from engine.training.state import Content, TrainState
 
 BAD_FILES = "bad_files.json"
 
@@ -51,11 +55,26 @@ def of_stage(folder: Path, stage: Stage) -> Path:
     return folder / "stages" / f"{stage.index + 1}-{stage.name}"
 
 
-def export(parts: Parts, state: TrainState, folder: Path) -> None:
-    """Write the encoder as it is judged, with its classifier if there is one, so that timm loads it."""
-    with state.update.average.in_place():
-        classes = parts.train_images.classes or ()
-        weights.export(state.method.evaluated, folder, classifier=state.method.classifier, classes=classes)
+def export(parts: Parts, method: Method, tensors: Content, folder: Path) -> None:
+    """Write the encoder as it is judged, with its classifier if there is one, so that timm loads it.
+
+    Args:
+        method: says what its encoder is; its own weights are not read.
+        tensors: of the state, or of a copy of it.
+    """
+    state, classes = judged(method, tensors), parts.train_images.classes or ()
+    weights.export(method.evaluated, folder, classifier=method.classifier, classes=classes, state=state)
+
+
+def judged(method: Method, tensors: Content) -> dict[str, Tensor]:
+    """Of a state's tensors those of the encoder that is judged, and of its classifier: averaged where there is an average."""
+    place = next(name for name, module in method.named_modules() if module is method.evaluated)
+    averaged = tensors["average"] if method.evaluated is method.encoder else {}
+    trained = {
+        name: tensors["model"][name if name.startswith("classifier.") else f"{place}.{name}"]
+        for name in weights.state_of(method.evaluated, method.classifier)
+    }
+    return trained | averaged
 
 
 def list_bad_files(parts: Parts, state: TrainState, folder: Path) -> list[str]:
@@ -72,5 +91,5 @@ def events(folder: Path) -> list[dict]:
     found = []
     for line in (folder / EVENTS).read_bytes().splitlines() if (folder / EVENTS).is_file() else ():
         with suppress(ValueError):
-            found.append(json.loads(line))
+            found.append(parsed(line))
     return found

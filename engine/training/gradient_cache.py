@@ -13,7 +13,9 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from engine.methods.base import Comparing, Rows, StageSettings
+from engine.methods.base import Rows
+from engine.methods.comparing import Comparing
+from engine.methods.settings import StageSettings
 
 MicroBatch = tuple[tuple[Tensor, ...], Tensor, dict[str, Tensor]]  # images, ids and draws of some rows of a batch
 

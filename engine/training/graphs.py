@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from engine.core import dist
 from engine.core.errors import BadInput
-from engine.methods.base import StageSettings
+from engine.methods.settings import StageSettings
 from engine.model.vit import VisionTransformer
 from engine.training import gradient_cache
 from engine.training.config import Train
@@ -48,6 +48,8 @@ def obstacle(
         return "--profile watches launches one by one"
     if gradient_cache.needed(settings, train.accumulate):
         return "micro-batches whose images are compared are represented twice"
+    if settings.aspect == "keep":
+        return "how many tokens images of their own aspect have differs from step to step"
     return settings.ungraphed(encoder) or (UNSEEN if train.graphs == "auto" else "")
 
 

@@ -97,7 +97,7 @@ class RunLog:
             count: stages of the run.
             start_step: updates finished before this stage, those of earlier stages included.
             total_steps: updates of this stage alone.
-            images_per_step: the global batch.
+            images_per_step: the global batch, at its next step.
             flops_per_image: of this stage, where it differs from the run's.
         """
         if not self._active:
@@ -109,6 +109,11 @@ class RunLog:
         self._left_out = 0 if self._step == start_step else None
         self._speed.begin(images_per_step, self._flops_per_image if flops_per_image is None else flops_per_image)
         self._progress.begin(Stretch(name, index, count, start_step, total_steps), self._step, images_per_step)
+
+    def cost(self, images_per_step: int, flops_per_image: float) -> None:
+        """How many images a step has from here on, and what each costs, where that changes within a stage."""
+        if self._active:
+            self._speed.cost(self._step, images_per_step, flops_per_image)
 
     def tick(self, step: int) -> None:
         """Say that `step` updates are finished. Cheap: no file, no tensor, no wait for the device."""
@@ -172,25 +177,26 @@ class RunLog:
         """Print one line above the bar."""
         self._progress.message(text)
 
-    def note(self, event: str, words: str, *, shown: bool = True) -> None:
+    def note(self, event: str, words: str, *, shown: bool = True, **more: object) -> None:
         """What became of the run: a line of events.jsonl, which is only ever added to, also by those who go on with the run.
 
         Args:
             event: its kind, such as "resumed".
             words: a sentence, also printed where it is `shown`.
+            more: further fields of the line, JSON-like.
         """
         if not self._active:
             return
         if shown:
             self.message(words)
         if self.folder is not None and self.folder.is_dir():
-            line = {"time": round(time(), 3), "event": event, "step": self._step, "words": words}
+            line = {"time": round(time(), 3), "event": event, "step": self._step, "words": words, **more}
             with suppress(OSError):  # of a disk that fails, the error itself tells
-                _add_line(self.folder / EVENTS, json.dumps(line))
+                _add_line(self.folder / EVENTS, json.dumps(strict(line)))
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """Time spent inside (a probe, a picture, a blocking save) is left out of images per second.
+        """Time spent inside (a probe, a picture, what a save holds up) is left out of images per second.
 
         Enter it when the device is idle, for example after `log`, or queued training steps count as time aside.
         """

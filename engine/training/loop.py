@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from engine.core import dist
 from engine.core.errors import BadInput
 from engine.core.host_memory import to_device
 from engine.core.stopping import StopRequest
+from engine.core.timetable import Timetable
 from engine.data.batch import Batch
 from engine.training.log import RunLog
 from engine.training.probe import neighbour_agreement
@@ -21,29 +23,46 @@ from engine.training.waits import Waits
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a stage lies in its run. Steps are updates; `first_step` counts those of the stages before."""
+    """Where a stage lies in its run, and its steps, which are updates; `first_step` counts those of the stages before."""
 
     name: str
     index: int
     count: int
     first_step: int
-    total_steps: int
-    steps_per_epoch: int
-    images_per_step: int
+    timetable: Timetable
+
+    @property
+    def total_steps(self) -> int:
+        return self.timetable.total_steps
 
 
 @dataclass(frozen=True)
 class Cadence:
-    """Steps between logged values; epochs between probes and between checkpoints (0: only at the end of a stage)."""
+    """Steps between logged values; epochs between probes and between checkpoints (0: only at the end of a stage); updates skipped
+    in a row after which training ends; how often a stage may go back to an earlier checkpoint."""
 
     log_every: int
     probe_every: int
     save_every: int
     abort_after: int
+    rewind: int
 
 
 class Stopped(Exception):
     """The run was asked to stop, and its state is saved."""
+
+
+class Saves(Protocol):
+    """What makes a state durable beside the steps (`engine.training.saving`)."""
+
+    def begin(self) -> None:
+        """Save the state of this moment; where bad files are too many over all ranks, it is waited for and BadInput raised."""
+
+    def check(self) -> None:
+        """After every step: raise what went wrong with the save under way."""
+
+    def finish(self) -> None:
+        """Wait for it, on all ranks."""
 
 
 def run_stage(
@@ -57,7 +76,9 @@ def run_stage(
     *,
     watch: Callable[[], AbstractContextManager[None]],
     probe: Callable[[], dict[str, float | str]],
-    save: Callable[[], None],
+    saving: Saves,
+    turn: Callable[[], None],
+    go_back: Callable[[int, str], None],
     over_limit: Callable[[], bool],
     labels: np.ndarray | None,
 ) -> None:
@@ -68,13 +89,15 @@ def run_stage(
         drawn: the random choices of a step, asked for step by step.
         watch: entered around every step, for a profile.
         probe: measures the encoder; its values are logged.
-        save: makes the state durable; where bad files are too many over all ranks it says so by BadInput, then.
+        saving: of `state`.
+        turn: called before each step, for what comes between two of them.
+        go_back: gives the state the weights of the newest checkpoint of at most so many updates of the run; told why.
         over_limit: whether this rank knows of too many.
         labels: class by dataset id, where the data have classes: only for the agreement of looked-up neighbours.
 
     Raises:
         Stopped: a signal came; the state was saved.
-        BadInput: too many updates in a row were not finite; or the batches or `save` raise it. What was trained is saved then,
+        BadInput: too many updates in a row were not finite; or the batches or `saving` raise it. What was trained is saved then,
             but where another rank can't be asked to.
     """
     log.start_stage(
@@ -83,25 +106,30 @@ def run_stage(
         stage.count,
         stage.first_step,
         stage.total_steps,
-        stage.images_per_step,
-        flops_per_image=state.method.flops_per_image(),
+        state.update.images_per_step,
+        flops_per_image=state.update.flops_per_image(),
     )
     device = state.update.skipped.device
     waits = Waits(device)
     while state.step < stage.total_steps:
+        turn()
         with watch():
-            batch = _fetched(waits, batches, save, log)
+            batch = _fetched(waits, batches, saving, log)
             images, ids = batch.images, to_device(batch.ids, device)
             done, last = stage.first_step + state.step + 1, state.step + 1 == stage.total_steps
             logs = last or (state.step + 1) % cadence.log_every == 0
-            report = state.update(state.step, images, ids, drawn(state.step), logs)
+            report, wrong = state.update(state.step, images, ids, drawn(state.step), logs), None
             state.step += 1
             log.tick(done)
+            saving.check()
             if logs:
                 values = _read(report, state, batch, labels)
+                if len({stretch.images for stretch in stage.timetable.stretches}) > 1:
+                    values["images_seen"] = stage.timetable.place(state.step).seen
                 # the slowest rank keeps all others waiting, in the next sum over ranks
                 log.log(done, values, waited=dist.largest(waits.seconds(), device))
-                _check_guard(state, stage, cadence)
+                if wrong := _went_wrong(state, values["loss"], stage, cadence, saving):
+                    go_back(*wrong)
         # Ranks agree on stopping only where they wait for one another anyway.
         agreeing = logs or dist.world_size() == 1
         stopping = agreeing and dist.any_rank(stop.raised, device)
@@ -110,26 +138,29 @@ def run_stage(
             with log.aside():
                 measured = probe()
             log.log(done, measured, kind="probe")
-        if last or stopping or too_many or _due(state.step, stage, cadence.save_every):
+        if last or stopping or too_many or wrong or _due(state.step, stage, cadence.save_every):
             with log.aside():
-                save()
+                saving.begin()
+                if last or stopping:
+                    saving.finish()
         if stopping:
             raise Stopped
 
 
-def _fetched(waits: Waits, batches: Iterator[Batch], save: Callable[[], None], log: RunLog) -> Batch:
+def _fetched(waits: Waits, batches: Iterator[Batch], saving: Saves, log: RunLog) -> Batch:
     """The next batch. Where there is none, what was trained is saved first, unless that takes other ranks."""
     try:
         return waits.fetch(batches)
     except BadInput:
         if dist.world_size() == 1:
             with log.aside():
-                save()
+                saving.begin()
+                saving.finish()
         raise
 
 
 def _due(step: int, stage: Stage, every: int) -> bool:
-    return every > 0 and step % (every * stage.steps_per_epoch) == 0
+    return every > 0 and stage.timetable.ends_epochs(step, every)
 
 
 def _read(
@@ -149,11 +180,31 @@ def _read(
     return dict(zip(scalars, values)) | {name: v for name, v in report.items() if not isinstance(v, Tensor)}
 
 
-def _check_guard(state: TrainState, stage: Stage, cadence: Cadence) -> None:
+def _went_wrong(
+    state: TrainState, loss: float, stage: Stage, cadence: Cadence, saving: Saves
+) -> tuple[int, str] | None:
+    """How many updates of the run were made before training went wrong, and how it did; None if it didn't.
+
+    Raises:
+        BadInput: it did, and must not go back (again).
+    """
+    usual, spike = state.spikes.usual, state.spikes.note(loss) and cadence.rewind > 0
     in_a_row = int(state.update.skipped_in_a_row)
     if in_a_row >= cadence.abort_after:
-        raise BadInput(
-            f"the last {in_a_row} updates of stage {stage.name} were skipped because loss or gradients were not finite; "
-            "python -m engine.replay RUN says where that arises; try a lower learning rate, --precision fp32 or gradient "
-            "clipping, and resume from the last checkpoint."
+        since = in_a_row
+        words = (
+            f"the last {in_a_row} updates of stage {stage.name} were skipped because loss or gradients were not finite"
         )
+    elif spike:
+        since = state.spikes.above * cadence.log_every
+        words = f"the loss of stage {stage.name} is {loss:.4g}, after {usual:.4g} before"
+    else:
+        return None
+    saving.finish()  # it may be gone back to; and no rank leaves while the first one writes
+    if state.spikes.rewound >= cadence.rewind:
+        again = f" again, after --rewind {cadence.rewind}" if cadence.rewind else ""
+        raise BadInput(
+            f"{words}{again}; python -m engine.replay RUN says where what is not finite arises; try a lower learning rate, "
+            "--precision fp32 or gradient clipping, and resume from the last checkpoint."
+        )
+    return stage.first_step + max(0, state.step - since), words

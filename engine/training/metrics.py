@@ -13,6 +13,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 from engine.core.durable import write_file
+from engine.core.json_text import parsed
 
 TIME_FIELDS = ("time", "images_per_second", "mfu", "waiting_for_data")
 OF_THE_LINE = ("step", "stage", "kind", "time", "not_finite")
@@ -87,7 +88,7 @@ def strict(values: Mapping) -> dict:
 
 def _parsed(line: bytes) -> dict | None:
     try:
-        record = json.loads(line)
+        record = parsed(line)
     except ValueError:
         return None
     fields = {"step": int, "stage": str, "kind": str}

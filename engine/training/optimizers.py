@@ -147,16 +147,18 @@ def _described(groups: Iterable[Group]) -> list[dict]:
             "weight_decay": group.weight_decay,
             "first_decay": group.weight_decay,
             "frozen_epochs": group.frozen_epochs,
+            "watches": group.watches,
             "clips": group.clips,
         }
         for group in groups
     ]
 
 
-def set_lr(optimizer: torch.optim.Optimizer, share_of_peak: float) -> float:
-    """Set every group's lr to its share of its own peak; returns the largest."""
+def set_lr(optimizer: torch.optim.Optimizer, share_of_peak: float, epoch: int = 0) -> float:
+    """Set every group's lr to its share of its own peak, or to 0 where it only watches in this epoch; returns the largest."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * share_of_peak
+        waits = group["watches"] and epoch < group["frozen_epochs"]
+        group["lr"] = 0.0 if waits else group["peak_lr"] * share_of_peak
     return max(group["lr"] for group in optimizer.param_groups)
 
 
@@ -167,9 +169,10 @@ def set_decay(optimizer: torch.optim.Optimizer, share_of_first: float) -> None:
 
 
 def drop_frozen(optimizer: torch.optim.Optimizer, epoch: int) -> None:
-    """Forget the gradients of groups that are frozen in this epoch: neither step, decay nor moments then touch them."""
+    """Forget the gradients of groups that are frozen in this epoch and don't watch: neither step, decay nor moments then touch
+    them."""
     for group in optimizer.param_groups:
-        if epoch < group["frozen_epochs"]:
+        if epoch < group["frozen_epochs"] and not group["watches"]:
             for parameter in group["params"]:
                 parameter.grad = None
 

@@ -6,14 +6,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 
 import kernels
+from engine import methods
 from engine.core import dist
 from engine.core.draws import Draws, seed_of
 from engine.core.errors import BadInput
+from engine.core.timetable import Timetable, grown
 from engine.data import cache
 from engine.data.batch import Batch
 from engine.data.identity import Identity
@@ -22,13 +25,16 @@ from engine.data.sources import ImageSet, has_split, open_images, usable_cpus
 from engine.data.stream import MAX_THREADS
 from engine.data.subsets import few_per_class
 from engine.data.views import Augmentation
-from engine.methods.base import StageSettings
+from engine.methods.crops import MultiCrop
+from engine.methods.settings import StageSettings
 from engine.model import vit, weights
 from engine.training import graphs
 from engine.training.config import Plan, Train
 from engine.training.loop import Stage
+from engine.training.operations import CLASSES, costs
 from engine.training.precision import AUTOCAST, automatic
 from engine.training.state import TrainState
+from engine.training.token_choice import candidates
 from engine.training.waits import Feed
 from kernels.determinism import same_bits_from_torch
 
@@ -69,14 +75,27 @@ class Parts:
         return _stage_images(self.train_images, self.settings(index), self.plan.train.seed)
 
     def loader(self, state: TrainState) -> TrainLoader:
-        """This rank's batches of the stage, from the state's step on. A method without views stores what it needs first."""
-        stage, views = self.stages[state.stage], state.method.views()
-        if not views:
+        """This rank's batches of the stage in the method's phase, from the state's step on. A method without views stores what it
+        needs first."""
+        stage = self.stages[state.stage]
+        if not state.method.views():
             self._store(state)
+
+        def place(step: int) -> tuple[int, int]:
+            found = stage.timetable.place(step)
+            return found.epoch, found.position
+
+        return self._loader(state, self.seed(stage.index, "data"), start_step=state.step, place=place)
+
+    def samples(self, state: TrainState, *purpose: int | str) -> TrainLoader:
+        """This rank's rows of batches of the stage in the method's phase, in an order that goes by the purpose, for a look."""
+        return self._loader(state, self.seed(state.stage, *purpose))
+
+    def _loader(self, state: TrainState, seed: int, **where: Any) -> TrainLoader:
         return TrainLoader(
-            self.images(state.stage), views, stage.images_per_step, seed=self.seed(stage.index, "data"),
+            self.images(state.stage), state.method.views(), state.update.images_per_step, seed=seed,
             rank=self.ranks.rank, world=self.ranks.world, device=self.ranks.device,
-            threads=self.plan.train.threads or None, start_step=state.step, ledger=state.bad_files,
+            threads=self.plan.train.threads or None, ledger=state.bad_files, **where,
         )  # fmt: skip
 
     def with_threads(self, threads: int) -> "Parts":
@@ -99,7 +118,7 @@ class Parts:
 
         def crops(views: Sequence[Augmentation], turn: int) -> Iterator[Batch]:
             return each_once(
-                images, views, max(1, self.stages[state.stage].images_per_step // ranks.world),
+                images, views, max(1, state.update.images_per_step // ranks.world),
                 seed=self.seed(state.stage, "stored"), turn=turn, rank=ranks.rank, world=ranks.world, device=ranks.device,
                 threads=self.plan.train.threads or None, ledger=state.bad_files,
             )  # fmt: skip
@@ -107,11 +126,15 @@ class Parts:
         with torch.no_grad(), torch.autocast(ranks.device.type, dtype=dtype, enabled=dtype is not None):
             state.method.store(crops, len(images))
 
-    def draws(self, index: int, step: int) -> Draws:
-        """The random choices of a step of stage `index`, this rank's rows."""
-        batch = self.stages[index].images_per_step
+    def draws(self, index: int, step: int, batch: int = 0) -> Draws:
+        """The random choices of a step of stage `index`, this rank's rows of so many images; 0 is the settings' batch."""
+        return self.draws_of(index, step, batch=batch)
+
+    def draws_of(self, index: int, *purpose: int | str, batch: int = 0) -> Draws:
+        """Likewise, for anything but a step."""
+        batch = batch or self.settings(index).batch_size
         rows = self.ranks.rows(batch)
-        return Draws(self.plan.train.seed, index, step, batch=batch, rows=rows, device=self.ranks.device)
+        return Draws(self.plan.train.seed, index, *purpose, batch=batch, rows=rows, device=self.ranks.device)
 
 
 def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
@@ -135,17 +158,22 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
     encoder = vit.create(plan.model, **plan.encoder)
     for name, settings in plan.stages:
         settings.check_encoder(name, encoder)
+        _check_phases(name, settings, encoder)
+        _check_aspect(name, settings, encoder)
         if settings.labelled and train_images.labels is None:
             raise BadInput(f"stage {name} learns from classes, but {train_images.root} has none: give train/CLASS/*.")
         _check_batch(name, settings, plan, ranks, len(_stage_images(train_images, settings, train.seed)))
     loaded = str(weights.load(encoder, train.weights)) if train.weights and not train.resume else ""
+    stages = stages_of(plan, train_images)
+    for stage in stages:
+        _check_queue(stage, plan.stages[stage.index][1])
     parts = Parts(
         plan,
         ranks,
         train_images,
         val_images,
         encoder.to(ranks.device),
-        stages_of(plan, train_images),
+        stages,
         precision,
         _compiles(train, ranks),
         identity,
@@ -189,11 +217,21 @@ def _same_on_all_ranks(own: Identity, ranks: dist.Ranks) -> Identity:
 def stages_of(plan: Plan, images: ImageSet) -> list[Stage]:
     stages, first_step = [], 0
     for index, (name, settings) in enumerate(plan.stages):
-        per_epoch = len(_stage_images(images, settings, plan.train.seed)) // settings.batch_size
-        total = settings.epochs * per_epoch
-        stages.append(Stage(name, index, len(plan.stages), first_step, total, per_epoch, settings.batch_size))
-        first_step += total
+        timetable = _timetable(plan, index, len(_stage_images(images, settings, plan.train.seed)), images.classes)
+        stages.append(Stage(name, index, len(plan.stages), first_step, timetable))
+        first_step += timetable.total_steps
     return stages
+
+
+def _timetable(plan: Plan, index: int, images: int, classes: Sequence[str] | None) -> Timetable:
+    settings = plan.stages[index][1]
+    phases, batch = settings.token_phases, settings.batch_size
+    grows, by_compute = settings.phase_batch == "grow", settings.phase_clock == "compute"
+    cost = costs(plan, index, phases.phases, len(classes or ()) or CLASSES) if grows or by_compute else {}
+    return Timetable(
+        images, batch, settings.epochs, phases,
+        batches=grown(batch, cost, images) if grows else None, costs=cost if by_compute else None,
+    )  # fmt: skip
 
 
 def _stage_images(images: ImageSet, settings: StageSettings, seed: int) -> ImageSet:
@@ -211,6 +249,72 @@ def _check_batch(stage: str, settings: StageSettings, plan: Plan, ranks: dist.Ra
             f"stage {stage} has a batch of {batch}, which {ranks.world} processes with {accumulate} micro-batches each "
             "cannot share evenly; choose a multiple."
         )
+
+
+def _check_phases(stage: str, settings: StageSettings, encoder: vit.VisionTransformer) -> None:
+    """Raise BadInput where the method can't be shown fewer tokens in the way its phases say."""
+    kind, phases = methods.get(stage), settings.token_phases.phases
+    if getattr(settings, "reuse", 0) and len(phases) > 1:
+        raise BadInput(f"--{stage}.phases are for steps that encode images; with --{stage}.reuse they don't.")
+    if settings.phase_choice == "auto" and not candidates(kind, encoder):
+        raise BadInput(f"--{stage}.phase-choice auto: {stage} can't do with fewer tokens.")
+    if any(phase.side < 1 for phase in phases):
+        if not kind.shrinks:
+            raise BadInput(f"--{stage}.phase-sides: {stage} can only be trained at the model's own image size.")
+        if encoder.rel_pos_bias is not None:
+            raise BadInput(f"--{stage}.phase-sides: relative positions are those of the model's own image size.")
+    if any(phase.keep < 1 for phase in phases) and not kind.drops_patches:
+        raise BadInput(f"--{stage}.phase-keeps: {stage} needs every patch of a crop.")
+    if any(phase.small < 1 for phase in phases):
+        if not issubclass(kind, MultiCrop) or not settings.local_crops:
+            raise BadInput(f"--{stage}.phase-locals: images of {stage} have no small crops here.")
+        if min(settings.global_crops + phase.small_crops(settings.local_crops) for phase in phases) < 2:
+            raise BadInput(f"--{stage}.phase-locals: there must be two crops of an image at least.")
+    if any(form.patch > 1 for phase in phases for form in phase.forms):
+        _check_patches(stage, settings, encoder)
+
+
+def _check_patches(stage: str, settings: StageSettings, encoder: vit.VisionTransformer) -> None:
+    """Raise BadInput where patches can't be as large as the phases say."""
+    own, phases = encoder.patch_size, settings.token_phases.phases
+    flag = f"--{stage}.{'phase-patches' if any(phase.patch > 1 for phase in phases) else 'patch-draws'}"
+    if not methods.get(stage).shrinks:
+        raise BadInput(f"{flag}: {stage} can only be trained with the model's own patches.")
+    if encoder.rel_pos_bias is not None:
+        raise BadInput(f"{flag}: relative positions are those of the model's own patches.")
+    small = (settings.local_size,) * 2 if getattr(settings, "local_crops", 0) else encoder.img_size
+    for phase in phases:
+        for form in phase.forms:
+            side, exact = form.patch_size(own), form.patch * own
+            if abs(exact - side) > 1e-6:
+                raise BadInput(
+                    f"{flag}: {form.patch:g} times the model's {own} pixels are no whole number, but {exact:g}."
+                )
+            if form.patch > 1 and min(form.size(encoder.img_size, own)) < 2 * side:
+                raise BadInput(f"{flag}: of patches of {side} pixels a large crop would have one row.")
+        for full in (encoder.img_size, small):
+            sizes = {form.size(full, own): form.patch_size(own) for form in phase.forms}
+            if len(sizes) > 1:
+                told = ", ".join(f"{height} x {width} in patches of {side}" for (height, width), side in sizes.items())
+                raise BadInput(f"--{stage}.patch-draws: crops must stay at one size, and these would be {told} pixels.")
+
+
+def _check_queue(stage: Stage, settings: StageSettings) -> None:
+    """Raise BadInput where a step of a grown batch brings more keys than the stage's queue has room for."""
+    room, most = getattr(settings, "queue_size", 0), max(one.images for one in stage.timetable.stretches)
+    if 0 < room < most:
+        raise BadInput(
+            f"--{stage.name}.phase-batch grow makes batches of {most}, more than the queue's {room}; set "
+            f"--{stage.name}.queue-size higher."
+        )
+
+
+def _check_aspect(stage: str, settings: StageSettings, encoder: vit.VisionTransformer) -> None:
+    """Raise BadInput where the method or the model can't be shown images of their own aspect."""
+    if settings.aspect == "keep" and not methods.get(stage).keeps_aspect:
+        raise BadInput(f"--{stage}.aspect keep: {stage} can only be trained on crops of one shape.")
+    if settings.aspect == "keep" and encoder.rel_pos_bias is not None:
+        raise BadInput(f"--{stage}.aspect keep: relative positions are those of the model's own grid.")
 
 
 def _compiles(train: Train, ranks: dist.Ranks) -> bool:

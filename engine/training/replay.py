@@ -23,7 +23,7 @@ from engine.core.host_memory import to_device
 from engine.data.batch import Batch
 from engine.training import checkpoint
 from engine.training.build import build
-from engine.training.drawing import drawing
+from engine.training.feeding import Feeding
 from engine.training.metrics import read_metrics, strict
 from engine.training.parts import Parts
 from engine.training.state import TrainState, restore
@@ -100,20 +100,16 @@ def replay(parts: Parts, run: Path, stretch: Stretch, say: Callable[[str], None]
     """
     state = _state_before(parts, run, stretch, say)
     stage = parts.stages[state.stage]
-    loader = parts.loader(state)
-    try:
-        with drawing(state.method, partial(parts.draws, stage.index), state.step, stage.total_steps) as drawn:
-            while stage.first_step + state.step < stretch.last:
-                batch, chosen, before = next(loader), drawn(state.step), int(state.update.skipped)
-                ids = to_device(batch.ids, state.update.skipped.device)
-                state.update(state.step, batch.images, ids, chosen)
-                if int(state.update.skipped) > before:
-                    seen = watched(state, batch, ids, chosen)
-                    step = stage.first_step + state.step + 1
-                    return step, seen, _write(parts, run, step, seen, batch, chosen)
-                state.step += 1
-    finally:
-        loader.close()
+    with Feeding(parts, state) as feeding:
+        while stage.first_step + state.step < stretch.last:
+            batch, chosen, before = next(feeding), feeding.drawn(state.step), int(state.update.skipped)
+            ids = to_device(batch.ids, state.update.skipped.device)
+            state.update(state.step, batch.images, ids, chosen)
+            if int(state.update.skipped) > before:
+                seen = watched(state, batch, ids, chosen)
+                step = stage.first_step + state.step + 1
+                return step, seen, _write(parts, run, step, seen, batch, chosen)
+            state.step += 1
     raise BadInput(
         f"no update after step {stretch.before:,} up to {stretch.last:,} is left out now: the run's device, kernels or data were "
         "others."

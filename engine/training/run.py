@@ -1,8 +1,9 @@
 """A run from its first step, or its newest checkpoint, to its summary."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -16,24 +17,26 @@ from engine.core.errors import BadInput
 from engine.core.extras import Extras
 from engine.core.gpus import peak_flops
 from engine.core.owner import owned
+from engine.core.phases import Phase
 from engine.core.stopping import Interrupted, StopRequest
 from engine.data.identity import Identity
-from engine.data.sources import check_bad
-from engine.training import checkpoint, folder, graphs, pictures, probe
+from engine.training import checkpoint, folder, graphs, pictures, probe, saving
 from engine.training.build import as_evaluated, build
 from engine.training.choosing import choose
-from engine.training.drawing import drawing
+from engine.training.feeding import Feeding
 from engine.training.log import RunLog
 from engine.training.loop import Cadence, Stopped, run_stage
 from engine.training.metrics import read_metrics
+from engine.training.operations import operations
 from engine.training.parts import Parts
 from engine.training.precision import described
 from engine.training.profiling import Profile
-from engine.training.state import TrainState, position, restore, to_host
+from engine.training.state import TrainState, content, restore
+from engine.training.token_choice import Measured, in_words
 from engine.training.waits import verdict
 
-# What judges a finished run: of its parts, its folder and a way to say something, the figures by name, by weights.
-Evaluate = Callable[[Parts, Path, Callable[[str], None]], dict[str, dict[str, float]]]
+# What judges a finished run: of its parts, its folder and what may be left out, the figures by name, by weights.
+Evaluate = Callable[[Parts, Path, Extras], dict[str, dict[str, float]]]
 
 
 def run(parts: Parts, evaluate: Evaluate) -> int:
@@ -58,9 +61,15 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
             log.note("failed", f"{type(error).__name__}: {error}", shown=False)
             raise
         except Exception as error:
-            log.note(
-                "failed", str(error) if isinstance(error, BadInput) else f"{type(error).__name__}: {error}", shown=False
-            )
+            told = f"{type(error).__name__}: {error}"
+            if gone := dist.of_lost_rank(error):
+                told = (
+                    f"another process of this run is gone or does not answer ({gone}): see what it said, and go on with all of "
+                    f"them by --resume {out}, or start anew where nothing was saved."
+                )
+            log.note("failed", str(error) if isinstance(error, BadInput) else told, shown=False)
+            if gone:
+                raise BadInput(told) from error
             raise
 
 
@@ -93,7 +102,7 @@ def _run(parts: Parts, out: Path, log: RunLog, evaluate: Evaluate) -> int:
             summary = _summary(parts, state, out, extras) | {"speed": speeds}
             log.close(summary)  # what was trained stands, whatever becomes of what follows
             try:
-                log.close(summary | _judged(parts, out, evaluate, extras, log.message))
+                log.close(summary | _judged(parts, out, evaluate, extras))
             except Interrupted:
                 log.note(
                     "interrupted", f"stopped; the training is whole, judge it by: python -m engine.eval --weights {out}"
@@ -154,9 +163,9 @@ def _at_stage(parts: Parts, index: int, state: TrainState | None, out: Path) -> 
     """The state, if it is in this stage; else the stage at its first step, after that state's."""
     if state is not None and state.stage == index:
         return state
-    bad_files = state.bad_files if state else []
+    bad_files, chosen = (state.bad_files, state.chosen) if state else ([], {})
     state = build(parts, index, state.method if state else None)
-    state.bad_files = bad_files
+    state.bad_files, state.chosen = bad_files, chosen
     if parts.ranks.first:
         state.method.keepsakes(out)
     return state
@@ -194,9 +203,11 @@ def _train(
     """The stage from the state's step to its end. Returns how fast it went, for the summary; nothing if it had ended before."""
     train, stage = parts.plan.train, parts.stages[state.stage]
     if state.step == stage.total_steps:
+        if parts.ranks.first:
+            saving.complete(parts, state, out, log)
         return []
     began = time.monotonic()
-    loader = parts.loader(state)
+    feeding = Feeding(parts, state, partial(_tell_phase, parts, state, log), partial(_tell_choice, log), log.aside)
     if not state.method.views():
         seconds = time.monotonic() - began
         log.log(stage.first_step + state.step, {"storing_features_seconds": seconds}, kind="event")
@@ -204,18 +215,19 @@ def _train(
         with (
             stop.deferred(),
             profile.stage(stage.name, stage.first_step + state.step, stage.total_steps - state.step) as watch,
-            drawing(state.method, partial(parts.draws, stage.index), state.step, stage.total_steps) as drawn,
+            saving.Saving(parts, state, out, log) as saves,
         ):
             if state.method.draws_ahead:
                 log.message(f"{stage.name}: what a step draws is drawn one step ahead, in a thread of its own")
             run_stage(
-                state, stage, loader, drawn, log,
-                Cadence(train.log_every, train.probe_every, train.save_every, train.abort_after), stop, watch=watch,
-                probe=_probe(parts, state, out), save=partial(_save, parts, state, out, log),
-                over_limit=lambda: loader.over_limit, labels=parts.images(stage.index).labels,
+                state, stage, feeding, feeding.drawn, log,
+                Cadence(train.log_every, train.probe_every, train.save_every, train.abort_after, train.rewind), stop,
+                watch=watch, probe=_probe(parts, state, out), saving=saves,
+                turn=feeding.turn, go_back=partial(_go_back, state, out, log),
+                over_limit=lambda: feeding.over_limit, labels=parts.images(stage.index).labels,
             )  # fmt: skip
     finally:
-        loader.close()
+        feeding.close()
     speed: dict[str, float | str] = {"stage": stage.name, **log.speed()}
     if slow := verdict(speed.get("waiting_for_data", 0.0), parts.feed(state)):
         speed["verdict"] = slow
@@ -223,21 +235,49 @@ def _train(
     return [speed]
 
 
-def _save(parts: Parts, state: TrainState, out: Path, log: RunLog) -> None:
-    """A checkpoint, the encoder's export, the list of bad files."""
-    step = parts.stages[state.stage].first_step + state.step
-    state.bad_files[:] = dist.union(state.bad_files)
-    if parts.ranks.first:
-        where = position(state) | {"images": parts.identity.as_json()}
-        checkpoint.save(out / "checkpoints", step, to_host(state), where, parts.plan.train.keep)
-        folder.export(parts, state, out / "export")
-        if new := folder.list_bad_files(parts, state, out):
-            more = ", ..." if len(new) > 3 else ""
-            log.note("bad files", f"{len(new)} images were unreadable and replaced: {', '.join(new[:3])}{more}")
-    dist.barrier()
-    # each rank held its own finds against the limit; here all of them are
-    images = parts.train_images
-    check_bad((*images.bad, *state.bad_files), len(images), images.bad_limit, out / folder.BAD_FILES)
+def _tell_phase(parts: Parts, state: TrainState, log: RunLog, phase: Phase) -> None:
+    batch = state.update.images_per_step
+    log.cost(batch, state.update.flops_per_image())
+    sides = " and ".join(str(side) for side in sorted({view.size[0] for view in state.method.views()}, reverse=True))
+    patches = sorted({form.patch_size(parts.encoder.patch_size) for form in phase.forms})
+    words = f"crops of {sides} pixels from here on" + f", {phase.keep:.0%} of a large one's patches" * (phase.keep < 1)
+    if phase.small < 1:
+        words += f", {state.method.phase.small_crops(parts.settings(state.stage).local_crops)} small ones"
+    words += f", in patches of {' or '.join(map(str, patches))} pixels" + ", drawn for each step" * (len(patches) > 1)
+    words += f", {batch:,} images a step" * (parts.settings(state.stage).phase_batch != "same")
+    log.note("phase", words + "; they are compiled for now" * parts.compiles)
+
+
+def _tell_choice(log: RunLog, phase: Phase, table: Sequence[Measured]) -> None:
+    rows = [f"{in_words(one.phase)} {one.error:.3g} ({one.cost:.2f} of the compute)" for one in table]
+    words = f"the next stretch sees {in_words(phase)}: errors of gradients are {', '.join(rows)}"
+    fields = ("bias", "variance", "cost", "error")
+    entries = [asdict(one.phase) | {name: getattr(one, name) for name in fields} for one in table]
+    log.note("tokens", words, chosen=asdict(phase), measured=entries)
+
+
+def _go_back(state: TrainState, out: Path, log: RunLog, until: int, why: str) -> None:
+    """Give the state the weights of the newest sound checkpoint of at most `until` updates; it stays at its step, so the batches
+    since are left out.
+
+    Raises:
+        BadInput: there is no such checkpoint of this stage.
+    """
+    step, bad_files, rewound, chosen = state.step, list(state.bad_files), state.spikes.rewound, state.chosen
+    try:
+        tensors, where = checkpoint.newest(out / "checkpoints", partial(log.note, "checkpoint damaged"), until)
+    except BadInput as error:
+        raise BadInput(f"{why}, and --rewind finds {error}") from error
+    if where["stage"] != state.stage:
+        raise BadInput(
+            f"{why}, and --rewind finds no checkpoint of this stage from before that; set --save-every lower."
+        )
+    restore(state, tensors, where)
+    log.note(
+        "went back",
+        f"{why}: back to the weights of {step - state.step:,} updates ago, and on with the batches to come",
+    )
+    state.step, state.bad_files[:], state.spikes.rewound, state.chosen = step, bad_files, rewound + 1, chosen
 
 
 def _probe(parts: Parts, state: TrainState, out: Path) -> Callable[[], dict[str, float | str]]:
@@ -272,7 +312,7 @@ def _probe(parts: Parts, state: TrainState, out: Path) -> Callable[[], dict[str,
 def _finish(parts: Parts, state: TrainState, out: Path, extras: Extras) -> None:
     """Keep the stage's encoder and draw what it learned."""
     if parts.ranks.first:
-        folder.export(parts, state, folder.of_stage(out, parts.stages[state.stage]))
+        folder.export(parts, state.method, content(state), folder.of_stage(out, parts.stages[state.stage]))
         if state.method.trains_encoder:
             with extras.of(f"pictures of stage {parts.stages[state.stage].name}"):
                 pictures.draw(parts, state, out / "pictures")
@@ -294,11 +334,12 @@ def _summary(parts: Parts, state: TrainState, out: Path, extras: Extras) -> dict
         "events": folder.events(out),
         "export": str(out / "export"),
         "probes": probes,
+        "operations": operations(parts.plan, parts.stages, len(parts.train_images.classes or ()), state.chosen),
         "seconds_of_this_process": round(time.monotonic() - parts.started, 1),
     }
 
 
-def _judged(parts: Parts, out: Path, evaluate: Evaluate, extras: Extras, say: Callable[[str], None]) -> dict:
+def _judged(parts: Parts, out: Path, evaluate: Evaluate, extras: Extras) -> dict:
     """What summary.json holds besides: how the stages were judged, and what could not be had."""
     found: dict = {}
     with extras.of("pictures/curves.png"):
@@ -307,10 +348,10 @@ def _judged(parts: Parts, out: Path, evaluate: Evaluate, extras: Extras, say: Ca
         curves.draw(out / "pictures" / "curves.png", out / "metrics.jsonl")
     if parts.plan.train.evaluate:
         with extras.of("evaluation"):
-            found["evaluation"] = evaluate(parts, out, say)
+            found["evaluation"] = evaluate(parts, out, extras)
     if extras.left_out:
         found["left_out"] = extras.left_out
-        say(
+        extras.say(
             f"the training is whole, and {len(extras.left_out)} of what comes after it is missing; judge it again by python -m "
             f"engine.eval --weights {out}"
         )

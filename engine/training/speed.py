@@ -21,7 +21,15 @@ class Speed:
         """A stage begins."""
         self._images_per_step, self._flops_per_image = images_per_step, flops_per_image
         self._mark, self._began = None, self._clock()
+        self._since = 0, 0.0  # images and operations since the mark, of steps that cost otherwise
         self._seconds, self._images, self._waited = 0.0, 0, 0.0
+
+    def cost(self, step: int, images_per_step: int, flops_per_image: float) -> None:
+        """After `step`, what an image costs has changed, or how many a step has."""
+        if self._mark is not None:
+            self._since = self._done(step)
+            self._mark = (self._mark[0], step)
+        self._images_per_step, self._flops_per_image = images_per_step, flops_per_image
 
     def tick(self, step: int) -> float | None:
         """`step` is finished. A stage's first update compiles and loads kernels: rates are measured from its end on. Returns the
@@ -42,19 +50,25 @@ class Speed:
         now, (then, marked_step) = self._clock(), self._mark
         if step <= marked_step or now <= then:
             return {}
-        self._mark = (now, step)
-        seconds, images = now - then, (step - marked_step) * self._images_per_step
+        seconds, (images, flops) = now - then, self._done(step)
+        self._mark, self._since = (now, step), (0, 0.0)
         self._seconds, self._images, self._waited = (
             self._seconds + seconds,
             self._images + images,
             self._waited + (waited or 0),
         )
         rates = {"images_per_second": images / seconds}
-        if self._flops_per_image and self._peak_flops:
-            rates["mfu"] = rates["images_per_second"] * self._flops_per_image / self._peak_flops
+        if flops and self._peak_flops:
+            rates["mfu"] = flops / seconds / self._peak_flops
         if waited is not None:
             rates["waiting_for_data"] = min(1.0, waited / seconds)
         return rates
+
+    def _done(self, step: int) -> tuple[int, float]:
+        """Images and operations since the mark."""
+        images, flops = self._since
+        more = (step - self._mark[1]) * self._images_per_step
+        return images + more, flops + more * (self._flops_per_image or 0.0)
 
     def of_stage(self) -> dict[str, float]:
         """images_per_second and waiting_for_data of all that `rates` was asked of this stage; nothing where it never was."""

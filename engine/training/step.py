@@ -8,6 +8,8 @@ from torch import Tensor
 
 from engine.core import dist
 from engine.core.optim import Average, Moment, cosine, share_of_peak
+from engine.core.phases import Phase
+from engine.core.timetable import Timetable
 from engine.methods.base import Method
 from engine.training import gradient_cache
 from engine.training.gradient_cache import micro_batches
@@ -49,9 +51,10 @@ class WeightAverage:
         for name, parameter in self.online.items():
             parameter.data, self.weights[name] = self.weights[name], parameter.data
 
-    def averages(self) -> Iterator[Average]:
+    def averages(self, growth: float) -> Iterator[Average]:
+        """As they move at an update of so many times the settings' batch (`engine.core.optim.Moment`)."""
         if self.weights:
-            yield Average(list(zip(self.weights.values(), self.online.values())), 1 - self.decay)
+            yield Average(list(zip(self.weights.values(), self.online.values())), 1 - self.decay**growth)
 
 
 class Update:
@@ -59,21 +62,33 @@ class Update:
 
     Args:
         method: on its device.
-        total_steps: of the stage, all its epochs; schedules end there, or past it where the settings' horizon is above 1.
+        total_steps: of the stage, all its epochs, by its clock; schedules end there, or past it where the settings' horizon is
+            above 1.
         precision: one of `engine.training.precision.AUTOCAST`.
         accumulate: micro-batches per update. Where the settings say that the batch does not split, they are represented by
             themselves and compared together (`engine.training.gradient_cache`).
         graphs: replay forward and backward from a CUDA graph (`engine.training.graphs`); what an update reports then holds until
             the next one.
+        timetable: of the stage; without one all steps are alike.
 
     Attributes:
+        phase: what its steps are shown; the method's own is that of one step, where a phase draws.
+        images_per_step: of an update in this phase, over all ranks.
         skipped, skipped_in_a_row: int64 scalars on the device: updates left out because loss or gradients were not finite.
     """
 
     def __init__(
-        self, method: Method, total_steps: int, precision: str = "fp32", accumulate: int = 1, *, graphs: bool = False
+        self,
+        method: Method,
+        total_steps: int,
+        precision: str = "fp32",
+        accumulate: int = 1,
+        *,
+        graphs: bool = False,
+        timetable: Timetable | None = None,
     ):
-        self.method, self.settings = method, method.settings
+        self.timetable, self.images_per_step = timetable, method.settings.batch_size
+        self.method, self.settings, self.phase = method, method.settings, method.phase
         self.total_steps, self.accumulate = round(self.settings.horizon * total_steps), accumulate
         self.steps_per_epoch = max(1, total_steps // self.settings.epochs)
         self.warmup_steps = round(self.settings.warmup * total_steps)
@@ -91,7 +106,8 @@ class Update:
         self.skipped = torch.zeros((), dtype=torch.int64, device=device)
         self.skipped_in_a_row = torch.zeros((), dtype=torch.int64, device=device)
         self.loss_scale = LossScale(device) if precision == "fp16" else None
-        self.replayed = Replayed(method, self.trained, CudaGraph(device)) if graphs else None
+        self.replayed = self._graph() if graphs else None
+        self._others: dict[Phase, Replayed] = {}
 
     def __call__(
         self, step: int, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor], logged: bool = True
@@ -103,9 +119,9 @@ class Update:
             where it changes.
         """
         # a graph does the same at every replay, so what is reported belongs to all of them
-        moment = Moment(step, self.total_steps, self.steps_per_epoch, logged or self.replayed is not None)
+        moment = self.moment(step, logged or self.replayed is not None)
         self.method.begin(moment)
-        rates = self._set_rates(step)
+        rates = self._set_rates(moment.step)
         if self.replayed is None:
             report = self.gradients(images, ids, drawn)
         else:
@@ -116,7 +132,8 @@ class Update:
         norm = norms.total()
         applied = dist.all_true(torch.isfinite(norm) & torch.isfinite(report["loss"]))
         scales = gradient_scales(self.optimizer, norms, self.settings.clip_norm, self.settings.clip_over, unscale)
-        self.optimizer.step(applied, scales, [*self.method.averages(), *self.average.averages()])
+        averages = [*self.method.averages(), *self.average.averages(moment.growth)]
+        self.optimizer.step(applied, scales, averages)
         self.optimizer.zero_grad(set_to_none=True)
         self.method.after_step(applied)
         if self.loss_scale is not None:
@@ -125,14 +142,51 @@ class Update:
         self.skipped_in_a_row = torch.where(applied, 0, self.skipped_in_a_row + 1)
         return report | {"gradient_norm": norm} | rates
 
-    def _set_rates(self, step: int) -> dict[str, float]:
-        """Learning rate and weight decay of a step, as functions of it alone."""
+    def begin_phase(self, phase: Phase, images_per_step: int) -> None:
+        """Show the method what this phase shows, form by form where it has several, at its learning rates for so many images; a
+        graph of other steps is captured anew."""
+        if self.replayed is not None and (phase.forms[0], images_per_step) != (self.method.phase, self.images_per_step):
+            self.replayed = self._graph()
+        self._others.clear()
+        self.phase, self.method.phase, self.images_per_step = phase, phase.forms[0], images_per_step
+        for group, wanted in zip(self.optimizer.param_groups, self.method.groups(images_per_step), strict=True):
+            group["peak_lr"] = wanted.peak_lr
+        self.peak_lr = max(group["peak_lr"] for group in self.optimizer.param_groups)
+
+    def show(self, form: Phase) -> None:
+        """Show the method what this form of the phase shows; each has a graph of its own."""
+        if self.replayed is not None and form != self.method.phase:
+            self._others[self.method.phase] = self.replayed
+            self.replayed = self._others.pop(form, None) or self._graph()
+        self.method.phase = form
+
+    def flops_per_image(self) -> float:
+        """Of a step of the phase, as the method has it; on average, where steps draw."""
+        return self.method.flops_in(self.phase)
+
+    def _graph(self) -> Replayed:
+        return Replayed(self.method, self.trained, CudaGraph(self.trained[0].device))
+
+    def moment(self, step: int, logged: bool = False) -> Moment:
+        """Of an update in this phase, before which the stage made so many."""
+        batch = self.settings.batch_size
+        growth = self.images_per_step / batch
+        if self.timetable is None:
+            return Moment(step, self.total_steps, self.steps_per_epoch, logged, step * batch, growth)
+        place = self.timetable.place(step)
+        return Moment(place.clock, self.total_steps, self.steps_per_epoch, logged, place.seen, growth)
+
+    def _set_rates(self, step: float) -> dict[str, float]:
+        """Learning rate and weight decay, as functions of what the clock shows."""
         settings = self.settings
         start, end = settings.start_lr / self.peak_lr, settings.end_lr / self.peak_lr
-        share = share_of_peak(settings.schedule, step, self.total_steps, self.warmup_steps, start, end, settings.drops)
-        rates = {"lr": set_lr(self.optimizer, share)}
+        share = share_of_peak(
+            settings.schedule, step, self.total_steps, self.warmup_steps, start, end, settings.drops, settings.warmup_form
+        )  # fmt: skip
+        rates = {"lr": set_lr(self.optimizer, share, self.method.moment.epoch)}
         if settings.weight_decay_end is not None:
-            decay = cosine(step, self.total_steps, settings.weight_decay, settings.weight_decay_end)
+            ahead = settings.warmup_form == "to-peak"  # MSN counts a step before it sets anything
+            decay = cosine(step + ahead, self.total_steps, settings.weight_decay, settings.weight_decay_end)
             set_decay(self.optimizer, decay / settings.weight_decay)
             rates["weight_decay"] = decay
         return rates

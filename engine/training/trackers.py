@@ -20,8 +20,10 @@ import logging
 import os
 import re
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -39,6 +41,7 @@ class TensorBoard:
     def __init__(self, folder: Path, resumed_at: int | None):
         from torch.utils.tensorboard import SummaryWriter  # takes a second to import: dry runs and other ranks don't
 
+        _leave_it_to_the_caller()
         self._writer = SummaryWriter(folder, purge_step=None if resumed_at is None else resumed_at + 1)
 
     def log(self, step: int, kind: str, values: Mapping[str, float | str], now: float) -> None:
@@ -51,6 +54,18 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
+
+
+@cache
+def _leave_it_to_the_caller() -> None:
+    """What fails in TensorBoard's writing thread is raised by the next call of its writer: the thread needn't print it, too."""
+    printed = threading.excepthook
+
+    def hook(args: threading.ExceptHookArgs) -> None:
+        if not type(args.thread).__module__.startswith("tensorboard."):
+            printed(args)
+
+    threading.excepthook = hook
 
 
 class Tracker(Protocol):

@@ -53,6 +53,25 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path):
         pass
 
 
+def test_the_next_owner_clears_what_killed_processes_left(tmp_path: Path):
+    left = [
+        ".summary.json.aside-a1b2c3d4.json",
+        "checkpoints/.step-000000002.aside-a1b2c3d4-new/model.safetensors",
+        "checkpoints/.step-000000002.aside-a1b2c3d4",
+        "stages/.1-mae.aside-a1b2c3d4-former/config.json",
+        "runs/mae-seed0/.export.aside-a1b2c3d4-new/config.json",  # a folder with owners of its own
+    ]
+    for name in (*left, "runs/mae-seed0/.lock"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    said = []
+    with owned(tmp_path, said.append):
+        pass
+    found = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert found == {".lock", "stages/1-mae/config.json", "runs/mae-seed0/.lock", left[-1]}
+    assert said == [f"{tmp_path}/stages/1-mae is back: a process was killed before it had replaced it"]
+
+
 @pytest.mark.parametrize("resumes", [False, True])
 def test_a_run_is_not_made_beside_itself(
     resumes: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import struct
 import tarfile
 import zlib
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 
 def picture(width: int = 50, height: int = 40, seed: int = 0) -> Image.Image:
@@ -37,6 +39,22 @@ def png_bytes(width: int, height: int, depth: int, colour_type: int, rows: bytes
 
     header = struct.pack(">IIBBBBB", width, height, depth, colour_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def _bmp_of_16_bits() -> bytes:
+    """50x40 pixels of five bits a colour, as Windows writes them without saying so by masks."""
+    header = struct.pack("<IiiHHIIiiII", 40, 50, 40, 1, 16, 0, 4000, 0, 0, 0, 0)
+    return struct.pack("<2sIHHI", b"BM", 4054, 0, 0, 54) + header + np.random.default_rng(0).bytes(4000)
+
+
+def _tiff_of_bands(count: int) -> bytes:
+    tags = ImageFileDirectory_v2()
+    rows = {256: 50, 257: 40, 258: (8,) * count, 259: 1, 262: 1, 273: 1000, 277: count, 278: 40, 279: 2000 * count}
+    for tag, value in rows.items():
+        tags[tag] = value
+    stream = io.BytesIO()
+    tags.save(stream)
+    return stream.getvalue().ljust(1000, b"\0") + bytes(2000 * count)
 
 
 def _damaged(suffix: str) -> Callable[[Path], None]:
@@ -67,6 +85,12 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bomb.png": (lambda path: path.write_bytes(png_bytes(20_000, 10_000, 8, 2, b"")), "megapixels"),
     "large.png": (lambda path: path.write_bytes(png_bytes(8_001, 8_000, 8, 2, b"")), "megapixels"),
     "bits.tif": (lambda path: picture().convert("1").save(path), "pixel type 1"),
+    "lzma.tif": (lambda path: picture().save(path, compression="lzma"), "compressed by lzma"),
+    "signed.tif": (lambda path: picture().convert("L").save(path, tiffinfo={339: 2}), "signed numbers"),
+    "near_infrared.tif": (lambda path: picture().convert("RGBX").save(path), "of 4 bands"),
+    "satellite.tif": (lambda path: path.write_bytes(_tiff_of_bands(13)), "of 13 bands"),
+    "five_bits.bmp": (lambda path: path.write_bytes(_bmp_of_16_bits()), "without bit masks"),
+    "pipe.jpg": (os.mkfifo, "no regular file"),
     "dangling.jpg": (lambda path: path.symlink_to("nowhere.jpg"), "No such file"),
 }
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -60,8 +62,24 @@ def test_an_image_too_narrow_for_any_try_gives_its_largest_centred_crop():
     assert (drawn["start"] == [0, 473]).all()
 
 
+@pytest.mark.parametrize("size", [(500, 375), (32, 32), (100, 30)])
+def test_a_crop_that_is_cut_is_the_first_one_of_byols_sampler(size):
+    view = Augmentation((224, 224), (0.08, 1.0), clip=True)
+    drawn, u = parameters(view, size, batch=500), view_uniforms(slice(0, 500), 0, 0, 0)
+    cut = 0
+    for row, (area, log_ratio, left, top) in enumerate(u[:, [0, 10, 20, 21]]):  # columns of the first try
+        area = size[0] * size[1] * (0.08 + 0.92 * area)
+        ratio = (4 / 3) ** (2 * log_ratio - 1)
+        width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+        cut += width > size[0] or height > size[1]
+        width, height = min(width, size[0]), min(height, size[1])
+        corner = int(left * (size[0] - width + 1)), int(top * (size[1] - height + 1))
+        assert tuple(drawn["shape"][row]) == (width, height) and tuple(drawn["start"][row]) == corner
+    assert cut > 25
+
+
 def test_probabilities_and_ranges_are_those_asked_for():
-    first, second = byol_views((224, 224))
+    first, second = (replace(view, colours="linear") for view in byol_views((224, 224)))
     drawn, other = parameters(first), parameters(second, seed=1)
 
     def near(share, wanted):
@@ -81,6 +99,19 @@ def test_probabilities_and_ranges_are_those_asked_for():
     assert ks_2samp(drawn["hue"][jittered], np.linspace(-36, 36, 2000)).pvalue > 1e-3
     assert ks_2samp(drawn["sigma"], np.linspace(0.1, 2, 2000)).pvalue > 1e-3
     assert abs(np.corrcoef(drawn["brightness"][jittered], drawn["contrast"][jittered])[0, 1]) < 0.03
+
+
+def test_both_forms_of_colours_draw_the_same_factors():
+    view = replace(byol_views((224, 224))[0], jitter=1.0)
+    ours, linear = parameters(view), parameters(replace(view, colours="linear"))
+    assert set(ours) - set(linear) == {"factors", "saturates", "hue_steps", "gray"}
+    assert np.array_equal(ours["gray"] == 1, linear["saturation"] == 0)
+    brightness, contrast = ours["factors"][:, :, (0, 2)].prod((1, 2)), ours["factors"][:, :, 1].prod(1)
+    assert np.array_equal(brightness, linear["brightness"]) and np.array_equal(contrast, linear["contrast"])
+    coloured = ours["gray"] == 0
+    assert np.array_equal(ours["saturation"][coloured], linear["saturation"][coloured])
+    turned = (ours["hue_steps"] + 128) % 256 - 128
+    assert np.array_equal(turned, np.trunc(linear["hue"] / 360 * 255).astype(int))
 
 
 def test_only_what_a_view_needs_is_drawn():
@@ -137,6 +168,13 @@ def test_numbers_are_a_function_of_their_keys_and_row():
 def test_the_stream_of_numbers_is_the_published_one():
     """A change here means that old runs cannot be continued."""
     assert uniforms(slice(0, 1), 4, 0, 1, 2).round(6).tolist() == [[0.790175, 0.917957, 0.461142, 0.729678]]
+    assert view_uniforms(slice(0, 1), 0, 0, 0)[0, [0, 31, 47, 48, 51]].round(6).tolist() == [
+        0.607366,
+        0.80534,
+        0.499026,
+        0.855725,
+        0.692089,
+    ]
     assert epoch_order(8, seed=0, epoch=0).tolist() == [0, 3, 7, 5, 1, 2, 6, 4]
 
 

@@ -13,7 +13,7 @@ from timm.data.auto_augment import AugmentOp, rand_augment_choices
 from engine.data import sources
 from engine.data.augment import OPERATIONS, drawn_operations, view_parameters, view_uniforms
 from engine.data.pipeline import eval_batches
-from engine.data.views import IMAGENET_MEAN, Augmentation, byol_views, minimal
+from engine.data.views import IMAGENET_MEAN, IMAGENET_STD, SWAV_STD, Augmentation, byol_views, minimal
 from tests.data.corpus import picture, png_bytes
 from tests.data.loading import SIZE, STD, assert_same, loader, pixels, take
 
@@ -25,7 +25,7 @@ def restate(path, view, drawn, row):
     (left, top), (width, height) = drawn["start"][row], drawn["shape"][row]
     with Image.open(path) as image:
         crop = image.convert("RGB").crop((left, top, left + width, top + height))
-    values = np.asarray(crop.resize(view.size[::-1], Image.Resampling.BICUBIC), float)
+    values = np.asarray(crop.resize(view.size[::-1], Image.Resampling[view.resize.upper()]), float)
     if "hue" in drawn:
         brightness, contrast, saturation = (drawn[name][row] for name in ("brightness", "contrast", "saturation"))
         turn = np.deg2rad(drawn["hue"][row])
@@ -42,7 +42,8 @@ def restate(path, view, drawn, row):
     return values[:, ::-1] if drawn["mirror"][row] else values
 
 
-COLOURS = {"jitter": 1.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.2}
+LINEAR = {"colours": "linear"}  # those of torchvision: test_colours.py
+COLOURS = LINEAR | {"jitter": 1.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1, "grayscale": 0.2}
 
 
 @pytest.mark.parametrize(
@@ -50,12 +51,18 @@ COLOURS = {"jitter": 1.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4,
     [
         (minimal((48, 40), (0.2, 1.0)),),
         (minimal((24, 24), (0.2, 1.0)), minimal((64, 64), (0.05, 0.2))),
+        (
+            replace(minimal((48, 40), (0.2, 1.0)), resize="bilinear"),
+            replace(minimal((64, 64), (0.1, 1)), resize="bilinear"),
+        ),
         (Augmentation(SIZE, (0.2, 1), **COLOURS),),
         (Augmentation(SIZE, (0.2, 1), blur=0.7), Augmentation(SIZE, (0.5, 1), solarize=0.5)),
         (Augmentation(SIZE, (0.2, 1), blur=0.5, solarize=0.5, **COLOURS),),
         tuple(
             Augmentation(
-                SIZE, (0.2, 1), **(dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0) | of_some)
+                SIZE,
+                (0.2, 1),
+                **(LINEAR | dict.fromkeys(("brightness", "contrast", "saturation", "hue"), 0.0) | of_some),
             )
             for of_some in (
                 {"grayscale": 0.5},
@@ -67,7 +74,7 @@ COLOURS = {"jitter": 1.0, "brightness": 0.4, "contrast": 0.4, "saturation": 0.4,
             )
         ),
     ],
-    ids=["crop", "crops", "colours", "blur and solarisation", "all", "one colour of some"],
+    ids=["crop", "crops", "bilinear", "colours", "blur and solarisation", "all", "one colour of some"],
 )
 def test_views_are_those_of_plain_restatements(photos, views):
     batch = next(loader(photos, views, batch_size=40))
@@ -80,6 +87,30 @@ def test_views_are_those_of_plain_restatements(photos, views):
         assert error.mean() < 0.6
         assert np.quantile(error, 0.98) <= 3.1
         assert view.solarize or error.max() <= 6
+
+
+@pytest.mark.parametrize(("own", "other"), [("bicubic", "bilinear"), ("bilinear", "bicubic")])
+def test_each_way_of_resizing_is_the_one_that_is_named(tmp_path, own, other):
+    noise = np.random.default_rng(0).integers(0, 256, (37, 41, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    images = sources.open_images(tmp_path, "train")
+    for size in ((24, 24), (64, 64)):
+        view = replace(minimal(size, (0.5, 1.0)), resize=own)
+        (image,) = next(loader(images, [view], batch_size=1)).images[0]
+        drawn = view_parameters(view, images.sizes[:1], view_uniforms(slice(0, 1), 0, 0, 0))
+        errors = [
+            np.abs(pixels(image) - restate(tmp_path / "noise.png", replace(view, resize=way), drawn, 0)).mean()
+            for way in (own, other)
+        ]
+        assert errors[0] < 1 < 4 < errors[1]
+
+
+def test_pixels_are_divided_by_what_a_view_says(photos):
+    view = minimal((48, 40), (0.2, 1.0))
+    ours, swavs = (next(loader(photos, [v], batch_size=8)).images[0] for v in (view, replace(view, std=SWAV_STD)))
+    ratio = torch.tensor(IMAGENET_STD) / torch.tensor(SWAV_STD)
+    torch.testing.assert_close(swavs, ours * ratio[:, None, None], atol=1e-5, rtol=1e-5)
+    assert ratio[0] > 1.004
 
 
 def timm_s(name, magnitude):
@@ -247,11 +278,13 @@ def test_exif_orientation_is_ignored(tmp_path):
         assert np.array_equal(values[f"turned.{suffix}"], values[f"plain.{suffix}"]), suffix
 
 
-def test_evaluation_resizes_and_cuts_the_centre_as_torchvision_does(photos):
+@pytest.mark.parametrize("resize", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("squeeze", [False, True])
+def test_evaluation_resizes_and_cuts_the_centre_as_torchvision_does(photos, resize, squeeze):
     from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-    transform = Compose([Resize(110, InterpolationMode.BICUBIC), CenterCrop(96)])
-    for batch in eval_batches(photos, (96, 96), 16, threads=1):
+    transform = Compose([Resize((96, 96) if squeeze else 110, InterpolationMode(resize)), CenterCrop(96)])
+    for batch in eval_batches(photos, (96, 96), 16, threads=1, resize=resize, squeeze=squeeze):
         for index, image in zip(batch.ids.tolist(), batch.images[0], strict=True):
             with Image.open(photos.root / photos.paths[index]) as source:
                 assert np.abs(pixels(image) - np.asarray(transform(source), float)).max() <= 3

@@ -1,4 +1,5 @@
 import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -53,9 +54,18 @@ def test_links_that_lead_back_up_end(tmp_path):
     write_photos(tmp_path / "a", 2)
     (tmp_path / "a/loop").symlink_to(tmp_path)
     (tmp_path / "again").symlink_to(tmp_path / "a")
-    assert sources.open_images(tmp_path, "train").paths == [
-        f"{folder}/photo{index:03d}.jpg" for folder in ("a", "again") for index in range(2)
-    ]
+    assert sources.open_images(tmp_path, "train").paths == ["a/photo000.jpg", "a/photo001.jpg"]
+
+
+def test_links_that_double_end(tmp_path):
+    """Two links in each of forty folders to the next one: a thousand billion paths to two images."""
+    folders = [tmp_path / f"{depth:02d}" for depth in range(40)]
+    for folder, following in zip(folders, [*folders[1:], tmp_path / "end"], strict=True):
+        folder.mkdir()
+        for name in ("x", "y"):
+            (folder / name).symlink_to(following)
+    write_photos(tmp_path / "end", 2)
+    assert len(sources.open_images(tmp_path, "train").paths) == 2
 
 
 @pytest.mark.parametrize(
@@ -187,13 +197,40 @@ def test_files_are_looked_at_once_until_they_change(tmp_path, monkeypatch):
     write_photos(tmp_path, 4)
     first = sources.open_images(tmp_path, "train")
     look, looked_at = screen.inspect_all, []
-    monkeypatch.setattr(screen, "inspect_all", lambda *wanted: looked_at.append(wanted) or look(*wanted))
+    monkeypatch.setattr(
+        screen, "inspect_all", lambda *wanted, **more: looked_at.append(wanted) or look(*wanted, **more)
+    )
     again = sources.open_images(tmp_path, "train")
     assert not looked_at
     assert np.array_equal(first.sizes, again.sizes)
     picture(99, 77).save(tmp_path / "photo001.jpg")
     assert sources.open_images(tmp_path, "train").sizes[1].tolist() == [99, 77]
     assert len(looked_at) == 1
+
+
+def test_a_look_that_was_stopped_goes_on_where_it_was(tmp_path, monkeypatch):
+    write_photos(tmp_path, 12)
+    (tmp_path / "photo002.jpg").write_bytes(b"")
+    expected = sources.open_images(tmp_path, "train", bad_limit=0.5)
+    inspect, looked_at = screen.inspect, []
+
+    def stops(opened, decode):
+        looked_at.append(Path(opened().name).stem)
+        if len(looked_at) == 9:
+            raise KeyboardInterrupt
+        return inspect(opened, decode)
+
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path / "cache"))
+    for name, value in {"PART": 2, "KEEP_EVERY": -1.0, "inspect": stops}.items():
+        monkeypatch.setattr(screen, name, value)
+    monkeypatch.setattr(screen, "ThreadPoolExecutor", lambda _: ThreadPoolExecutor(1))  # in order
+    with pytest.raises(KeyboardInterrupt):
+        sources.open_images(tmp_path, "train", bad_limit=0.5)
+    found = sources.open_images(tmp_path, "train", bad_limit=0.5)
+    assert looked_at[-4:] == [f"photo{index:03d}" for index in range(8, 12)]
+    assert all(looked_at.count(f"photo{index:03d}") == 1 for index in range(8))
+    assert np.array_equal(found.sizes, expected.sizes) and found.bad == expected.bad
+    assert not list((tmp_path / "cache").rglob("*.begun.npz"))
 
 
 def test_a_header_look_leaves_pixel_data_alone(tmp_path):

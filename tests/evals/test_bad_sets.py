@@ -74,7 +74,9 @@ def sets(whole, tmp_path):
 def never_encoded(monkeypatch):
     """The images that a ViT was given."""
     seen, embed = [], vit.VisionTransformer.embed
-    monkeypatch.setattr(vit.VisionTransformer, "embed", lambda model, views: seen.append(views) or embed(model, views))
+    monkeypatch.setattr(
+        vit.VisionTransformer, "embed", lambda model, *given: seen.append(given) or embed(model, *given)
+    )
     return seen
 
 
@@ -227,10 +229,6 @@ SETS = {
         in_json(lambda found: [each.pop("segmentation") for each in found["annotations"]]), "prompt", "coco",
         r"annotation \d+ of .*/instances_val.json has no segmentation, so there is no mask",
     ),
-    "one object without a mask": (
-        in_json(lambda found: found["annotations"][-1].pop("segmentation")), "segment_patches", "coco",
-        r"annotation \d+ of .*/instances_val.json has no segmentation, so there is no mask",
-    ),
     "no JSON": (
         lambda sets: (sets / "coco/annotations/instances_val.json").write_text('{"images": ['), "multilabel", "coco",
         r"/instances_val.json is no JSON that can be read",
@@ -304,7 +302,7 @@ SETS = {
     ),
     "a category twice": (
         in_json(lambda found: found["categories"].append(found["categories"][0])), "multilabel", "coco",
-        r"instances_val.json has the category '0' twice",
+        r"category 1 of .*/instances_val.json is there twice",
     ),
 }  # fmt: skip
 
@@ -448,6 +446,22 @@ def test_models_of_one_size_are_refused_before_other_protocols_run(
     ]
     said = refused(["--weights", relative, "--protocol", "knn", protocol, *arguments], tmp_path, capsys)
     assert "relative has relative positions, for inputs of 32x32 pixels only, not " in said
+    assert not never_encoded
+
+
+@pytest.mark.parametrize(
+    ("protocol", "flags", "sentence"),
+    [
+        ("attentive", [], "--aspect keep is for pooled features, and protocol attentive reads another thing: tokens."),
+        ("knn", [], "relative has relative positions, for one shape of images only: leave out --aspect keep."),
+        ("knn", ["--squeeze"], "--squeeze gives all images one shape, and --aspect keep leaves them theirs"),
+    ],
+)
+def test_images_of_their_own_aspect_are_refused_where_they_cannot_be_had(
+    relative, tmp_path, capsys, never_encoded, protocol, flags, sentence
+):
+    arguments = ["--weights", relative, "--protocol", protocol, "--aspect", "keep", *flags]
+    assert sentence in refused(arguments, tmp_path, capsys)
     assert not never_encoded
 
 

@@ -141,11 +141,21 @@ def test_ctrl_c_before_anything_is_finished_leaves_nothing(call, monkeypatch):
     assert (status, said[-1], whole) == (130, "stopped; nothing was finished", None)
 
 
-def test_a_defect_of_ours_keeps_what_is_finished_and_shows_itself(call, monkeypatch, tmp_path):
-    monkeypatch.setattr(evals.protocol("cluster"), "evaluate", failing(ZeroDivisionError()))
-    with pytest.raises(ZeroDivisionError):
-        call("--weights", "raw", "--protocol", "knn", "cluster")
-    assert made(json.loads((tmp_path / "out" / "results.json").read_text())) == [("raw pixels", "knn")]
+def test_a_defect_of_ours_loses_no_other_result_and_shows_itself(call, monkeypatch):
+    monkeypatch.setattr(evals.protocol("cluster"), "evaluate", failing(ZeroDivisionError("no cluster")))
+    status, said, whole = call("--weights", "raw", "--protocol", "cluster", "knn")
+    assert status == 1 and made(whole) == [("raw pixels", "knn")]
+    assert said[-1].startswith("error: cluster of raw pixels failed: ZeroDivisionError: no cluster (")
+    assert whole["run"]["without a result"] == [
+        said[-1].replace("error: cluster of raw pixels failed", "cluster of raw pixels, failed")
+    ]
+
+
+def test_a_picture_that_fails_shows_in_the_exit_status(call, monkeypatch):
+    monkeypatch.setattr("engine.evals.report.pictures.feature_map", failing(ZeroDivisionError()))
+    status, _, whole = call("--weights", "raw", "--protocol", "knn")
+    assert status == 1 and made(whole) == [("raw pixels", "knn")]
+    assert list(whole["left_out"]) == ["picture 'principal components' of raw pixels"]
 
 
 def test_random_weights_are_drawn_by_the_seed(call):

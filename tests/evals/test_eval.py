@@ -70,9 +70,14 @@ def test_exports_run_folders_and_files_give_the_same_figure(tmp_path):
         figures.append(whole["results"][0]["values"])
     assert figures[0] == figures[1] == figures[2]
     assert figures[0]["top-1"] > 0.3
-    assert command.main(["--weights", str(tmp_path / "run"), "--pool", "both", "--out", str(tmp_path / "both")]) == 0
-    (about,) = json.loads((tmp_path / "both" / "results.json").read_text())["features"].values()
-    assert about["feature"].startswith("class token and mean of patch tokens") and about["width"] == 256
+    read = {
+        "both": ("class token and mean of patch tokens", 256),
+        "before-norm": ("class token before the final norm", 128),
+    }
+    for pool, (said, width) in read.items():
+        assert command.main(["--weights", str(tmp_path / "run"), "--pool", pool, "--out", str(tmp_path / pool)]) == 0
+        (about,) = json.loads((tmp_path / pool / "results.json").read_text())["features"].values()
+        assert about["feature"].startswith(said) and about["width"] == width
 
 
 def test_several_weights_in_one_call():
@@ -92,7 +97,8 @@ def test_several_weights_in_one_call():
         (["--weights", "TMP/file.pth"], "needs --model NAME"),
         (["--weights", "TMP/file.pth", "--model", "resnet50"], "resnet50"),
         (["--weights", "TMP", "--model", "vit_micro_patch8_32"], "holds no exported model"),
-        (["--weights", "raw", "--model", "vit_micro_patch8_32"], "neither --model nor --pool"),
+        (["--weights", "raw", "--model", "vit_micro_patch8_32"], "no --model, --pool or --interpolation"),
+        (["--weights", "TMP", "--interpolation", "nearest"], "choose one of antialiased, offset, bicubic"),
         (
             ["--weights", "raw", "--protocol", "knn", "tsne"],
             "unknown protocol 'tsne'; choose from attentive, cluster, ",
@@ -102,6 +108,7 @@ def test_several_weights_in_one_call():
         (["--weights", "raw", "--data", "TMP/flat"], "val"),
         (["--weights", "raw", "--device", "tpu"], "choose one of auto, cpu, cuda"),
         (["--weights", "raw", "--precision", "fp8"], "choose one of auto, fp32, bf16"),
+        (["--weights", "raw", "--resize", "nearest"], "choose one of bicubic, bilinear"),
         (["--weights", "raw", "--map", "umap"], "choose one of pca, tsne"),
         (["--weights", "raw", "--batch-size", "0"], "--batch-size is 0; it must be 1 or more"),
         (["--weights", "raw", "--batch-size", "many"], "--batch-size: invalid literal"),
@@ -109,6 +116,19 @@ def test_several_weights_in_one_call():
         (["--weights", "raw", "--image-size", "1", "2", "3"], "--image-size takes one positive number"),
         (["--weights", "raw", "--bad-limit", "2"], "share from 0 to 1"),
         (["--weights", "raw", "--bogus", "1"], "--bogus"),
+        (["--weights", "random:vit_micro_patch8_32", "--pool", "mean"], "choose one of token, avg, both, before-norm"),
+        (
+            ["--weights", "raw", "--protocol", "linear", "--linear.recipe", "moco"],
+            "must be one of cached, mae, dino, maect",
+        ),
+        (
+            ["--weights", "raw", "--protocol", "linear", "--linear.recipe", "mae", "--out", "TMP/out"],
+            "have no patches to look at",
+        ),
+        (
+            ["--weights", "raw", "--protocol", "linear", "--linear.pool", "avg"],
+            "--pool says what is extracted for cached",
+        ),
         (["--weights", "raw", "--knn.k", "0"], "knn k = 0 must be at least 1"),
         (["--weights", "raw", "--knn.k", "1438"], "more than the 1437 training images"),
         (["--weights", "raw", "--protocol", "lowshot", "--lowshot.shots", "100"], "disjoint splits need 300"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -16,6 +17,7 @@ from engine.data.sources import open_images
 from engine.evals import extraction, features
 from engine.evals.extraction import extract
 from engine.evals.features import Encoder, Features, encoder_of, raw_pixels
+from engine.evals.subject import Subject
 from engine.model import vit
 
 ROOT = Path(__file__).parents[2]
@@ -61,6 +63,43 @@ def test_the_cache_answers_only_for_the_same_weights_images_and_settings(folder,
     other = Counting("a")
     assert not torch.equal(extract(other.encoder, open_images(folder, "train"), name="x", cache=cache).values, values)
     assert not list(cache.rglob(".*")) and len(list(cache.rglob("*.npy"))) == 5
+
+
+def test_images_resized_in_another_way_have_features_of_their_own(folder, tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        tall = rng.integers(0, 256, (120, 90 + i, 3), dtype=np.uint8)
+        Image.fromarray(tall).save(folder / "val" / "dark" / f"{i:02}.png")
+    images, how = open_images(folder, "val"), {"threads": 1, "cache": tmp_path / "features"}
+    found = {
+        (resize, squeeze): Subject("raw", raw_pixels((80, 80)), resize=resize, squeeze=squeeze, **how).features(images)
+        for resize in ("bicubic", "bilinear")
+        for squeeze in (False, True)
+    }
+    for (resize, squeeze), extracted in found.items():
+        (batch,) = extraction.eval_batches(images, (80, 80), 24, threads=1, resize=resize, squeeze=squeeze)
+        torch.testing.assert_close(extracted.values, batch.images[0].flatten(1))
+    assert len({extracted.values.sum().item() for extracted in found.values()}) == 4
+
+
+def test_images_of_their_own_aspect_are_encoded_whole_and_as_they_would_be_alone(folder, tmp_path):
+    rng = np.random.default_rng(0)
+    for i, (width, height) in enumerate([(90, 30), (40, 40), (30, 90), (90, 31)] * 3):
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(image).save(folder / "val" / "dark" / f"{i:02}.png")
+    images = open_images(folder, "val")
+    model = vit.create("vit_micro_patch8_32", depth=2)
+    how = {"threads": 1, "batch_size": 8, "cache": tmp_path / "features"}
+    whole, cut = (
+        Subject("vit", encoder_of(model), aspect=aspect, **how).features(images) for aspect in ("keep", "crop")
+    )
+    assert not torch.allclose(whole.values[0], cut.values[0])  # nor are they found in the cache
+    (batch,) = extraction.eval_batches(images, (32, 32), 24, threads=1, patch=8)
+    assert len(batch.sizes.unique(dim=0)) > 2
+    for row, (height, width) in enumerate(batch.sizes[:, 0].tolist()):
+        image = batch.images[0][row].flatten()[: 3 * height * width].view(1, 3, height, width)
+        with torch.no_grad():
+            torch.testing.assert_close(whole.values[row], model.pool(model(image))[0], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("damage", ["values", "note", "missing"])
@@ -177,10 +216,43 @@ def test_class_token_and_mean_lie_side_by_side(folder, tmp_path, overrides):
     assert found.pooling == "class token and mean of patch tokens after the final norm, side by side"
 
 
-def test_both_needs_a_class_token():
+def test_class_tokens_of_several_blocks_and_before_the_norm_are_timms(folder, tmp_path):
+    images, how = open_images(folder, "val"), {"name": "vit", "batch_size": 10, "cache": tmp_path / "features"}
+    model = vit.create("vit_micro_patch8_32", depth=4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        model.norm.weight.uniform_(0.5, 2)
+        model.norm.bias.uniform_(-1, 1)
+    theirs = timm.models.VisionTransformer(
+        img_size=32, patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=0
+    )
+    theirs.load_state_dict(model.state_dict())
+    pixels = next(iter(extraction.eval_batches(images, (32, 32), 24))).images[0]
+    with torch.no_grad():
+        last = theirs.eval().get_intermediate_layers(pixels, n=3, norm=True, return_prefix_tokens=True)
+        ((_, bare),) = theirs.get_intermediate_layers(pixels, n=1, norm=False, return_prefix_tokens=True)
+    classes, mean = [prefix[:, 0] for _, prefix in last], last[-1][0].mean(1)
+    expected = {
+        ("token", 3): (torch.cat(classes, 1), "class token after the final norm; class tokens of the last 3 blocks"),
+        ("both", 2): (torch.cat([*classes[1:], mean], 1), None),
+        ("token", 1): (classes[2], "class token after the final norm"),
+        ("avg", 1): (mean, "mean of patch tokens after the final norm"),
+        ("before-norm", 1): (bare[:, 0], "class token before the final norm"),
+    }
+    for (pool, blocks), (values, said) in expected.items():
+        found = extract(encoder_of(model, pool, blocks), images, **how)
+        torch.testing.assert_close(found.values, values, rtol=1e-4, atol=1e-5)
+        assert said in (None, found.pooling)
+
+
+def test_what_is_read_must_be_there():
     without = vit.create("vit_base_patch16_siglip_gap_224", depth=1, img_size=32)
-    with pytest.raises(BadInput, match="vit_base_patch16_siglip_gap_224 has no class token: choose the pooling avg"):
-        encoder_of(without, "both")
+    for pool in ("both", "token", "before-norm"):
+        with pytest.raises(BadInput, match="siglip_gap_224 has no class token: choose the pooling avg, not " + pool):
+            encoder_of(without, pool)
+    with pytest.raises(BadInput, match="vit_micro_patch8_32 has class tokens of 1 to 1 blocks, not of 2"):
+        encoder_of(vit.create("vit_micro_patch8_32", depth=1), "token", 2)
+    with pytest.raises(BadInput, match="are those of the pooling token or both, not of before-norm"):
+        encoder_of(vit.create("vit_micro_patch8_32"), "before-norm", 2)
 
 
 def test_fingerprints_tell_models_apart():
@@ -218,7 +290,7 @@ def test_threads_come_back():
 
 def test_images_in_shards_have_the_features_of_their_files_and_a_place_in_the_cache(folder, tmp_path):
     images, cache = open_images(folder, "train"), tmp_path / "features"
-    Packing({"train": images}, tmp_path / "shards", How(images_per_shard=9)).run(1, lambda: None)
+    Packing({"train": images}, tmp_path / "shards", How(images_per_shard=9)).run(1, lambda _: None)
     values = extract(raw_pixels(), images, name="x").values
     for already in (0, 24):
         counting = Counting("a")

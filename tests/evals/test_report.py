@@ -20,10 +20,12 @@ from rich.console import Console
 from engine import eval as command
 from engine import evals
 from engine.core.errors import BadInput
+from engine.core.extras import Extras
 from engine.core.flags import read, written
 from engine.evals import Features, Result, charts, report
 from engine.evals.report import content, environment, figures, markdown, page
 from engine.evals.result import over_seeds
+from tests.strict import STRICT
 
 
 def pair(name: str, seed: int = 0) -> tuple[Features, Features]:
@@ -54,7 +56,7 @@ def test_every_weights_meets_every_protocol_in_order(judged):
 def test_the_folder_holds_everything(judged, tmp_path):
     pairs, results = judged
     commands = {("MAE/2", "knn"): "python -m engine.eval --weights x"}
-    report.write(tmp_path / "new" / "out", results, {"seed": 4}, pairs, commands=commands)
+    report.write(tmp_path / "new" / "out", results, {"seed": 4}, pairs, STRICT, commands=commands)
     out = tmp_path / "new" / "out"
     assert sorted(path.name for path in out.iterdir()) == ["pictures", "report.html", "results.json", "results.md"]
     names = [
@@ -84,8 +86,8 @@ def test_the_folder_holds_everything(judged, tmp_path):
 
 def test_an_earlier_evaluation_is_replaced_and_anything_else_is_not(judged, tmp_path):
     pairs, results = judged
-    report.write(tmp_path / "out", results, {"run": 1}, pairs)
-    report.write(tmp_path / "out", results[:1], {"run": 2}, {"raw pixels": pairs["raw pixels"]})
+    report.write(tmp_path / "out", results, {"run": 1}, pairs, STRICT)
+    report.write(tmp_path / "out", results[:1], {"run": 2}, {"raw pixels": pairs["raw pixels"]}, STRICT)
     assert json.loads((tmp_path / "out" / "results.json").read_text())["run"] == {"run": 2}
     assert sorted(path.name for path in (tmp_path / "out" / "pictures").iterdir()) == [
         "raw-pixels-knn-confusion.png", "raw-pixels-principal-components.png",
@@ -93,18 +95,18 @@ def test_an_earlier_evaluation_is_replaced_and_anything_else_is_not(judged, tmp_
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("precious")
     with pytest.raises(BadInput, match="not an earlier evaluation"):
-        report.write(tmp_path / "other", results, {}, pairs)
+        report.write(tmp_path / "other", results, {}, pairs, STRICT)
     with pytest.raises(BadInput, match="is a file"):
-        report.write(tmp_path / "other" / "thesis.txt", results, {}, pairs)
+        report.write(tmp_path / "other" / "thesis.txt", results, {}, pairs, STRICT)
     with pytest.raises(BadInput, match="not a folder that can be written to"):
-        report.write(tmp_path / "other" / "thesis.txt" / "out", results, {}, pairs)
+        report.write(tmp_path / "other" / "thesis.txt" / "out", results, {}, pairs, STRICT)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "out"]
 
 
 @pytest.mark.parametrize("part", ["pictures.feature_map", "page.render", "markdown.render", "files.as_json"])
 def test_a_failure_half_way_leaves_the_earlier_folder_and_nothing_else(part, judged, tmp_path, monkeypatch):
     pairs, results = {"MAE/2": judged[0]["MAE/2"]}, judged[1][2:3]
-    report.write(tmp_path / "out", results, {"run": 1}, pairs)
+    report.write(tmp_path / "out", results, {"run": 1}, pairs, STRICT)
 
     def fail(*args):
         raise KeyboardInterrupt
@@ -112,9 +114,29 @@ def test_a_failure_half_way_leaves_the_earlier_folder_and_nothing_else(part, jud
     monkeypatch.setattr(f"engine.evals.report.{part}", fail)
     for name in ("out", "fresh"):
         with pytest.raises(KeyboardInterrupt):
-            report.write(tmp_path / name, results, {"run": 2}, pairs)
+            report.write(tmp_path / name, results, {"run": 2}, pairs, STRICT)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert json.loads((tmp_path / "out" / "results.json").read_text())["run"] == {"run": 1}
+
+
+def test_a_picture_or_a_text_that_fails_is_named_and_the_figures_are_kept(judged, tmp_path, monkeypatch):
+    pairs, results = judged
+
+    def fail(*args):
+        raise ZeroDivisionError("no scale")
+
+    monkeypatch.setattr("engine.evals.report.pictures.feature_map", fail)
+    monkeypatch.setattr("engine.evals.report.page.render", fail)
+    said: list[str] = []
+    extras = Extras(said.append)
+    report.write(tmp_path, results, {}, pairs, extras)
+    whole = json.loads((tmp_path / "results.json").read_text())
+    assert [found["values"] for found in whole["results"]] == [result.values for result in results]
+    assert {path.name for path in tmp_path.iterdir()} == {"pictures", "results.json", "results.md"}
+    assert len(list((tmp_path / "pictures").iterdir())) == 2  # of k-NN
+    missing = ["picture 'principal components' of raw pixels", "picture 'principal components' of MAE/2", "report.html"]
+    assert list(whole["left_out"]) == list(extras.left_out) == missing
+    assert said[2].startswith("report.html left out: ZeroDivisionError: no scale (")
 
 
 def results_by_hand() -> list[Result]:
@@ -129,7 +151,7 @@ def results_by_hand() -> list[Result]:
 
 def rendered(results: list[Result], **more) -> tuple[str, str]:
     """The page and the Markdown."""
-    whole = content.content(results, {}, {}, **more)
+    whole = content.content(results, {}, {}, STRICT, **more)
     return page.render(whole), markdown.render(whole)
 
 
@@ -168,10 +190,10 @@ def test_wide_summaries_are_broken_between_protocols():
     values = {str(number): 0.5 for number in range(5)}
     results = [Result(protocol, values, {}, weights="x") for protocol in ("a", "b", "c")]
     results.append(Result("d", {str(number): 0.5 for number in range(9)}, {}, weights="x"))
-    groups = [band.groups for band in content.content(results, {}, {}).bands]
+    groups = [band.groups for band in content.content(results, {}, {}, STRICT).bands]
     assert groups == [[("a", 5)], [("b", 5)], [("c", 5)], [("d", 7)], [("d", 2)]]
     narrow = [replace(result, headline=("0", "1")) for result in results[:3]]
-    assert [band.groups for band in content.content(narrow, {}, {}).bands] == [[("a", 2), ("b", 2), ("c", 2)]]
+    assert [band.groups for band in content.content(narrow, {}, {}, STRICT).bands] == [[("a", 2), ("b", 2), ("c", 2)]]
 
 
 def test_the_screen_shows_every_figure_of_every_weights():
@@ -204,7 +226,7 @@ def test_the_best_of_a_column_is_marked_and_less_may_be_better():
         Result("p", each, {}, plain=frozenset({"d"}), lower=frozenset({"d"}), weights=name)
         for each, name in zip(values, "xyz")
     ]
-    (band,) = content.content(results, {}, {}).bands
+    (band,) = content.content(results, {}, {}, STRICT).bands
     assert [[cell.best for cell in row] for row in band.rows.values()] == [
         [False, False, False], [True, True, False], [True, False, False],
     ]  # fmt: skip
@@ -260,7 +282,7 @@ def test_best_epoch_figures_bring_their_last_epoch_ones():
     values = {"last-epoch top-1 (best lr)": 0.8, "best-epoch top-1": 0.9}
     results = [Result("linear", values, {}, headline=("best-epoch top-1",), weights=name) for name in "ab"]
     html, text = rendered([results[0], replace(results[1], values={name: v - 0.1 for name, v in values.items()})])
-    whole = content.content(results, {}, {})
+    whole = content.content(results, {}, {}, STRICT)
     assert [figure for _, figure in whole.bands[0].columns] == list(values)
     for shown in (visible(html), text):
         assert shown.count("last-epoch top-1 (best lr)") == shown.count("best-epoch top-1") >= 3
@@ -288,7 +310,7 @@ def test_names_are_text_wherever_they_stand():
     ]  # fmt: skip
     run = {NASTY: NASTY, "unreadable images left out": [(NASTY, NASTY)]}
     commands = {(result.weights, NASTY): f"echo {shlex.quote(NASTY)}" for result in results}
-    whole = content.content(results, run, {}, commands=commands)
+    whole = content.content(results, run, {}, STRICT, commands=commands)
     html, text = page.render(whole), markdown.render(whole)
     assert html.count("<script>") == 1 and "alert(&#34;x&#34;)" in html
     assert visible(html).count(NASTY.replace("-", "\N{MINUS SIGN}")) > 15
@@ -325,21 +347,21 @@ def test_pictures_have_files_of_their_own_even_where_names_are_alike(tmp_path):
         )
         for n, name in enumerate(names)
     ]
-    report.write(tmp_path / "out", results, {}, {})
+    report.write(tmp_path / "out", results, {}, {}, STRICT)
     files = sorted((tmp_path / "out" / "pictures").iterdir())
     assert len(files) == 10 and len({file.name.lower() for file in files}) == 10
     whole = json.loads((tmp_path / "out" / "results.json").read_text())
     stored = [tmp_path / "out" / file for result in whole["results"] for file in result["pictures"].values()]
     assert sorted(stored) == files
     for n, result in enumerate(whole["results"]):
-        assert content.content(results, {}, {}).pictures[2 * n].size == (100 * (1 + n), 100)
+        assert content.content(results, {}, {}, STRICT).pictures[2 * n].size == (100 * (1 + n), 100)
         assert (tmp_path / "out" / result["pictures"]["curve"]).read_bytes() == content.content(
-            results, {}, {}
+            results, {}, {}, STRICT
         ).pictures[2 * n].png
 
 
 def test_without_pictures_there_is_no_folder_for_them(tmp_path):
-    report.write(tmp_path / "out", results_by_hand(), {}, {})
+    report.write(tmp_path / "out", results_by_hand(), {}, {}, STRICT)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["report.html", "results.json", "results.md"]
     assert "<img" not in (tmp_path / "out" / "report.html").read_text()
 
@@ -351,7 +373,7 @@ def test_json_holds_no_nan_and_no_numpy(tmp_path):
         {"array": np.ones(3), "deep": {"a": (np.ones(2), nan)}, "rows": [{"k": 1, "v": nan}]},
         samples={"a": np.full(4, nan), "b": np.array([nan, 0.0, 1.0, 0.5])}, weights="x",
     )  # fmt: skip
-    report.write(tmp_path / "out", [result], {"x": nan}, {})
+    report.write(tmp_path / "out", [result], {"x": nan}, {}, STRICT)
 
     def refuse(word):
         raise AssertionError(word)
@@ -368,7 +390,12 @@ def test_paths_that_are_no_text_do_not_stop_a_report(tmp_path):
     odd = b"caf\xe9.png".decode("utf-8", "surrogateescape")
     result = Result("p", {"a": 0.5}, {}, weights=odd, pictures={"x": Figure(figsize=(1, 1))})
     report.write(
-        tmp_path / "out", [result], {"unreadable images left out": [(odd, "broken")]}, {}, commands={(odd, "p"): odd}
+        tmp_path / "out",
+        [result],
+        {"unreadable images left out": [(odd, "broken")]},
+        {},
+        STRICT,
+        commands={(odd, "p"): odd},
     )
     assert json.loads((tmp_path / "out" / "results.json").read_text())["results"][0]["weights"] == odd
     assert "caf?.png" in (tmp_path / "out" / "report.html").read_text()

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from engine.evals import Result, charts, report
 from engine.evals.result import over_seeds
 from tests.browsers import browser
+from tests.strict import STRICT
 
 pytestmark = pytest.mark.browser
 
@@ -53,7 +54,12 @@ def address(tmp_path_factory) -> str:
         (each.weights, each.protocol): f"python -m engine.eval --weights '{each.weights * 8}'" for each in found
     }
     report.write(
-        folder, found, {"seed": 0, "unreadable images left out": [("a/b.png", "truncated")]}, {}, commands=commands
+        folder,
+        found,
+        {"seed": 0, "unreadable images left out": [("a/b.png", "truncated")]},
+        {},
+        STRICT,
+        commands=commands,
     )
     return (folder / "report.html").as_uri()
 

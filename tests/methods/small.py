@@ -4,7 +4,7 @@ form whose steps can be replayed from a CUDA graph, if it has one."""
 from dataclasses import fields
 from typing import Any
 
-from engine.methods.base import StageSettings
+from engine.methods.settings import StageSettings
 
 SIZES: dict[str, Any] = {
     "batch_size": 8,
@@ -27,7 +27,8 @@ SIZES: dict[str, Any] = {
 CONSTANT = {"target_temperature_start": 0.04, "target_temperature": 0.04, "target_temperature_epochs": 0}
 # settings over those of `small`, for an encoder without stochastic depth
 REPLAYED: dict[str, dict[str, Any]] = {
-    "mae": {"crops": 2}, "simmim": {}, "relvit": {"permute": True, "mega_patches": 2, "class_weight": 1.0},
+    "mae": {"crops": 2}, "simmim": {},
+    "relvit": {"permute": True, "mega_patches": 2, "class_weight": 1.0, "patch_colours": "normalised"},
     "supervised": {"mixup": 0.0, "cutmix": 0.0, "erase": 0.5}, "mocov3": {}, "nnclr": {"patch_keep": 0.5},
     "maect": {"weight_ema": 0.9}, "dino": CONSTANT, "msn": CONSTANT, "swav": {"queue_size": 0}, "mim_heads": {},
     "mim_refiner": {}, "mim_cluster": CONSTANT, "mmc": CONSTANT | {"distil": "cls_to_patch"},

@@ -308,7 +308,9 @@ def test_published_recipe(model: str):
     assert (s.weight_decay, s.betas, s.clip_norm, s.clip_over) == (0.05, (0.9, 0.999), 3.0, "all")
     assert (s.crop_scale, s.flip, s.jitter, s.codes, s.smallest_block) == ((0.08, 1.0), 0.5, 0.4, 8192, 16)
     scale = 1e-5 if "large" in model else 0.1
-    assert chosen.encoder == {"positions": "relative", "init_values": scale, "drop_path": 0.1, "global_pool": "avg"}
+    assert chosen.encoder == {
+        "initialisation": "beit", "positions": "relative", "init_values": scale, "drop_path": 0.1, "global_pool": "avg"
+    }  # fmt: skip
     (view,) = Beit(vit.create("vit_tiny_patch16_224", depth=1), s).views()
     assert (view.size, view.jitter, view.brightness, view.contrast, view.saturation, view.hue) == (
         (224, 224),

@@ -237,8 +237,8 @@ def test_crops_are_the_published_ones():
 @pytest.mark.parametrize(
     ("model", "epochs", "free_norm", "said"),
     [
-        ("vit_small_patch16_224", 300, True, "DINO"),
-        ("vit_base_patch16_224", 100, False, "DINO"),
+        ("vit_small_patch16_224", 300, True, "DINO's 300-epoch ViT-S recipe"),
+        ("vit_base_patch16_224", 100, False, "DINO's released command for ViT-B"),
         ("vit_large_patch16_224", 100, False, "after "),
     ],
 )
@@ -246,12 +246,15 @@ def test_published_recipe(model: str, epochs: int, free_norm: bool, said: str):
     chosen = recipe("dino", model, "auto", embedded=False)
     ((name, s),) = chosen.stages
     assert chosen.source.startswith(said)
-    assert chosen.encoder == {"global_pool": "token", "drop_path": 0.1}
+    of_dino = {"initialisation": "dino", "interpolation": "offset"}
+    assert chosen.encoder == of_dino | {"global_pool": "token", "drop_path": 0.1}
     assert (name, s.epochs, s.free_norm, s.warmup * s.epochs) == ("dino", epochs, free_norm, 10)
     assert (s.base_lr, s.end_lr, s.weight_decay, s.weight_decay_end, s.betas) == (5e-4, 1e-6, 0.04, 0.4, (0.9, 0.999))
     assert (s.clip_norm, s.clip_over, s.freeze_last_layer) == (3, "tensor", 1)
     assert (s.prototypes, s.head_hidden, s.head_layers, s.bottleneck) == (65536, 2048, 3, 256)
-    assert (s.target_temperature_start, s.target_temperature, s.target_temperature_epochs) == (0.04, 0.07, 30)
+    warmer = (0.04, 0.07, 30) if epochs == 300 else (0.04, 0.04, 0)  # the command for ViT-B names no temperature
+    assert (s.target_temperature_start, s.target_temperature, s.target_temperature_epochs) == warmer
+    assert (s.resize, s.warmup_form) == ("bicubic", "through")
     assert (s.student_temperature, s.collapse, s.centre_momentum) == (0.1, "centring", 0.9)
     assert (s.teacher_momentum, s.teacher_momentum_end, s.optimizer) == (0.996, 1.0, "adamw")
     with pytest.raises(BadInput, match="plain, digits"):
@@ -344,3 +347,38 @@ def test_collapse_is_chosen_for_all_stages_at_once():
     assert plan.stages[0][1].collapse == "sinkhorn"
     assert "dino" in methods.names()
     assert "clustering" not in methods.names()
+
+
+def test_images_of_their_own_aspect_are_represented_as_they_are_one_by_one():
+    """Values, and the gradients of the student, through views of different size."""
+    method = make(aspect="keep", local_crops=1)
+    assert [(view.size, view.patch) for view in method.views()] == [((32, 32), 8)] * 2 + [((16, 16), 8)]
+    images, large = crops(method), torch.tensor([[24, 40], [32, 32], [24, 40], [40, 24]])
+    sizes = torch.stack([large, large, torch.tensor([[8, 24], [16, 16], [8, 24], [24, 8]])], 1)
+    rows = method.represent(images, torch.arange(4), {"sizes": sizes})
+    taught = method.represent_targets(images[:], torch.arange(4), {"sizes": sizes})
+    worth = torch.randn(3, 4, method.encoder.embed_dim)
+
+    def alone(encoder: vit.VisionTransformer, view: int) -> Tensor:
+        shown = [
+            row.flatten()[: 3 * h * w].view(1, 3, h, w) for row, (h, w) in zip(images[view], sizes[:, view].tolist())
+        ]
+        return torch.cat([encoder(image)[:, 0] for image in shown])
+
+    ends = []
+    for found in (torch.stack(rows["pooled"]), torch.stack([alone(method.encoder, view) for view in range(3)])):
+        method.zero_grad()
+        (found * worth).sum().backward()
+        ends.append([found, *(p.grad.clone() for p in method.encoder.parameters())])
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=3e-4, rtol=1e-4)
+    for view in range(2):
+        torch.testing.assert_close(taught["taught"][view], alone(method.teacher.encoder, view), atol=1e-5, rtol=1e-5)
+
+
+def test_images_that_fill_their_room_are_seen_as_crops_are():
+    plain, own = make(), make(aspect="keep")
+    images, chosen = crops(plain), drawn(plain)
+    sizes = torch.tensor([view.size for view in own.views()]).expand(4, -1, -1)
+    expected = plain(images, torch.arange(4), chosen)["loss"]
+    assert torch.equal(own(images, torch.arange(4), chosen | {"sizes": sizes})["loss"], expected)

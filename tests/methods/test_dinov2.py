@@ -191,6 +191,13 @@ def test_rates_fall_with_depth():
     assert groups["encoder.blocks.1.norm2.bias"].weight_decay == 0 < groups["encoder.mask_token"].weight_decay
 
 
+def test_the_optimiser_watches_frozen_prototypes_where_asked():
+    for watches in (False, True):
+        method = make(freeze_last_layer=1, frozen_moments=watches)
+        frozen = [group for group in method.groups(256) if group.frozen_epochs]
+        assert frozen and {group.watches for group in frozen} == {watches}
+
+
 def test_encoder_and_heads_are_clipped_apart():
     method = make(patch_prototypes=40, clip_norm=1e-3, freeze_last_layer=0)
     update, norms = Update(method, 8), {}
@@ -282,8 +289,8 @@ def test_published_recipe(model: str):
     ((name, s),) = chosen.stages
     s.check("dinov2")
     assert methods.get(name) is Dinov2
-    assert chosen.source.startswith("after ")
     large = model == "vit_large_patch14_224"
+    assert chosen.source.startswith("after ") == (model == "vit_base_patch14_reg4_dinov2")
     s.check_encoder("dinov2", vit.create(model, depth=1, img_size=224))
     assert (s.epochs, s.warmup * s.epochs, s.base_lr) == ((500, 80, 2e-4) if large else (100, 10, 4e-3))
     assert (s.prototypes, s.patch_prototypes) == ((131072, 131072) if large else (65536, 0))
@@ -295,6 +302,16 @@ def test_published_recipe(model: str):
     )
     assert (s.crop_scale, s.local_crops, s.local_scale) == ((0.32, 1.0), 8, (0.05, 0.32))
     assert (s.koleo_weight, s.smallest_block, s.clip_over, s.patch_embed_lr) == (0.1, 4, "part", 0.2)
+    encoder = vit.create("vit_tiny_patch16_224", depth=1)
+    views = Dinov2(encoder, replace(s, prototypes=8, patch_prototypes=0)).views()
+    # released: transforms.GaussianBlur hands 1 - p on as the probability
+    assert [(view.blur, view.solarize) for view in views] == [(0.0, 0.0), (0.9, 0.2)] + [(0.5, 0.0)] * 8
+    assert (s.frozen_moments, s.warmup_form, s.freeze_last_layer) == (True, "through", 1)
     assert (
         s.free_norm and chosen.encoder["init_values"] == 1e-5 and chosen.encoder["drop_path"] == (0.4 if large else 0.3)
+    )
+    made = vit.without_memory(model, **chosen.encoder)
+    assert made.drop_path_rates == (0.4 if large else 0.3,) * made.depth
+    assert (made.architecture.gated_mlp, made.architecture.mlp_dim) == (
+        (True, 2736) if large else (False, 4 * made.embed_dim)
     )

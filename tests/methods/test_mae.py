@@ -1,12 +1,17 @@
 """MAE against a plain restatement of the paper: mask first, embed all patches, shuffle back, decode all, loss on the masked."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from engine.core.draws import Draws
+from engine.core.phases import WHOLE, Phase
 from engine.methods.mae import Mae, Settings
 from engine.model import vit
+from engine.model.shapes import Alike
+from engine.model.tokens import View
 from engine.recipes import recipe
 
 SETTINGS = Settings(epochs=1, batch_size=4, decoder_dim=64, decoder_depth=2, decoder_heads=2)
@@ -90,6 +95,39 @@ def test_loss_and_gradients_equal_the_paper():
         torch.testing.assert_close(gradient, theirs[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.parametrize(("size", "phase"), [((32, 32), WHOLE), ((48, 80), WHOLE), ((64, 128), Phase(side=0.5))])
+def test_some_of_the_masked_patches_are_decoded_as_if_the_others_were_not_there(size: tuple[int, int], phase: Phase):
+    settings = Settings(epochs=1, batch_size=4, decode_share=0.4, decoder_dim=64, decoder_depth=2, decoder_heads=2)
+    mae = make(settings=settings, img_size=size)
+    mae.phase = phase
+    images = torch.randn(4, 3, *mae.size)
+    drawn = mae.draw(draws(4))
+    order = drawn["noise"][:, 0].argsort(dim=1, stable=True)
+    visible, masked = order[:, : mae.keep], order[:, mae.keep : mae.keep + mae.decoded]
+    assert mae.decoded == round(0.4 * (mae.patches - mae.keep)) < mae.patches - mae.keep
+    loss = mae((images,), torch.arange(4), drawn)["loss"]
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in mae.named_parameters() if p.grad is not None}
+    mae.zero_grad()
+
+    decoder, p = mae.decoder, mae.encoder.patch_size
+    (latent,) = mae.encoder.encode([View(images, visible)]).unpack()
+    places = mae.decoder.positions(mae.grid)[0]
+    rows = torch.cat([torch.zeros(4, 1, dtype=torch.int64), 1 + visible, 1 + masked], 1)
+    x = decoder.decoder_embed(latent)
+    x = torch.cat([x, decoder.mask_token.expand(4, mae.decoded, -1)], 1) + places[rows]
+    for block in decoder.decoder_blocks:
+        x = plain_block(x, block)
+    prediction = decoder.decoder_pred(decoder.decoder_norm(x))[:, 1 + mae.keep :]
+    target = patchify(images, p).gather(1, masked[..., None].expand(-1, -1, p * p * 3))
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    plain = (prediction - target).square().mean()
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, mae.get_parameter(name).grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
 def test_several_crops_are_the_mean_over_crops():
     mae = make(settings=Settings(epochs=1, batch_size=4, crops=2, decoder_dim=64, decoder_depth=2, decoder_heads=2))
     first, second = torch.randn(2, 4, 3, 32, 32)
@@ -141,11 +179,11 @@ def test_hidden_patches_are_never_read_by_the_encoder():
     mae, images = make(), torch.randn(2, 3, 32, 32)
     visible = torch.tensor([[0, 5], [3, 9]])
     masked = torch.tensor([[n for n in range(16) if n not in row] for row in visible.tolist()])
-    expected = mae.predict(images, visible, masked)
+    (expected,) = mae.predict([Alike(images)], [visible], [masked])
     rows = patchify(images, 8)
     poisoned = rows.scatter(1, masked[..., None].expand(-1, -1, rows.shape[-1]), float("nan"))
     poisoned = poisoned.view(2, 4, 4, 8, 8, 3).permute(0, 5, 1, 3, 2, 4).reshape(2, 3, 32, 32)
-    assert torch.equal(mae.predict(poisoned, visible, masked), expected)
+    assert torch.equal(*mae.predict([Alike(poisoned)], [visible], [masked]), expected)
 
 
 def test_published_recipe():
@@ -159,3 +197,45 @@ def test_published_recipe():
     assert groups["encoder.cls_token"].weight_decay == 0.05
     assert groups["encoder.norm.weight"].weight_decay == groups["encoder.patch_embed.proj.bias"].weight_decay == 0
     assert "encoder.pos_embed" not in groups
+
+
+@pytest.mark.parametrize(("crops", "decode_share"), [(1, 1.0), (2, 0.5)])
+def test_images_of_their_own_aspect_are_the_mean_over_images_one_by_one(crops: int, decode_share: float):
+    sizes = Settings(epochs=1, batch_size=5, decoder_dim=64, decoder_depth=2, decoder_heads=2)
+    mae = make(settings=replace(sizes, aspect="keep", crops=crops, decode_share=decode_share), depth=2)
+    (view, *_) = mae.views()
+    assert (view.patch, view.size) == (8, (32, 32))
+    shapes = torch.tensor([[24, 40], [32, 32], [16, 64], [24, 40], [40, 24]])[:, None].expand(-1, crops, -1)
+    rooms = tuple(torch.randn(5, 3, 32, 32) for _ in range(crops))
+    drawn = mae.draw(draws(5)) | {"sizes": shapes}
+    loss = mae(rooms, torch.arange(5), drawn)["loss"]
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in mae.named_parameters() if p.grad is not None}
+    mae.zero_grad()
+
+    alone = []
+    for crop, room in enumerate(rooms):
+        for row, (height, width) in enumerate(shapes[:, crop].tolist()):
+            image = room[row].flatten()[: 3 * height * width].view(1, 3, height, width)
+            order = drawn["noise"][row : row + 1, crop, : height * width // 64].argsort(dim=1, stable=True)
+            keep = int(order.shape[1] * 0.25)
+            visible, masked = order[:, :keep], order[:, keep:][:, : round(decode_share * (order.shape[1] - keep))]
+            (prediction,) = mae.predict([Alike(image)], [visible], [masked])
+            target = patchify(image, 8).gather(1, masked[..., None].expand(-1, -1, 192))
+            target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+            alone.append((prediction - target).square().mean())
+    plain = torch.stack(alone).mean()
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), abs=1e-5)
+    for name, gradient in ours.items():
+        torch.testing.assert_close(gradient, mae.get_parameter(name).grad, atol=1e-5, rtol=1e-4, msg=name)
+
+
+def test_images_that_fill_their_room_are_seen_as_crops_are():
+    plain, own = make(), make(settings=replace(SETTINGS, aspect="keep"))
+    images, drawn = torch.randn(4, 3, 32, 32), plain.draw(draws(4))
+    whole = torch.full((4, 1, 2), 32)
+    losses = [
+        mae((images,), torch.arange(4), drawn | more)["loss"] for mae, more in ((plain, {}), (own, {"sizes": whole}))
+    ]
+    assert torch.equal(*losses)

@@ -67,6 +67,7 @@ def plain_features(method: MimHeads, images: tuple[Tensor, ...], block: int) -> 
 def plain_loss(method: MimHeads, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Tensor:
     """Restated pair by pair: the neighbour meets the own image's prediction, the view itself the others'."""
     views, batch, temperature = len(images), len(ids), method.settings.temperature
+    intended = method.settings.local_pairs == "intended"
     total = torch.zeros(())
     for block in method.blocks:
         head = method.heads[str(block)]
@@ -79,7 +80,8 @@ def plain_loss(method: MimHeads, images: tuple[Tensor, ...], ids: Tensor, drawn:
             similarity[ids[:, None] == head.queue.ids[None]] = -1
             nearest = similarity.topk(method.settings.top_k, dim=1).indices
             neighbour = head.queue.keys[nearest[torch.arange(batch), drawn[f"choice{block}"][:, i]]]
-            for j in (j for j in range(views) if j != i):
+            # the code counts small views from the first one of all (src/losses/ssl/nnclr_loss.py)
+            for j in (1 - i, *range(*(LARGE, views) if intended else (0, views - LARGE))):
                 logits = torch.where(torch.eye(batch) > 0, neighbour @ predicted[j].T, own[i] @ predicted[j].T)
                 terms.append(F.cross_entropy(logits / temperature, torch.arange(batch)))
         total = total + torch.stack(terms).mean()
@@ -87,9 +89,11 @@ def plain_loss(method: MimHeads, images: tuple[Tensor, ...], ids: Tensor, drawn:
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])
-@pytest.mark.parametrize("kind", [MimHeads, MimRefiner])
-def test_loss_and_gradients_equal_a_plain_restatement(kind: type[MimHeads], pool: str):
-    method = make(kind, pool)
+@pytest.mark.parametrize(
+    ("kind", "pairs"), [(MimHeads, "released"), (MimRefiner, "released"), (MimRefiner, "intended")]
+)
+def test_loss_and_gradients_equal_a_plain_restatement(kind: type[MimHeads], pairs: str, pool: str):
+    method = make(kind, pool, local_pairs=pairs, local_crops=3)
     images, ids, drawn = crops(method), torch.arange(8), draws(method)
     # Some keys come from the batch's own images and are the nearest by construction.
     with torch.no_grad():
@@ -196,6 +200,7 @@ def test_rates_and_settings_equal_the_published_ones(model: str):
     for settings in (heads, refinement):
         assert (settings.head_blocks, settings.batch_size, settings.temperature) == (tuple(blocks), batch, temperature)
         assert (settings.local_crops, settings.local_size, settings.local_scale) == (10, side, (0.05, 0.25))
+        assert (settings.local_pairs, settings.warmup_form) == ("released", "between")
         assert (settings.crop_scale, settings.augmentation) == ((0.25, 1.0), "byol")
         assert (settings.projector_hidden, settings.predictor_hidden, settings.embedding) == (2048, 4096, 256)
         assert (settings.queue_size, settings.end_lr, settings.betas) == (65536, 1e-6, (0.9, 0.95))
@@ -262,6 +267,7 @@ def test_heads_sit_on_the_upper_third_unless_named(depth: int, named: tuple[int,
         ({"head_blocks": (0, 4)}, "head-blocks"),
         ({"local_crops": -1}, "local-crops"),
         ({"local_scale": (0.3, 0.2)}, "local-scale"),
+        ({"local_pairs": "all"}, "local-pairs"),
         ({"layer_decay": 0.0}, "layer-decay"),
         ({"head_base_lr": 0.0}, "head-base-lr"),
         ({"frozen_blocks": -1}, "frozen-blocks"),

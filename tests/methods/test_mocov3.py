@@ -186,8 +186,9 @@ def test_heads_have_the_published_shapes():
 def test_crops_are_the_published_ones():
     ((_, settings),) = recipe("mocov3", "vit_base_patch16_224", "plain", embedded=False).stages
     method = Mocov3(vit.create("vit_tiny_patch16_224", depth=1), replace(settings, projector_hidden=8))
-    assert method.views() == byol_views((224, 224), (0.08, 1.0))
-    method.settings = replace(settings, augmentation="minimal", flip=0.25)
+    linear = tuple(replace(view, resize="bilinear") for view in byol_views((224, 224), (0.08, 1.0)))
+    assert method.views() == linear  # torchvision's default, as they name no other
+    method.settings = replace(settings, augmentation="minimal", flip=0.25, resize="bicubic")
     assert method.views() == (replace(minimal((224, 224), (0.08, 1.0)), flip=0.25),) * 2
 
 
@@ -195,7 +196,11 @@ def test_crops_are_the_published_ones():
     ("model", "said"),
     [
         ("vit_base_patch16_224", "MoCo v3's released ViT recipe"),
-        ("vit_small_patch16_224", "after MoCo v3's released ViT recipe (O), whose ViT-S has 12 heads and not 6"),
+        (
+            "vit_small_patch16_224",
+            "after MoCo v3's released ViT recipe (O), whose ViT-S has 12 heads and not 6 (vit_small_12heads_patch16_224)",
+        ),
+        ("vit_small_12heads_patch16_224", "MoCo v3's released ViT recipe (O)"),
         ("vit_large_patch16_224", "after MoCo v3's released ViT recipe (O) for ViT-S and ViT-B"),
     ],
 )
@@ -203,7 +208,7 @@ def test_published_recipe(model: str, said: str):
     chosen = recipe("mocov3", model, "auto", embedded=False)
     ((name, s),) = chosen.stages
     assert chosen.source.startswith(said)
-    assert chosen.encoder == {"positions": "sincos", "global_pool": "token"}
+    assert chosen.encoder == {"initialisation": "mocov3", "positions": "sincos", "global_pool": "token"}
     assert (name, s.epochs, s.batch_size, s.warmup * s.epochs) == ("mocov3", 300, 4096, 40)
     assert (s.base_lr, s.weight_decay, s.optimizer, s.schedule, s.end_lr) == (1.5e-4, 0.1, "adamw", "cosine", 0)
     assert (s.projector_hidden, s.predictor_hidden, s.embedding, s.temperature) == (4096, 4096, 256, 0.2)

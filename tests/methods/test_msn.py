@@ -209,16 +209,18 @@ def test_prototypes_start_uniform_and_see_directions_only():
     torch.testing.assert_close(method.prototypes(3 * x), scores)
 
 
-def test_schedules_are_stretched_and_training_stops_on_the_way():
-    method = make(epochs=10, warmup=0.1, base_lr=1e-3 * 32, teacher_momentum=0.996, batch_size=8)
+@pytest.mark.parametrize("form", ["from-start", "to-peak"])
+def test_schedules_are_stretched_and_training_stops_on_the_way(form: str):
+    method = make(epochs=10, warmup=0.1, warmup_form=form, base_lr=1e-3 * 32, teacher_momentum=0.996, batch_size=8)
     update = Update(method, total_steps=100)
     assert (update.total_steps, update.warmup_steps, update.peak_lr) == (125, 10, pytest.approx(1e-3))
     for step in (0, 5, 10, 50, 99):
         report = update(step, views_of(method, seed=step), torch.arange(8), drawn_for(method, step))
-        half_cosine = 0.5 * (1 + math.cos(math.pi * (step - 10) / 115))
-        lr = 2e-4 + 8e-4 * step / 10 if step < 10 else 1e-6 + (1e-3 - 1e-6) * half_cosine
+        at = step + (form == "to-peak")  # the authors count a step before they set its rates
+        half_cosine = 0.5 * (1 + math.cos(math.pi * (at - 10) / 115))
+        lr = 2e-4 + 8e-4 * at / 10 if step < 10 else 1e-6 + (1e-3 - 1e-6) * half_cosine
         assert report["lr"] == pytest.approx(lr)
-        decay = 0.4 + (0.04 - 0.4) * 0.5 * (1 + math.cos(math.pi * step / 125))
+        decay = 0.4 + (0.04 - 0.4) * 0.5 * (1 + math.cos(math.pi * at / 125))
         assert report["weight_decay"] == pytest.approx(decay)
         assert method.teacher_momentum() == pytest.approx(0.996 + 0.004 * step / 125)
     assert report["lr"] > 1e-4  # the end, 1e-6, is not reached
@@ -390,7 +392,9 @@ def test_published_numbers(model: str, epochs: int, after: bool):
     chosen = recipe("msn", model, "plain", embedded=False)
     ((name, s),) = chosen.stages
     assert chosen.source.startswith("after ") == after
-    assert (name, chosen.encoder) == ("msn", {"global_pool": "token"})
+    encoder = {"initialisation": "msn", "interpolation": "bicubic", "global_pool": "token"}
+    assert (name, chosen.encoder) == ("msn", encoder)
+    assert (s.resize, s.warmup_form) == ("bilinear", "to-peak")
     assert (s.epochs, s.batch_size, s.warmup * s.epochs, s.horizon) == (epochs, 1024, pytest.approx(15), 1.25)
     assert (s.base_lr * 1024 / 256, s.start_lr, s.end_lr) == (1e-3, 2e-4, 1e-6)
     assert (s.weight_decay, s.weight_decay_end, s.betas) == (0.04, 0.4, (0.9, 0.999))

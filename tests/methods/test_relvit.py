@@ -210,7 +210,7 @@ def plain_mega(image: Tensor, rows: list[int], columns: list[int], patch: int) -
 
 @pytest.mark.parametrize(("grid", "parts"), [((7, 7), 5), ((4, 6), 2), ((5, 5), 5)])
 def test_mega_patches_equal_cells_resized_one_by_one(grid: tuple[int, int], parts: int):
-    settings = Settings(mega_patches=parts, **PLAIN)
+    settings = Settings(mega_patches=parts, mega_shared=False, **PLAIN)
     images = torch.randn(6, 3, grid[0] * 8, grid[1] * 8)
     drawn = draw_patches(settings, draws(6), grid)
     made, places = arrange(settings, images, drawn, 8)
@@ -221,7 +221,7 @@ def test_mega_patches_equal_cells_resized_one_by_one(grid: tuple[int, int], part
 
 
 def test_cut_lines_are_uniform_and_differ_between_axes():
-    settings = Settings(mega_patches=3, **PLAIN)
+    settings = Settings(mega_patches=3, mega_shared=False, **PLAIN)
     drawn = draw_patches(settings, draws(4000), (5, 6))
     for name, size in (("rows", 5), ("columns", 6)):
         lines = drawn[name]
@@ -232,6 +232,17 @@ def test_cut_lines_are_uniform_and_differ_between_axes():
         torch.testing.assert_close(counts, torch.full((size - 1,), 2 / (size - 1)), atol=0.04, rtol=0)  # 5 sigma
     shared = (drawn["rows"][:, 1] == drawn["columns"][:, 1]).float().mean()  # .5 * .4 + .33 * .3 + .17 * .2 = 1/3
     assert shared == pytest.approx(1 / 3, abs=0.04)
+
+
+def test_shared_lines_cut_rows_and_columns_alike():
+    settings, images = Settings(mega_patches=3, **PLAIN), torch.randn(8, 3, 48, 48)
+    drawn = draw_patches(settings, draws(8), (6, 6))
+    assert torch.equal(drawn["rows"], drawn["columns"])
+    made, _ = arrange(settings, images, drawn, 8)
+    for image, lines, one in zip(images, drawn["rows"].tolist(), made):
+        torch.testing.assert_close(one, plain_mega(image, lines, lines, 8), atol=1e-5, rtol=1e-5)
+    with pytest.raises(BadInput, match=r"--relvit.mega-shared cuts both axes .* 4 x 6 patches"):
+        settings.check_patches("relvit", (4, 6))
 
 
 def test_heads_of_mega_patches_know_their_grid():
@@ -295,6 +306,33 @@ def test_colours_equal_patches_recoloured_one_by_one():
     assert kinds == {(True, True), (True, False), (False, True), (False, False)}
 
 
+def test_colours_of_normalised_patches_are_torchvision_s_patch_by_patch():
+    torch.manual_seed(0)
+    settings = Settings(patch_grayscale=0.3, patch_colours="normalised")
+    patches, u, seen = normalised(torch.rand(2, 24, 3, 4, 4)), torch.rand(2, 24, 12), set()
+    patches[0, 0, :, :2] = patches[0, 0, :1, :2]  # without colour
+    made = recolour(settings, patches, u)
+    assert ((made < 0) | (made > 1)).any() and ((patches < 0) & (made == 0)).any()
+    steps = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    for i in range(2):
+        for n in range(24):
+            _, _, jitter, *numbers, gray = u[i, n, :8].tolist()
+            amounts = [0.6 + 0.8 * number for number in numbers[:3]] + [0.1 * (2 * numbers[3] - 1)]
+            expected, order = patches[i, n], sorted(range(4), key=u[i, n, 8:].tolist().__getitem__)
+            for step in order if jitter < 0.8 else ():
+                expected = steps[step](expected, amounts[step])
+            expected = tv.rgb_to_grayscale(expected, num_output_channels=3) if gray < 0.3 else expected
+            seen.add((jitter < 0.8, gray < 0.3, tuple(order)))
+            torch.testing.assert_close(made[i, n], expected, atol=1e-5, rtol=1e-5)
+    assert len({order for *_, order in seen}) > 10 and len({kinds[:2] for kinds in seen}) == 4
+    drawn = draw_patches(settings, draws(4), (4, 4))
+    assert drawn["patches"].shape == (4, 16, 12) and draw_patches(Settings(), draws(4), (4, 4))["patches"].shape == (
+        4,
+        16,
+        8,
+    )
+
+
 def test_colours_alone_are_torchvision_s():
     """Brightness, saturation and loss of colour mean the same there; its contrast and hue are other ones."""
     torch.manual_seed(0)
@@ -315,7 +353,7 @@ def test_colours_alone_are_torchvision_s():
 
 def test_every_patch_is_changed_on_its_own_in_the_order_of_the_paper():
     """Mega-patches, zoom, colours, permutation; the whole equals its parts for one patch after the other."""
-    settings, images = Settings(mega_patches=3, permute=True), normalised(torch.rand(3, 3, 40, 32))
+    settings, images = Settings(mega_patches=3, mega_shared=False, permute=True), normalised(torch.rand(3, 3, 40, 32))
     drawn = draw_patches(settings, draws(3), (5, 4))
     made, places = arrange(settings, images, drawn, 8)
     for i in range(3):

@@ -20,6 +20,7 @@ from engine.training.config import parse
 from engine.training.state import TrainState
 from engine.training.step import Update
 from tests.methods.small import small
+from tests.methods.test_beit import plain_tokens
 from tests.methods.test_mae import plain_block
 from tests.saved import content
 
@@ -52,8 +53,8 @@ def grids(method: Simmim, noise: Tensor) -> Tensor:
     return flat.view(-1, rows, columns)
 
 
-def plain_loss(method: Simmim, images: Tensor, mask: Tensor) -> Tensor:
-    """Xie et al. 2022, sections 3.2 to 3.4; `mask` is bool [b, rows, columns] of patches."""
+def fixed_positions_tokens(method: Simmim, images: Tensor, mask: Tensor) -> Tensor:
+    """[b, 1 + N, C]"""
     encoder, p = method.encoder, method.encoder.patch_size
     patches = F.conv2d(images, encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias, stride=p)
     weight = mask.flatten(1)[..., None].float()
@@ -61,7 +62,15 @@ def plain_loss(method: Simmim, images: Tensor, mask: Tensor) -> Tensor:
     x = torch.cat([(encoder.cls_token + encoder.pos_embed[:, :1]).expand(len(images), -1, -1), x], 1)
     for block in encoder.blocks:
         x = plain_block(x, block)
-    x = encoder.norm(x)[:, 1:].transpose(1, 2).unflatten(2, encoder.grid)
+    return encoder.norm(x)
+
+
+def plain_loss(method: Simmim, images: Tensor, mask: Tensor) -> Tensor:
+    """Xie et al. 2022, sections 3.2 to 3.4; `mask` is bool [b, rows, columns] of patches."""
+    encoder, p = method.encoder, method.encoder.patch_size
+    released = encoder.rel_pos_bias is not None  # as BEiT's
+    x = plain_tokens(method, images, mask.flatten(1)) if released else fixed_positions_tokens(method, images, mask)
+    x = x[:, 1:].transpose(1, 2).unflatten(2, encoder.grid)
     linear = method.decoder.mlp[0]
     kernel = linear.weight.view(p, p, 3, -1).permute(2, 0, 1, 3).flatten(0, 2)[:, :, None, None]
     bias = linear.bias.view(p, p, 3).permute(2, 0, 1).flatten()
@@ -70,9 +79,15 @@ def plain_loss(method: Simmim, images: Tensor, mask: Tensor) -> Tensor:
     return ((restored - images).abs() * pixels).sum() / pixels.sum() / 3
 
 
+RELEASED = {"positions": "relative", "initialisation": "beit", "init_values": 0.1}
+
+
+@pytest.mark.parametrize("encoder", [{}, RELEASED])
 @pytest.mark.parametrize("size", [(32, 32), (32, 48)])
-def test_loss_and_gradients_equal_the_paper(size: tuple[int, int]):
-    method = make({"img_size": size})
+def test_loss_and_gradients_equal_the_paper(size: tuple[int, int], encoder: dict[str, object]):
+    method = make({"img_size": size} | encoder)
+    if encoder:
+        torch.nn.init.normal_(method.encoder.rel_pos_bias.relative_position_bias_table)  # which starts at zero
     (images,), random = batch(size=size), drawn(method)
     loss = method((images,), torch.arange(4), random)["loss"]
     loss.backward()
@@ -170,19 +185,33 @@ def test_a_skipped_update_changes_nothing():
 def test_published_recipe_with_its_rate_per_512_images():
     chosen = recipe("simmim", "vit_base_patch16_224", "auto", embedded=False)
     ((name, s),) = chosen.stages
-    assert chosen.source.startswith("after SimMIM's released ViT-B recipe")
-    assert chosen.encoder == {"positions": "sincos", "global_pool": "avg", "drop_path": 0.1}
+    assert chosen.source == "SimMIM's released ViT-B recipe (S) on 2048 images"
+    assert recipe("simmim", "vit_large_patch16_224", "auto", embedded=False).source.startswith("after SimMIM")
+    assert chosen.encoder == {
+        "initialisation": "beit", "positions": "relative", "init_values": 0.1, "global_pool": "avg", "drop_path": 0.1
+    }  # fmt: skip
     assert (name, s.epochs, s.batch_size, s.warmup * s.epochs) == ("simmim", 800, 2048, 10)
     assert (s.weight_decay, s.clip_norm, s.clip_over, s.optimizer) == (0.05, 5, "all", "adamw")
     assert (s.mask_unit, s.mask_ratio, s.crop_scale, s.flip) == (32, 0.6, (0.67, 1.0), 0.5)
     (view,) = Simmim(vit.create("vit_tiny_patch16_224", depth=1), s).views()
-    assert (view.size, view.scale, view.jitter, view.blur) == ((224, 224), (0.67, 1.0), 0, 0)
-    method = make(epochs=800, base_lr=s.base_lr, warmup=s.warmup, schedule=s.schedule, drops=s.drops, batch_size=2048)
+    assert (view.size, view.scale, view.jitter, view.blur, view.resize) == ((224, 224), (0.67, 1.0), 0, 0, "bilinear")
+    decays = {
+        name: group.weight_decay for group in make(decay_token=s.decay_token).groups(2048) for name in group.parameters
+    }
+    assert decays["encoder.cls_token"] == 0 < decays["mask_token"] == 0.05
+    assert all(
+        bool(decays[name]) == (p.ndim > 1) for name, p in make().named_parameters() if name in decays and p.ndim < 3
+    )
+    assert "encoder.cls_token" in next(iter(make().groups(2048))).parameters
+    named = ("epochs", "start_lr", "base_lr", "warmup", "warmup_form", "schedule", "drops", "batch_size")
+    method = make(**{name: getattr(s, name) for name in named})
     update, seen = Update(method, 800), {}
-    for step in (5, 10, 699, 700, 799):
+    for step in (0, 1, 6, 11, 700, 701, 799):
         seen[step] = update(step, batch(), torch.arange(4), drawn(method))["lr"]
     peak = 1e-4 * 2048 / 512
-    assert seen == pytest.approx({5: peak / 2, 10: peak, 699: peak, 700: peak / 10, 799: peak / 10})
+    assert seen == pytest.approx(
+        {0: 2e-6, 1: 2e-6, 6: (2e-6 + peak) / 2, 11: peak, 700: peak, 701: peak / 10, 799: peak / 10}
+    )
     ((_, small_images),) = recipe("simmim", "vit_micro_patch8_32", "plain", embedded=False).stages
     small_images.check_encoder("simmim", vit.create("vit_micro_patch8_32", depth=1))
 

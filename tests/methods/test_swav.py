@@ -1,6 +1,7 @@
 """SwAV against plain restatements: swapped predictions of Sinkhorn's codes, the queue, prototypes of length 1, LARC."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_loss_and_gradients_equal_the_paper(queue: bool):
     method = make(queue_size=3 * BATCH * queue, queue_from=1)
     queued = []
     if queue:
-        method.begin(Moment(3, 8, 2))
+        method.begin(Moment(3, 8, 2, seen=3 * BATCH))
         for part in method.queues:
             part.keys.copy_(F.normalize(torch.randn_like(part.keys), dim=1))
         queued = [part.keys for part in method.queues]
@@ -87,13 +88,13 @@ def test_the_queue_is_used_from_its_epoch_on_and_when_it_is_full():
     method = make(queue_size=3 * BATCH, queue_from=2)
     used = []
     for step in range(6):
-        method.begin(Moment(step, 12, 2))
+        method.begin(Moment(step, 12, 2, seen=step * BATCH))
         used.append(method.queue_in_use)
     assert used == [False] * 4 + [True] * 2
     method = make(queue_size=6 * BATCH, queue_from=0)
-    method.begin(Moment(5, 12, 2))
+    method.begin(Moment(5, 12, 2, seen=5 * BATCH))
     assert not method.queue_in_use
-    method.begin(Moment(6, 12, 2))
+    method.begin(Moment(6, 12, 2, seen=6 * BATCH))
     assert method.queue_in_use
     assert not make().queue_in_use
 
@@ -181,10 +182,17 @@ def test_published_recipe():
     assert [(view.size, view.scale) for view in views] == [((224, 224), (0.14, 1.0))] * 2 + [
         ((96, 96), (0.05, 0.14))
     ] * 6
-    assert {group.peak_lr for group in method.groups(4096)} == {4.8}
+    for view in views:
+        assert (view.jitter, view.brightness, view.contrast, view.saturation, view.hue) == (0.8, 0.8, 0.8, 0.8, 0.2)
+        assert (view.grayscale, view.blur, view.solarize, view.flip, view.resize) == (0.2, 0.5, 0, 0.5, "bilinear")
+        assert view.std == (0.228, 0.224, 0.225)
+    groups = list(method.groups(4096))
+    assert {(group.peak_lr, group.weight_decay) for group in groups} == {(4.8, 1e-6)}
+    assert "encoder.norm.bias" in {name for group in groups for name in group.parameters}
+    assert {group.weight_decay for group in Swav(method.encoder, replace(s, decay_all=False)).groups(4096)} == {0, 1e-6}
     update = Update(method, 8000)
-    shares = [update._set_rates(step)["lr"] for step in (0, 50, 100, 8000)]
-    assert shares == pytest.approx([0.3, (0.3 + 4.8) / 2, 4.8, 0.0048])
+    shares = [update._set_rates(step)["lr"] for step in (0, 99, 100, 8000)]
+    assert shares == pytest.approx([0.3, 4.8, 4.8, 0.0048])
     shapes = [tuple(p.shape) for p in swav_projector(2048).parameters() if p.ndim == 2]
     assert shapes == [(2048, 2048), (128, 2048)]
 

@@ -3,7 +3,8 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from engine.model import vit
-from engine.model.blocks import Block, initialise
+from engine.model.blocks import Block
+from engine.model.initialisation import initialise
 from engine.model.tokens import Group, Layout
 from tests.model.shaken import MICRO, draw
 

@@ -5,6 +5,7 @@ import torch
 from engine.core.errors import BadInput
 from engine.model import weights
 from tests.model.seeded import features, shaken
+from tests.model.tables import as_beit_s_code
 from tests.model.test_layouts import beit, beit_with_one_table
 
 
@@ -60,18 +61,15 @@ def test_beit_with_relative_positions_is_refused(key, tmp_path):
         weights.load(shaken(init_values=0.1), tmp_path / "beit.pth")
 
 
-def test_a_table_of_another_grid_is_resampled_as_timm_does(tmp_path):
+def test_a_table_of_another_grid_is_resampled_as_by_beit_s_code(tmp_path):
     published, model = shaken(positions="relative"), shaken(seed=1, positions="relative", img_size=(48, 16))
-    twin = published.architecture.twin("cpu").eval()
-    twin.load_state_dict(published.architecture.timm_state(published.state_dict()))
     torch.save(beit_with_one_table(published.state_dict(), 4), tmp_path / "beit.pth")
+    theirs = as_beit_s_code(published.rel_pos_bias.relative_position_bias_table.detach(), (4, 4), (6, 2))
     for source in (tmp_path / "beit.pth", weights.export(published, tmp_path / "export")):
         report = weights.load(model, source)
         assert report.resampled == ((4, 4), (6, 2))
-        twin.set_input_size((48, 16))
-        with torch.no_grad():
-            images = torch.randn(2, 3, 48, 16, generator=torch.Generator().manual_seed(3))
-            torch.testing.assert_close(model(images), twin.forward_features(images), atol=1e-5, rtol=1e-5)
+        found = model.rel_pos_bias.relative_position_bias_table.detach()
+        torch.testing.assert_close(found, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_positions_of_the_other_kind_are_refused(tmp_path):
@@ -122,6 +120,11 @@ def without(state, *keys):
         (lambda s: s | {"norm.weight": torch.zeros(7)}, r"1 of another shape \(norm.weight is 7, not 128\)"),
         (lambda s: s | {"pos_embed": torch.zeros(1, 13, 128)}, "13 positions, no square grid with or without its 1"),
         (lambda s: s | {"pos_embed": torch.zeros(13)}, r"positions of shape \[13\]"),
+        (lambda s: s | {"pos_embed": torch.zeros(2, 17, 128)}, r"positions of shape \[2, 17, 128\]"),
+        (
+            lambda s: s | {"pos_embed": torch.ones(1, 26, 64)},
+            r"1 of another shape \(pos_embed is 1x26x64, not 1x17x128",
+        ),
         (lambda s: s | {"patch_embed.proj.weight": torch.zeros(128, 3, 4, 4)}, "patches of 4 pixels, not 8"),
         (lambda s: s | {"patch_embed.proj.weight": torch.zeros(128, 5)}, "does not fit"),
         (lambda s: {"epoch": 3}, r"no state dict: 1 keys \(epoch\)"),

@@ -43,6 +43,8 @@ def assert_equals_timm(model, images, twin=None, **extra):
         ("vit_medium_patch16_gap_240", dict(depth=3)),
         ("vit_base_patch16_clip_224", dict(depth=3)),
         ("deit3_small_patch16_224", dict(depth=3)),
+        (MICRO, dict(gated_mlp=True, init_values=0.1, depth=2)),
+        ("vit_giant_patch14_dinov2", dict(depth=1, img_size=28)),
     ],
 )
 def test_equals_timm(name, overrides):
@@ -189,6 +191,7 @@ def test_stochastic_depth_needs_a_generator_and_a_rate():
     images = torch.randn(4, 3, 32, 32, generator=draw())
     still, dropping = shaken(MICRO), shaken(MICRO, drop_path=0.5)
     assert dropping.drop_path_rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.5])
+    assert shaken(MICRO, drop_path=0.5, drop_path_uniform=True).drop_path_rates == (0.5,) * 6
     with torch.no_grad():
         plain = still(images)
         assert torch.equal(dropping(images), plain)
@@ -253,7 +256,7 @@ def test_names_are_creatable_and_cover_the_usual_ones():
     names = vit.names()
     assert {MICRO, "vit_micro_patch4_32", "vit_tiny_patch16_224", "vit_huge_patch14_gap_224"} <= set(names)
     assert {"vit_base_patch14_reg4_dinov2", "deit3_huge_patch14_224"} <= set(names)
-    assert not any("siglip_224" in name or "rope" in name or "giant" in name for name in names)
+    assert not any("siglip_224" in name or "rope" in name or "giant_patch14_224" in name for name in names)
 
 
 def test_images_of_a_broken_size_are_refused():

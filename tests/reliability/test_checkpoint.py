@@ -5,16 +5,20 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from engine.core import durable
+from engine.core.durable import storage_fault
 from engine.core.errors import BadInput
 from engine.methods.mae import Mae, Settings
 from engine.model import vit
 from engine.training import checkpoint, state
 from engine.training.step import Update
+from tests.saved import copied
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,7 +136,7 @@ def test_of_more_steps_than_nine_digits_the_newest_is_the_newest(tmp_path: Path)
 def test_what_does_not_fit_is_told_in_a_sentence(change, words: str):
     method = Mae(vit.create("vit_micro_patch8_32", depth=1), Settings(decoder_dim=64, decoder_depth=1, decoder_heads=2))
     one = state.TrainState(method, Update(method, 10), 0, 0, [])
-    tensors, where = state.to_host(one), state.position(one)
+    tensors, where = copied(one), state.position(one)
     state.restore(one, tensors, where)
     change(tensors)
     with pytest.raises(BadInput, match=words):
@@ -163,6 +167,51 @@ def test_a_pickle_is_never_run(tmp_path: Path):
     with pytest.raises(BadInput):
         checkpoint.newest(tmp_path / "run", print)
     assert not (tmp_path / "canary").exists()
+
+
+def other_byte(path: Path) -> None:
+    """The last one, with the length of the file and the header of safetensors as they were."""
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize("fault", [other_byte, lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink])
+@pytest.mark.parametrize("name", ["model.safetensors", "state.json"])
+def test_what_cannot_be_read_back_as_it_was_written_is_never_the_newest(
+    fault: Callable[[Path], object], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    write(tmp_path, 1)
+    monkeypatch.setattr(checkpoint, "_to_disk_alone", lambda path: path.name == name and fault(path))
+    with pytest.raises(OSError) as raised:
+        write(tmp_path, 2, keep=1)
+    assert storage_fault(raised.value, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000000001"]
+    assert checkpoint.newest(tmp_path, print)[1] == {"step": 1}
+
+
+def test_it_is_read_back_before_it_has_its_name_and_older_ones_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen, check = [], checkpoint._check
+
+    def looks(*given) -> None:
+        check(*given)
+        seen.append([path.name for path in checkpoint.found(tmp_path)])
+
+    monkeypatch.setattr(checkpoint, "_check", looks)
+    write(tmp_path, 1, 2, keep=1)
+    assert seen == [[], ["step-000000001"]]
+    assert [path.name for path in checkpoint.found(tmp_path)] == ["step-000000002"]
+
+
+def test_content_that_is_not_finite_or_has_no_elements_is_read_back_as_it_was(tmp_path: Path):
+    odd = {
+        "nan": torch.tensor([float("nan"), -0.0]),
+        "bf16": torch.ones(3).bfloat16(),
+        "none": torch.empty(0, 3),
+        "yes": torch.tensor(True),
+    }
+    checkpoint.save(tmp_path, 1, {"model": odd, "average": {}}, {"step": 1})
+    assert checkpoint.newest(tmp_path, print)[0]["model"].keys() == odd.keys()
 
 
 KILLER = """
@@ -210,5 +259,8 @@ def test_killed_at_any_moment_leaves_the_last_announced_checkpoint_or_a_newer_on
     rounds = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
     assert len(rounds) == 60
     assert all(newest >= announced for announced, newest in rounds), rounds
+    assert list(tmp_path.glob(".*"))
+    durable.clear(tmp_path)
+    assert not list(tmp_path.glob(".*"))
     tensors, position = checkpoint.newest(tmp_path, print)
     assert torch.equal(tensors["model"]["weight"], torch.full((256, 256), float(position["step"])))

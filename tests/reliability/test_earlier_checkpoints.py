@@ -1,8 +1,10 @@
-"""Run folders that an earlier version left, `earlier/METHOD`, are gone on with as that version went on with them.
+"""Run folders that an earlier version left, `earlier/METHOD` or `earlier/METHOD-VERSION`, are gone on with as that version went
+on with them.
 
-They were made at the commit before the code was put into rooms, by small runs on the embedded digits in one thread;
-`went_on.json` has the losses of that version after its checkpoint. On the machine where both ran, every tensor of the last
-checkpoint was equal to the last bit; other processors round otherwise, so here losses are compared.
+They were made by small runs on the embedded digits in one thread, those without a number at the commit before the code was put
+into rooms; the number is that of config.json. `went_on.json` has the losses of that version after its checkpoint. On the machine
+where both ran, every tensor of the last checkpoint was equal to the last bit; other processors round otherwise, so here losses
+are compared.
 """
 
 import json
@@ -21,10 +23,10 @@ ROOT, EARLIER = Path(__file__).parents[2], Path(__file__).parent / "earlier"
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", sorted(folder.name for folder in EARLIER.iterdir()))
-def test_an_earlier_run_goes_on_as_it_did_then(method: str, tmp_path: Path):
-    folder = tmp_path / method
-    shutil.copytree(EARLIER / method, folder)
+@pytest.mark.parametrize("name", sorted(folder.name for folder in EARLIER.iterdir()))
+def test_an_earlier_run_goes_on_as_it_did_then(name: str, tmp_path: Path):
+    folder = tmp_path / name
+    shutil.copytree(EARLIER / name, folder)
     saved = checkpoint.found(folder / "checkpoints")[0]
     tensors, where = checkpoint.load(saved)
     done = subprocess.run(
@@ -32,12 +34,16 @@ def test_an_earlier_run_goes_on_as_it_did_then(method: str, tmp_path: Path):
         cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    expected = {int(step): loss for step, loss in json.loads((EARLIER / method / "went_on.json").read_text()).items()}
+    expected = {int(step): loss for step, loss in json.loads((EARLIER / name / "went_on.json").read_text()).items()}
     first = min(expected)
     records = read_metrics(folder / "metrics.jsonl")
     found = {r["step"]: r["loss"] for r in records if r["kind"] == "train" and r["step"] >= first}
-    assert found == pytest.approx(expected, rel=1e-3)
-    ended, at = checkpoint.load(checkpoint.found(folder / "checkpoints")[0])
-    assert at["step"] == where["step"] + len(expected) and at["stage"] == where["stage"]
-    shapes = [{name: {k: v.shape for k, v in named.items()} for name, named in t.items()} for t in (tensors, ended)]
-    assert shapes[0] == shapes[1]
+    assert found == pytest.approx(
+        expected, rel=3e-3
+    )  # a processor that rounds otherwise finds other neighbours now and then
+    last = checkpoint.found(folder / "checkpoints")[0]
+    assert last.name == f"step-{max(expected):09d}"
+    ended, at = checkpoint.load(last)
+    if at["stage"] == where["stage"]:
+        shapes = [{name: {k: v.shape for k, v in named.items()} for name, named in t.items()} for t in (tensors, ended)]
+        assert shapes[0] == shapes[1]

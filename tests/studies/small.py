@@ -32,5 +32,5 @@ CHAIN = Study(
         Arm("neighbours", "maect", ("--maect.epochs", "1"), clusters=False, after="pixels"),
     ),
     protocols=("knn", "cluster"),
-    minutes=True,
+    costs=True,
 )

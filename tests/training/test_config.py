@@ -156,7 +156,8 @@ def test_the_command_line_is_what_was_agreed():
         "method", "model", "data", "weights", "preset", "epochs", "batch_size", "image_size", "patch_size", "pool", "collapse",
         "accumulate", "recompute", "residual", "precision", "compile", "graphs", "kernels", "calibrate", "deterministic",
         "device", "threads", "seed", "out", "resume", "changed_data", "dry_run",
-        "log_every", "probe_every", "save_every", "keep", "track", "profile", "evaluate", "bad_limit", "abort_after",
+        "log_every", "probe_every", "save_every", "keep", "track", "profile", "evaluate", "bad_limit", "abort_after", "rewind",
+        "tokens",
     }  # fmt: skip
 
 

@@ -68,5 +68,26 @@ def test_versions_without_a_number_did_what_there_was():
     assert plan.train.compile in ("on", "off") and [name for name, _ in plan.stages] == ["mae", "nnclr", "maect"]
 
 
+def test_earlier_runs_go_on_with_the_encoder_they_began_with():
+    for method in ("maect", "dinov2"):
+        encoder = config.parse(["--resume", str(EARLIER / method)]).encoder
+        assert (encoder["initialisation"], encoder["interpolation"]) == ("xavier", "antialiased")
+    assert config.parse(["--method", "dinov2", "--preset", "plain"]).encoder["interpolation"] == "offset"
+
+
+def test_earlier_runs_go_on_with_the_colours_they_began_with():
+    ((_, earlier),) = config.parse(["--resume", str(EARLIER / "mocov3-2")]).stages
+    assert (earlier.augmentation, earlier.colours) == ("byol", "linear")
+    begun = dict(config.parse(["--method", "maect", "--preset", "aug"]).stages)
+    assert (begun["nnclr"].augmentation, begun["nnclr"].colours, begun["maect"].colours) == (
+        "byol",
+        *["torchvision"] * 2,
+    )
+    (beit,) = config.parse(["--method", "beit", "--preset", "plain", "--beit.colours", "linear"]).stages
+    assert beit[1].colours == "linear"
+    with pytest.raises(BadInput, match=r"--dino.colours is hsv; it must be one of torchvision, linear"):
+        config.parse(["--method", "dino", "--dino.colours", "hsv"])
+
+
 def test_every_version_has_a_way_to_this_one():
     assert len(config_file.MIGRATIONS) == config_file.VERSION

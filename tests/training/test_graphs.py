@@ -14,10 +14,13 @@ from engine import methods, recipes
 from engine.core import dist
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
+from engine.core.phases import WHOLE, Phase
 from engine.data.sources import open_images
-from engine.methods.base import RAGGED, Labels, Method, StageSettings
+from engine.methods.base import Labels, Method
+from engine.methods.settings import RAGGED, StageSettings
 from engine.model import vit
 from engine.training import config, graphs
+from engine.training import step as step_module
 from engine.training.build import compile_regions
 from engine.training.config import Train
 from engine.training.graphs import WARM_UP, Replayed
@@ -85,6 +88,50 @@ def differing(name: str, accumulate: int = 1, **others: object) -> list[str]:
     plain, replayed = ends
     assert plain.keys() == replayed.keys()
     return [key for key, value in plain.items() if not torch.equal(value, replayed[key])]
+
+
+@pytest.fixture
+def recorders(monkeypatch: pytest.MonkeyPatch) -> list[Played]:
+    """The graphs that updates begin to record, in order, in place of CUDA's."""
+    found: list[Played] = []
+    monkeypatch.setattr(step_module, "CudaGraph", lambda device: found.append(Played()) or found[-1])
+    return found
+
+
+def test_a_phase_of_other_sizes_is_captured_anew(recorders: list[Played]):
+    ends = []
+    for replays in (False, True):
+        method = make("mae", **REPLAYED["mae"])
+        update = updating(method, replays)
+        whole = train(method, update)
+        update.begin_phase(method.phase, update.images_per_step)  # the same: nothing is captured anew
+        assert not recorders
+        update.begin_phase(Phase(side=0.5), update.images_per_step)
+        ends.append({f"whole/{name}": value for name, value in whole.items()} | train(method, update))
+    assert len(recorders) == 1 and update.replayed.recorder is recorders[0]
+    assert update.replayed.buffers["view 0"].shape[-2:] == (16, 16)
+    assert [name for name, value in ends[0].items() if not torch.equal(value, ends[1][name])] == []
+
+
+def test_each_form_of_a_phase_has_a_graph_of_its_own(recorders: list[Played]):
+    ends = []
+    for replays in (False, True):
+        method = make("mae", **REPLAYED["mae"])
+        update = updating(method, replays)
+        update.begin_phase(Phase(draws=(1.0, 2.0)), update.images_per_step)
+        reports = {}
+        for step in range(2 * (WARM_UP + 2)):
+            update.show(update.phase.forms[step % 2])
+            generator = torch.Generator().manual_seed(step)
+            images = tuple(torch.randn(BATCH, 3, *view.size, generator=generator) for view in method.views())
+            drawn = method.draw(Draws(0, step, batch=BATCH, rows=slice(None), device=torch.device("cpu")))
+            report = update(step, images, torch.arange(BATCH), drawn)
+            reports |= {f"{step}/{name}": torch.as_tensor(value).clone() for name, value in report.items()}
+        ends.append(reports | content(method, update))
+    assert len(recorders) == 1  # beside the first one
+    assert [name for name, value in ends[0].items() if not torch.equal(value, ends[1][name])] == []
+    update.begin_phase(WHOLE, update.images_per_step)
+    assert not update._others
 
 
 def test_every_method_has_a_form_that_is_replayed_or_says_why_not():

@@ -11,6 +11,7 @@ import torch
 from engine.core.draws import Draws
 from engine.core.optim import Moment
 from engine.core.stopping import StopRequest
+from engine.core.timetable import Timetable
 from engine.data.batch import Batch
 from engine.methods.mae import Mae
 from engine.methods.mae import Settings as MaeSettings
@@ -25,6 +26,10 @@ from tests.saved import content
 
 IMAGES, STEPS = 4, 8
 CPU = torch.device("cpu")
+
+
+def never(until: int, why: str) -> None:
+    raise AssertionError(why)
 
 
 def batches() -> Iterator[Batch]:
@@ -45,6 +50,15 @@ def new_state() -> TrainState:
     return TrainState(method, Update(method, STEPS), 0, 0, [])
 
 
+class Unsaved:
+    """Where nothing is kept."""
+
+    def begin(self) -> None:
+        pass
+
+    check = finish = begin
+
+
 def train(state: TrainState, folder: Path, log_every: int = 3, stops: bool = False) -> None:
     with (
         RunLog(folder, quiet=True) as log,
@@ -53,8 +67,10 @@ def train(state: TrainState, folder: Path, log_every: int = 3, stops: bool = Fal
     ):
         stop.raised = stops
         run_stage(
-            state, Stage("mae", 0, 1, 0, STEPS, STEPS, IMAGES), batches(), drawn, log, Cadence(log_every, 0, 0, 10), stop,
-            watch=nullcontext, probe=dict, save=lambda: None, over_limit=lambda: False, labels=None,
+            state, Stage("mae", 0, 1, 0, Timetable(STEPS * IMAGES, IMAGES, 1)), batches(), drawn, log,
+            Cadence(log_every, 0, 0, 10, 0), stop,
+            watch=nullcontext, probe=dict, saving=Unsaved(), turn=lambda: None, go_back=never,
+            over_limit=lambda: False, labels=None,
         )  # fmt: skip
 
 

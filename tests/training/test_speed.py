@@ -38,6 +38,21 @@ def test_rates_leave_out_the_first_update_and_time_aside(tmp_path, clock):
     assert second["mfu"] == pytest.approx(100 * 1e9 / 1e12)
 
 
+def test_images_are_counted_by_the_batch_of_each_step(tmp_path, clock):
+    with RunLog(tmp_path, quiet=True, flops_per_image=1e9, peak_flops=1e12) as run:
+        run.start_stage("mae", 0, 1, 0, 100, 200)
+        run.tick(1)
+        for step in range(2, 6):
+            clock.now += 0.5
+            run.tick(step)
+            if step == 3:  # two steps of 200 images, then two of 50 that cost four times as much
+                run.cost(50, 4e9)
+        run.log(5, {"loss": 1.0})
+    (record,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert record["images_per_second"] == pytest.approx((2 * 200 + 2 * 50) / 2)
+    assert record["mfu"] == pytest.approx((2 * 200 * 1e9 + 2 * 50 * 4e9) / 2 / 1e12)
+
+
 def test_no_mfu_without_a_known_peak(tmp_path):
     train(tmp_path, 1, 10)
     assert not any("mfu" in record for record in read_metrics(tmp_path / "metrics.jsonl"))

@@ -2,18 +2,21 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from engine.core import optim
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
+from engine.core.optim import Group
 from engine.methods.mae import Mae
 from engine.methods.mae import Settings as MaeSettings
 from engine.methods.nnclr import Nnclr
 from engine.methods.nnclr import Settings as NnclrSettings
 from engine.model import vit
-from engine.training.optimizers import load_state_tensors, state_tensors
+from engine.training.optimizers import AdamW, drop_frozen, load_state_tensors, set_lr, state_tensors
 from engine.training.step import Update
 from tests.saved import content
 from tests.updates import scaled_gradients
@@ -121,8 +124,44 @@ def test_schedule_is_linear_then_cosine():
     assert optim.scaled_lr(1.5e-4, 4096) == pytest.approx(2.4e-3)
 
 
-def test_a_quarter_cosine_falls_from_the_peak_and_stops_at_the_end():
-    shares = [optim.share_of_peak("quarter-cosine", step, 110, 10, end=0.01) for step in range(111)]
+def per_iteration(form: str, base: float, first: float, last: float, total: int, warm: int) -> np.ndarray:
+    """The schedules that the authors' code lays out, restated as arrays of rates."""
+    if form == "through":  # DINO, iBOT, DINOv2, SwAV, BEiT, SiT, MC-SSL
+        done = np.arange(total - warm) / (total - warm)
+        return np.concatenate([np.linspace(first, base, warm), last + (base - last) * (1 + np.cos(np.pi * done)) / 2])
+    if form == "to-peak":  # MSN, which counts a step before it sets its rate
+        steps = np.arange(1, total + 1)
+        falling = last + (base - last) * (1 + np.cos(np.pi * (steps - warm) / (total - warm))) / 2
+        return np.where(steps < warm, first + (base - first) * steps / warm, falling)
+    if form == "between":  # MAE-CT, MIM-Refiner: neither 0 nor the peak is in the rise, both ends are in the fall
+        rising = np.linspace(first, base, warm + 2)[1:-1]
+        return np.concatenate([rising, last + (base - last) * (1 + np.cos(np.linspace(0, np.pi, total - warm))) / 2])
+    steps = np.arange(total)  # MAE, MoCo v3
+    if form == "late":  # SimMIM, where an update sets the rate of the next one
+        steps = np.maximum(steps - 1, 0)
+    falling = last + (base - last) * (1 + np.cos(np.pi * (steps - warm) / (total - warm))) / 2
+    return np.where(steps < warm, first + (base - first) * steps / warm, falling)
+
+
+@pytest.mark.parametrize("form", optim.WARMUPS)
+@pytest.mark.parametrize(("first", "last"), [(0.0, 0.0), (2e-4, 1e-6)])
+def test_warm_ups_and_cosines_are_the_authors(form: str, first: float, last: float):
+    base, total, warm = 1e-3, 110, 10
+    ends = {"start": first / base, "end": last / base, "warmup": form}
+    rates = [base * optim.share_of_peak("cosine", step, total, warm, **ends) for step in range(total)]
+    assert rates == pytest.approx(per_iteration(form, base, first, last, total, warm), rel=1e-9, abs=1e-15)
+
+
+def test_relvit_s_quarter_cosine_spans_the_warm_up_too():
+    lr, end, total, warm = 5e-4, 1.25e-6, 200, 20
+    for step in range(total):
+        done = 1 - math.cos(step / total * math.pi / 2)
+        expected = lr * step / warm if step < warm else done * end + (1 - done) * lr
+        assert lr * optim.share_of_peak("quarter-cosine", step, total, warm, end=end / lr) == pytest.approx(expected)
+
+
+def test_a_late_quarter_cosine_falls_from_the_peak_and_stops_at_the_end():
+    shares = [optim.share_of_peak("late-quarter-cosine", step, 110, 10, end=0.01) for step in range(111)]
     assert shares[5] == pytest.approx(0.5)
     assert shares[10] == 1
     assert shares[60] == pytest.approx(math.cos(math.pi / 4))
@@ -138,9 +177,12 @@ def test_steps_divide_by_ten_at_their_shares():
     assert optim.share_of_peak("cosine", 60, 100, 20) == optim.warmup_cosine(60, 100, 20)
 
 
-@pytest.mark.parametrize("flags", [{"schedule": "linear"}, {"schedule": "steps"}, {"drops": (0.5,)}])
-def test_a_schedule_that_cannot_be_is_refused(flags: dict):
-    with pytest.raises(BadInput, match=r"--mae\.(schedule|drops) is"):
+@pytest.mark.parametrize(
+    "flags",
+    [{"schedule": "linear"}, {"schedule": "steps"}, {"drops": (0.5,)}, {"warmup_form": "soon"}, {"resize": "nearest"}],
+)
+def test_a_schedule_or_filter_that_cannot_be_is_refused(flags: dict):
+    with pytest.raises(BadInput, match=r"--mae\.(schedule|drops|warmup-form|resize) is"):
         MaeSettings(**flags).check("mae")
 
 
@@ -154,3 +196,22 @@ def test_optimiser_state_round_trip_and_frozen_steps():
     load_state_tensors(other.optimizer, tensors)
     for name, value in state_tensors(other.optimizer).items():
         assert torch.equal(value, tensors[name]), name
+
+
+@pytest.mark.parametrize("watches", [False, True])
+def test_frozen_parameters_stay_and_the_optimiser_knows_of_them_where_it_watches(watches: bool):
+    still, moving = (nn.Parameter(torch.ones(3)) for _ in range(2))
+    common = {"peak_lr": 0.1, "weight_decay": 0.5}
+    groups = [Group({"still": still}, **common, frozen_epochs=2, watches=watches), Group({"moving": moving}, **common)]
+    optimiser, plain = AdamW(groups, (0.9, 0.999)), torch.zeros(3)
+    for epoch in range(3):
+        set_lr(optimiser, 1.0, epoch)
+        still.grad = moving.grad = torch.full((3,), float(epoch + 1))
+        drop_frozen(optimiser, epoch)
+        optimiser.step()
+        plain = 0.9 * plain + 0.1 * (epoch + 1) if watches or epoch == 2 else plain
+        assert torch.equal(still, torch.ones(3)) == (epoch < 2) and (moving < 1).all()
+        if watches or epoch == 2:
+            torch.testing.assert_close(optimiser.state[still]["exp_avg"], plain)
+        else:
+            assert still not in optimiser.state

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from engine.training.log import RunLog
 from engine.training.metrics import read_metrics, values_of
 from tests.training.logged import console, train
 
+ROOT = Path(__file__).parents[2]
 CLIENTS = Path(__file__).with_name("clients")
 ALL = ("wandb", "trackio", "mlflow")
 CONFIG = {"train": {"method": "mae", "epochs": [2, 1]}, "stages": [{"method": "mae", "batch_size": 64}], "encoder": {}}
@@ -242,3 +244,26 @@ def test_a_folder_of_a_trackers_name_is_not_its_package(tmp_path: Path, monkeypa
     monkeypatch.setitem(trackers.KNOWN, "left_by_a_tracker", trackers.Wandb)
     with pytest.raises(BadInput, match="is not installed"):
         trackers.check(["left_by_a_tracker"])
+
+
+FAILING = """
+import shutil, sys, time
+from pathlib import Path
+from engine.training.trackers import TensorBoard
+
+folder = Path(sys.argv[1])
+board = TensorBoard(folder, None)
+board.log(1, "train", {"loss": 1.0}, time.time())
+shutil.rmtree(folder)
+for step in range(2, 50):
+    try:
+        board.log(step, "train", {"loss": 1.0}, time.time())
+    except OSError as error:
+        sys.exit(f"told: {type(error).__name__}")
+"""
+
+
+def test_a_disk_that_fails_is_told_by_the_caller_and_not_by_tensorboard_s_thread_as_well(tmp_path: Path):
+    command = [sys.executable, "-c", FAILING, str(tmp_path / "board")]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert ended.stderr == "told: FileNotFoundError\n"

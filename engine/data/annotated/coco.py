@@ -6,19 +6,21 @@ pycocotools makes them. COCO itself was not available where this was written: it
 Shape suffixes: N images, n objects in one image, K categories, H x W pixels of one image.
 """
 
-import json
 import math
+from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any, Literal
 
 import numpy as np
 
 from engine.core.errors import BadInput
+from engine.core.json_text import parsed
 from engine.data import sources
 from engine.data.annotated.objects import MOST_CATEGORIES, Objects, ObjectSet, check_categories, fitted, readable
 
 YEARS = ("", "2017", "2014")
+ID = int | str
 MASK = list[np.ndarray] | dict[str, Any] | None  # polygons, float64 [2 * points] each; run lengths; or nothing
 
 
@@ -28,19 +30,20 @@ class CocoObjects(ObjectSet):
 
     Attributes:
         file: the JSON file.
-        image_ids: N, as in the file, for files of results.
+        image_ids: N, as in the file, for files of results; whole numbers, or texts.
         category_ids: K, likewise.
         annotation_ids: N, the ids of each image's objects.
         outlines: N, what the file says of each object's mask.
-        left_out: (annotation id, reason) of objects whose box has no width or no height.
+        left_out: (annotation id, reason) of objects whose box has no width or no height, or that lack a mask where others have
+            one.
     """
 
     file: Path
-    image_ids: tuple[int, ...]
-    category_ids: tuple[int, ...]
-    annotation_ids: tuple[tuple[int, ...], ...]
+    image_ids: tuple[ID, ...]
+    category_ids: tuple[ID, ...]
+    annotation_ids: tuple[tuple[ID, ...], ...]
     outlines: tuple[tuple[MASK, ...], ...]
-    left_out: tuple[tuple[int, str], ...]
+    left_out: tuple[tuple[ID, str], ...]
 
     def check_masks(self) -> None:
         for index, ((width, height), outlines) in enumerate(
@@ -141,7 +144,8 @@ def read_objects(
 
     Returns:
         images in the order of the file, objects in the order of theirs, categories in the order of their ids. Categories
-        without an object are kept, and images without one, too.
+        without an object are kept, unless another has their name (a root, as Roboflow writes one), and images without one, too.
+        A file name of another machine (an absolute path) means the file of that name below `images`.
 
     Raises:
         BadInput: a file is missing or of another form; an entry refers to nothing, or is there twice; a box lies more than a
@@ -149,13 +153,20 @@ def read_objects(
     """
     file, root = Path(annotations).expanduser(), Path(images).expanduser()
     whole = _load(file)
-    categories = sorted((_category(entry, file, place) for place, entry in enumerate(whole["categories"])))
+    numbered = [_category(entry, file, place) for place, entry in enumerate(whole["categories"])]
+    _places([number for number, _ in numbered], "category", file)
+    used = {_known(entry.get("category_id")) for entry in whole["annotations"]}
+    twice = {name for name, count in Counter(name for _, name in numbered).items() if count > 1}
+    categories = sorted(
+        ((number, name) for number, name in numbered if number in used or name not in twice),
+        key=lambda category: (isinstance(category[0], str), category[0]),
+    )
     names, category_ids = tuple(name for _, name in categories), tuple(number for number, _ in categories)
     check_categories(names, file)
     label_of = _places(category_ids, "category", file)
     if not root.is_dir():
         raise BadInput(f"{root} is no folder; it should hold the images of {file}")
-    listed = [_image(entry, file, place) for place, entry in enumerate(whole["images"])]
+    listed = [_image(entry, file, place, root) for place, entry in enumerate(whole["images"])]
     place_of = _places([number for number, _, _ in listed], "image", file)
     found, kept = readable(root.resolve(), [name for _, name, _ in listed], split, file, bad_limit, screening)
     for (number, name, size), stored in zip((listed[place] for place in kept), found.sizes.tolist(), strict=True):
@@ -165,18 +176,19 @@ def read_objects(
             )
     row_of = {int(place): row for row, place in enumerate(kept)}
     rows: list[list[tuple]] = [[] for _ in kept]
-    ids: list[list[int]] = [[] for _ in kept]
+    ids: list[list[ID]] = [[] for _ in kept]
     outlines: list[list[MASK]] = [[] for _ in kept]
-    left_out: list[tuple[int, str]] = []
+    left_out: list[tuple[ID, str]] = []
+    masked = any(entry.get("segmentation") for entry in whole["annotations"])
     targets = np.zeros((len(kept), len(names)), np.int8)
-    seen: set[int] = set()
+    seen: set[ID] = set()
     for place, entry in enumerate(whole["annotations"]):
-        number = _whole(entry, "id", f"annotation {place} (counted from 0) of {file}")
+        number = _id(entry, "id", f"annotation {place} (counted from 0) of {file}")
         where = f"annotation {number} of {file}"
         if number in seen:
             raise BadInput(f"{where} is there twice")
         seen.add(number)
-        image, category = _whole(entry, "image_id", where), _whole(entry, "category_id", where)
+        image, category = _id(entry, "image_id", where), _id(entry, "category_id", where)
         if image not in place_of:
             raise BadInput(f"{where} has the image_id {image}, which is not among the images")
         if category not in label_of:
@@ -190,15 +202,19 @@ def read_objects(
         if box[0] == box[2] or box[1] == box[3]:
             left_out.append((number, "its box has no width or no height"))
             continue
-        crowd = entry.get("iscrowd", 0)
+        outline = _outline(entry.get("segmentation"), width, height, where)
+        if outline is None and masked:
+            left_out.append((number, "it has no mask, as others have"))
+            continue
+        crowd = entry.get("iscrowd") or 0  # null where a tool knows no crowds
         if crowd not in (0, 1):
             raise BadInput(f"{where} has the iscrowd {crowd!r}, which must be 0 or 1")
-        area = entry.get("area", across * down)
+        area = across * down if entry.get("area") is None else entry["area"]
         if not _is_number(area) or area < 0:
             raise BadInput(f"{where} has the area {area!r}, which is no size")
         rows[row].append((box, label_of[category], area, bool(crowd)))
         ids[row].append(number)
-        outlines[row].append(_outline(entry.get("segmentation"), width, height, where))
+        outlines[row].append(outline)
         targets[row, label_of[category]] = 1
     return CocoObjects(
         found,
@@ -216,12 +232,12 @@ def read_objects(
 
 def _load(file: Path) -> dict[str, list]:
     try:
-        whole = json.loads(file.read_bytes())
+        whole = parsed(file.read_bytes())
     except FileNotFoundError as error:
         raise BadInput(f"the file of annotations {file} is missing") from error
     except OSError as error:
         raise BadInput(f"the file of annotations {file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadInput(f"{file} is no JSON that can be read: {str(error)[:100]}") from error
     for key in ("images", "annotations", "categories"):
         entries = whole.get(key) if isinstance(whole, dict) else None
@@ -240,6 +256,20 @@ def _whole(entry: dict, key: str, where: str) -> int:
     return value
 
 
+def _id(entry: dict, key: str, where: str) -> ID:
+    value = _known(entry.get(key))
+    if value is None:
+        raise BadInput(f"{where} has {str(entry.get(key))[:40]!r} as {key}, where a whole number or a text belongs")
+    return value
+
+
+def _known(value: object) -> ID | None:
+    """What is meant by an id; None if nothing can be. 3.0 is 3, as tables write it where some are missing."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    return value if type(value) is int or (isinstance(value, str) and value) else None
+
+
 def _text(entry: dict, key: str, where: str) -> str:
     value = entry.get(key)
     if not isinstance(value, str) or not value:
@@ -251,20 +281,29 @@ def _is_number(value: object) -> bool:
     return type(value) in (int, float) and abs(value) <= 1e9 and math.isfinite(value)
 
 
-def _category(entry: dict, file: Path, place: int) -> tuple[int, str]:
+def _category(entry: dict, file: Path, place: int) -> tuple[ID, str]:
     where = f"category {place} (counted from 0) of {file}"
-    return _whole(entry, "id", where), _text(entry, "name", where)
+    return _id(entry, "id", where), _text(entry, "name", where)
 
 
-def _image(entry: dict, file: Path, place: int) -> tuple[int, str, tuple[int, int]]:
-    number = _whole(entry, "id", f"image {place} (counted from 0) of {file}")
+def _image(entry: dict, file: Path, place: int, root: Path) -> tuple[ID, str, tuple[int, int]]:
+    number = _id(entry, "id", f"image {place} (counted from 0) of {file}")
     where = f"image {number} of {file}"
     size = _whole(entry, "width", where), _whole(entry, "height", where)
-    return number, _text(entry, "file_name", where), size
+    return number, _below(root, _text(entry, "file_name", where)), size
 
 
-def _places(ids: tuple[int, ...] | list[int], kind: str, file: Path) -> dict[int, int]:
-    places: dict[int, int] = {}
+def _below(root: Path, name: str) -> str:
+    """A file's name relative to the root. Of an absolute path, perhaps of another machine, the longest end that is there."""
+    path = PureWindowsPath(name)  # knows both kinds of separators
+    if not path.root:
+        return name
+    ends = ("/".join(path.parts[first:]) for first in range(1, len(path.parts)))
+    return next((end for end in ends if (root / end).is_file()), name)
+
+
+def _places(ids: tuple[ID, ...] | list[ID], kind: str, file: Path) -> dict[ID, int]:
+    places: dict[ID, int] = {}
     for place, number in enumerate(ids):
         if places.setdefault(number, place) != place:
             raise BadInput(f"{kind} {number} of {file} is there twice")

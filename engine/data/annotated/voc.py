@@ -18,7 +18,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from engine.core.errors import BadInput
-from engine.data import sources
+from engine.data import screen, sources
 from engine.data.annotated import index_masks
 from engine.data.annotated.objects import (
     BACKGROUND,
@@ -104,19 +104,21 @@ def open_objects(
         split: a file of ImageSets/PART/ without .txt.
         part: Main, or Segmentation for the images that have masks.
         categories: names in the order of the indices; by default those that have a list ImageSets/Main/NAME_SPLIT.txt for
-            some split, in order of name, or the twenty of VOC where there are none.
+            some split, in order of name; where there are none the twenty of VOC, or if an object in Annotations/ is of none of
+            these, all that are named there, in order of name.
         bad_limit, screening: as for `engine.data.sources.open_images`.
 
     Returns:
-        images in the order of the list, objects in the order of their files. The targets are those of the lists
-        ImageSets/Main/NAME_SPLIT.txt where each category has one and part is Main, else they follow from the objects.
+        images (.jpg, or of another suffix) in the order of the list, objects in the order of their files. The targets are those
+        of the lists ImageSets/Main/NAME_SPLIT.txt where each category has one and part is Main, else those of the objects.
 
     Raises:
         BadInput: a file is missing or of another form, a box lies more than a pixel outside its image or has no size, a
             category is unknown, a list does not fit the split, or too many images are bad.
     """
     root, names = _root(folder), _names(_root(folder), split, part)
-    found, kept, classes = _listed(root, names, split, part, categories, bad_limit, screening)
+    classes = tuple(categories or _categories(root, split))
+    found, kept = _readable(root, names, split, part, classes, bad_limit, screening)
     label_of = {name: label for label, name in enumerate(classes)}
     objects = tuple(
         _objects(root / "Annotations" / f"{names[place]}.xml", size, label_of)
@@ -148,7 +150,8 @@ def open_masks(
         BadInput: a file is missing, a mask has another size than its image or no indices, or too many images are bad.
     """
     root, names = _root(folder), _names(_root(folder), split, "Segmentation")
-    found, _, classes = _listed(root, names, split, "Segmentation", categories, bad_limit, screening)
+    classes = tuple(categories or _categories(root, split))
+    found, _ = _readable(root, names, split, "Segmentation", classes, bad_limit, screening)
     for index, size in enumerate(found.sizes.tolist()):
         read_indices(_mask_path(found, index, "SegmentationClass"), size, len(classes), "categories", look_only=True)
     return VocMasks(found, classes)
@@ -196,27 +199,29 @@ def read_lines(path: Path) -> list[list[str]]:
         raise BadInput(f"{path} is no text file") from error
 
 
-def _listed(
-    root: Path,
-    names: list[str],
-    split: str,
-    part: str,
-    categories: Sequence[str] | None,
-    bad_limit: float,
-    screening: str,
-) -> tuple[ImageSet, np.ndarray, tuple[str, ...]]:
-    """The readable images, their places in the list, the categories."""
-    source = root / "ImageSets" / part / f"{split}.txt"
+def _categories(root: Path, split: str) -> Sequence[str]:
+    """Those that have a list of their own for some split; else VOC's; else, of a set with its own, those of all objects."""
     main = root / "ImageSets" / "Main"
     endings = [f"_{name}.txt" for name in dict.fromkeys((split, *SPLITS))]
     lists = [(path, end) for end in endings for path in main.glob(f"?*{end}") if path.stem != split]
-    named = {path.name.removesuffix(end) for path, end in lists}
-    classes = tuple(categories or sorted(named) or CATEGORIES)
+    if listed := {path.name.removesuffix(end) for path, end in lists}:
+        return sorted(listed)
+    named = {name for path in (root / "Annotations").glob("**/*.xml") for name in _named(_annotation(path))}
+    return CATEGORIES if named <= set(CATEGORIES) else sorted(named)
+
+
+def _readable(
+    root: Path, names: list[str], split: str, part: str, classes: tuple[str, ...], bad_limit: float, screening: str
+) -> tuple[ImageSet, np.ndarray]:
+    """The readable images, and their places in the list."""
+    source = root / "ImageSets" / part / f"{split}.txt"
     check_categories(classes, root)
     if len(classes) > MOST_CATEGORIES:
         raise BadInput(f"{root} has {len(classes)} categories; masks have room for {MOST_CATEGORIES}")
-    found, kept = readable(root, [f"JPEGImages/{name}.jpg" for name in names], split, source, bad_limit, screening)
-    return found, kept, classes
+    there = {path.name for path in (root / "JPEGImages").iterdir()}
+    suffixes = [next((end for end in screen.SUFFIXES if f"{name}{end}" in there), ".jpg") for name in names]
+    paths = [f"JPEGImages/{name}{end}" for name, end in zip(names, suffixes, strict=True)]
+    return readable(root, paths, split, source, bad_limit, screening)
 
 
 def _presence(path: Path, names: list[str]) -> np.ndarray:
@@ -234,7 +239,7 @@ def _presence(path: Path, names: list[str]) -> np.ndarray:
     return np.array([stated[name] for name in names], np.int8)
 
 
-def _objects(path: Path, size: list[int], label_of: dict[str, int]) -> Objects:
+def _annotation(path: Path) -> ElementTree.Element:
     try:
         root = ElementTree.fromstring(path.read_bytes())
     except OSError as error:
@@ -243,10 +248,18 @@ def _objects(path: Path, size: list[int], label_of: dict[str, int]) -> Objects:
         raise BadInput(f"{path} is no XML that can be read: {error}") from error
     if root.tag != "annotation":
         raise BadInput(f"{path} is <{root.tag}>, not an <annotation> of VOC")
-    rows = []
-    for number, node in enumerate(root.findall("object"), 1):
+    return root
+
+
+def _named(annotation: ElementTree.Element) -> list[str]:
+    """The category of each object."""
+    return [(node.findtext("name") or "").strip() for node in annotation.findall("object")]
+
+
+def _objects(path: Path, size: list[int], label_of: dict[str, int]) -> Objects:
+    annotation, rows = _annotation(path), []
+    for number, (node, name) in enumerate(zip(annotation.findall("object"), _named(annotation), strict=True), 1):
         where = f"object {number} of {path}"
-        name = (node.findtext("name") or "").strip()
         if name not in label_of:
             raise BadInput(
                 f"{where} is of the category {name!r}, which is none of {', '.join(list(label_of)[:20])}"
@@ -275,7 +288,7 @@ def _coordinate(node: ElementTree.Element, tag: str, where: str) -> float:
 
 
 def _mask_path(images: ImageSet, index: int, kind: str) -> Path:
-    return images.root / kind / f"{images.paths[index].removeprefix('JPEGImages/').removesuffix('.jpg')}.png"
+    return (images.root / kind / images.paths[index].removeprefix("JPEGImages/")).with_suffix(".png")
 
 
 def _semantic(images: ImageSet, categories: tuple[str, ...], index: int) -> np.ndarray:

@@ -4,7 +4,6 @@ Flowers-102: Nilsback and Zisserman, ICVGIP 2008. Tiny-ImageNet-200: Stanford CS
 and others; which 100 classes are meant differs, so a list has to lie with the images.
 """
 
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.core.errors import BadInput
+from engine.core.json_text import parsed
 from engine.data.listing import File, Listing, class_names, in_class, walk
 from engine.data.sets import matlab
 
@@ -83,8 +83,8 @@ def imagenet100(folder: Path, split: str) -> Listing:
         raise BadInput(f"{folder} has no list of the 100 classes: it needs {' or '.join(LISTS)}")
     if lists[0].suffix == ".json":
         try:
-            named = json.loads("\n".join(_lines(lists[0])))
-        except (ValueError, RecursionError) as error:
+            named = parsed("\n".join(_lines(lists[0])))
+        except ValueError as error:
             raise BadInput(f"{lists[0]} is no JSON that can be read") from error
         if not isinstance(named, dict):
             raise BadInput(f"{lists[0]} is no JSON object with the class folders as keys")

@@ -22,12 +22,12 @@ import numpy as np
 from rich.console import Console
 
 from engine.core.errors import BadInput
+from engine.core.progress import watched
 from engine.data import cache
 from engine.data.listing import Listing
 from engine.data.sets import parquet_files
 from engine.data.shards.index import NONE
 from engine.data.shards.members import IMAGES_PER_SHARD, add_image, check_classes, new_shard, write_classes
-from engine.data.shards.progress import watched
 from engine.data.shards.webdataset import of_shards
 
 VERSION = 1  # rises when shards are made otherwise: an old cache is not taken for the new set
@@ -151,7 +151,7 @@ def _fill(
                 label = None if labels is None else int(labels[number])
                 add_image(tar, number, f"{name}:{row}", label, _suffix(content), content)
                 number, empty = number + 1, empty + (not content)
-                watch()
+                watch(1)
     if empty == number:
         raise BadInput(f"{files[0]} has no image: none of {number:,} rows of {into.name} has bytes in {column!r}")
 

@@ -8,7 +8,6 @@ classes; where there is none, the set has no classes. The names of numbers stand
 Files are read by pyarrow, which is imported when there is one to be read. Row groups are gone through in batches.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from engine.core.errors import BadInput
+from engine.core.json_text import parsed
 from engine.data.shards.index import NONE
 from engine.data.shards.members import check_classes
 from engine.data.shards.webdataset import MOST_CLASSES
@@ -188,7 +188,7 @@ def _first(columns: Sequence[str], wanted: Sequence[str]) -> str:
 def _said(path: Path, schema: Any) -> dict[str, tuple[str, ...]]:
     """The names of classes by column, as the schema's metadata has them."""
     try:
-        content = json.loads((schema.metadata or {}).get(KEY, b"{}"))
+        content = parsed((schema.metadata or {}).get(KEY, b"{}"))
         found = {
             column: said["names"]
             for column, said in content.get("info", {}).get("features", {}).items()
@@ -198,7 +198,7 @@ def _said(path: Path, schema: Any) -> dict[str, tuple[str, ...]]:
             isinstance(names, list) and all(isinstance(name, str) for name in names) for names in found.values()
         ):
             raise ValueError
-    except (ValueError, AttributeError, KeyError, RecursionError) as error:
+    except (ValueError, AttributeError, KeyError) as error:
         raise BadInput(
             f"{path} has metadata of the key {KEY.decode()!r} that does not name the classes as it should"
         ) from error

@@ -15,13 +15,13 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
-from engine.core.durable import write_file
 from engine.core.errors import BadInput
 from engine.data import cache
 from engine.data.names import Names
 from engine.data.stored import Ranges
 
 VERSION = 1  # rises when archives are read otherwise, so that an old index is not taken for a new one
+ARRAYS = ("text", "ends", "archive", "start", "size", "codes", "word_text", "word_ends")
 NONE = -1  # of an image without a class
 
 
@@ -80,14 +80,10 @@ def kept(files: Sequence[Path], what: str, read: Callable[[np.ndarray], Iterable
         key.update(f"{path}\0".encode("utf-8", "surrogateescape"))
     key.update(stamps)
     home = cache.folder() / "shards" / f"{key.hexdigest()}.npz"
-    with cache.locked(home):
-        if not home.exists():
-            arrays = _arrays(read(stamps))
-            write_file(home, lambda path: np.savez(path, **arrays))
-    with np.load(home, allow_pickle=False) as stored:
-        ranges = Ranges(tuple(map(str, files)), stamps, stored["archive"], stored["start"], stored["size"])
-        words = tuple(Names(stored["word_text"], stored["word_ends"]))
-        return Index(Names(stored["text"], stored["ends"]), ranges, stored["codes"], words)
+    stored = cache.arrays(home, ARRAYS, lambda: _arrays(read(stamps)))
+    ranges = Ranges(tuple(map(str, files)), stamps, stored["archive"], stored["start"], stored["size"])
+    words = tuple(Names(stored["word_text"], stored["word_ends"]))
+    return Index(Names(stored["text"], stored["ends"]), ranges, stored["codes"], words)
 
 
 @contextmanager

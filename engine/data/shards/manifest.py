@@ -6,6 +6,7 @@ from typing import Any
 
 from engine.core.durable import write_file
 from engine.core.errors import BadInput
+from engine.core.json_text import parsed
 
 NAME = "manifest.json"
 FORMAT = "tessera shards 1"
@@ -15,12 +16,12 @@ def load(folder: Path) -> dict[str, Any] | None:
     """The manifest of a packed folder, or None where it has none of this kind. Raises BadInput where it cannot be read."""
     path = folder / NAME
     try:
-        content = json.loads(path.read_bytes())
+        content = parsed(path.read_bytes())
     except FileNotFoundError:
         return None
     except OSError as error:
         raise BadInput(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError):  # somebody else's, of whatever kind
+    except ValueError:  # somebody else's, of whatever kind
         return None
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return None

@@ -97,8 +97,8 @@ class Packing:
         """(path, reason) of the images that are not packed."""
         return [tuple(entry) for entries in self._content["left_out"].values() for entry in entries]
 
-    def run(self, threads: int | None, watch: Callable[[], object]) -> None:
-        """Writes what is left, shard by shard; threads read and resize ahead. `watch` is called after every image.
+    def run(self, threads: int | None, watch: Callable[[int], object]) -> None:
+        """Writes what is left, shard by shard; threads read and resize ahead. `watch` is told of every image.
 
         Raises:
             BadInput: the folder cannot be written, or too many images turn out unreadable.
@@ -124,8 +124,6 @@ class Packing:
 
     def _begin(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for path in self.folder.glob("*/.*.tar"):  # by a process that was killed
-            path.unlink()
         self._content["complete"] = False
         manifest.save(self.folder, self._content)
         if classes := self.splits["train"].classes:
@@ -157,14 +155,14 @@ class Packing:
         shard: Shard,
         made: Iterator[tuple[str, bytes] | str],
         left_out: list[tuple[str, str]],
-        watch: Callable[[], object],
+        watch: Callable[[int], object],
         path: Path,
     ) -> None:
         images = self.splits[shard.split]
         with new_shard(path) as tar:
             for number, index in enumerate(shard.ids.tolist(), shard.first):
                 found = next(made)
-                watch()
+                watch(1)
                 if isinstance(found, str):
                     left_out.append((images.paths[index], found))
                     continue

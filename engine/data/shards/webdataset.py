@@ -18,7 +18,6 @@ follow the names of the shards, and in a shard the order of its members.
 What lies where is found out once (`engine.data.shards.index`).
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +27,7 @@ from typing import Any
 import numpy as np
 
 from engine.core.errors import BadInput
+from engine.core.json_text import parsed
 from engine.data import screen
 from engine.data.listing import ACCEPTED, Listing, split_folder
 from engine.data.names import Names
@@ -150,8 +150,8 @@ def _said(archive: Archive, member: Member, suffix: str) -> tuple[str | None, st
     """The class that a small member names, and the path; None where it names none."""
     body = archive.read(member.start, member.size)
     try:
-        content = body.decode().strip() if suffix == "cls" else json.loads(body)
-    except (ValueError, RecursionError) as error:
+        content = body.decode().strip() if suffix == "cls" else parsed(body)
+    except ValueError as error:
         kind = "JSON" if suffix == "json" else "text"
         raise BadInput(f"{archive.where} has {member.name!r}, which is no {kind}") from error
     if suffix == "cls":

@@ -20,14 +20,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
-from timm.layers import resize_rel_pos_bias_table
 from torch import Tensor, nn
 
 from engine.core.errors import BadInput
 from engine.core.lasting import lasting
 from engine.evals.detection.form import Form
 from engine.model.blocks import Block
-from engine.model.positions import RelativePositions
+from engine.model.positions import RelativePositions, resampled_table
 from engine.model.tokens import Group, Layout, View
 from engine.model.vit import VisionTransformer
 
@@ -95,10 +94,9 @@ class RelativeBias(nn.Module):
 
     @torch.no_grad()
     def start_from(self, found: RelativePositions) -> None:
-        """Take BEiT's table without its three entries of the class token, resized to the own grid as BEiT and timm do."""
-        own = self.relative_position_bias_table
+        """Take BEiT's table without its three entries of the class token, resampled for the own grid as BEiT does."""
         table = found.relative_position_bias_table.detach()[:-3]
-        own.copy_(resize_rel_pos_bias_table(table, self.grid, tuple(own.shape), found.grid))
+        self.relative_position_bias_table.copy_(resampled_table(table, found.grid, self.grid))
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 MSN's protocol, which MAE-CT follows: 1, 2 and 5 images per class over three splits, and 1 % (here 10 % too) of the training
 set; each feature row is centred by its own mean and L2-normalised; no intercept; penalty lambda / n with lambda = .00025.
-Test rows get the same treatment, as MSN's code does and MAE-CT's does not. Other codebases use other lambdas and the figure
-depends on it, so a sweep is reported beside the published one; its best is chosen on the test set and named so.
+Test rows get the same treatment, as MSN's code does and MAE-CT's does not; it makes no difference, for centred rows give weights
+that sum to 0 over the dimensions. Other codebases use other lambdas and the figure depends on it, so a sweep is reported beside
+the published one; its best is chosen on the test set and named so.
 
 Shapes: n images of a subset, m test images, C feature width, K classes.
 """

@@ -292,7 +292,7 @@ def evaluate(train: Features, test: Features, settings: Settings = Settings()) -
         settings=asdict(settings)
         | {
             "features": PREPROCESSING,
-            "SVM": "after VISSL's for VOC2007; images are centre-cropped, where VISSL squeezes them into a square"
+            "SVM": "after VISSL's for VOC2007, which squeezes images into a square (--squeeze --resize bilinear)"
             + ("" if settings.uncounted_as_negatives else "; what is not counted is left out of training too"),
             "logistic": "ours: unweighted, costs chosen alike, folds the same for all classes",
             "samples": "average precisions of the classes, not images",

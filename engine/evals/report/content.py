@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.core.extras import Extras
 from engine.evals import registry
 from engine.evals.features import Features
 from engine.evals.report import environment, pictures
@@ -117,6 +118,7 @@ def content(
     results: Sequence[Result],
     run: Mapping[str, Any],
     features: Mapping[str, tuple[Features, Features]],
+    extras: Extras,
     map_kind: str = "pca",
     commands: Mapping[tuple[str, str], str] | None = None,
 ) -> Content:
@@ -125,13 +127,14 @@ def content(
     Args:
         run: what was asked for, JSON-able.
         features: of test images, by weights, to be shown as a map.
+        extras: each picture is one of them.
         map_kind: a key of `charts.MAPS`.
         commands: by weights and protocol, what repeats a result.
     """
     weights = list(dict.fromkeys(result.weights for result in results))
     protocols = list(dict.fromkeys(result.protocol for result in results))
     bounds = {(result.weights, result.protocol): intervals(result) for result in results}
-    drawn = pictures.draw(results, features, map_kind)
+    drawn = pictures.draw(results, features, extras, map_kind)
     run = dict(run)
     return Content(
         title=_title(weights),

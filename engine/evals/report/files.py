@@ -12,6 +12,7 @@ import numpy as np
 
 from engine.core.durable import write_folder
 from engine.core.errors import BadInput
+from engine.core.extras import Extras
 from engine.evals.features import Features
 from engine.evals.report import markdown, page, pictures
 from engine.evals.report.content import Content, content
@@ -23,25 +24,31 @@ def write(
     results: Sequence[Result],
     run: Mapping[str, Any],
     features: Mapping[str, tuple[Features, Features]],
+    extras: Extras,
     map_kind: str = "pca",
     commands: Mapping[tuple[str, str], str] | None = None,
 ) -> None:
     """Write report.html, results.md, results.json and pictures/ into `folder`: aside first, then renamed, so never half of it.
 
-    An earlier evaluation at `folder` is replaced. Arguments as for `content`.
+    An earlier evaluation at `folder` is replaced. Arguments as for `content`. The figures are in results.json whatever fails: a
+    picture or a text that can't be made is one of the `extras`, left out and named there.
 
     Raises:
         BadInput: `folder` holds something else, or cannot be written.
     """
     check_folder(folder)
-    whole = content(results, run, features, map_kind, commands)
+    whole = content(results, run, features, extras, map_kind, commands)
+    texts = {}
+    for name, render in (("results.md", markdown.render), ("report.html", page.render)):
+        with extras.of(name):
+            texts[name] = render(whole)
 
     def fill(aside: Path) -> None:
         pictures.save(whole.pictures, aside)
-        (aside / "results.json").write_text(as_json(whole))
-        # a path that is no text has letters that UTF-8 cannot hold
-        (aside / "results.md").write_text(markdown.render(whole), encoding="utf-8", errors="replace")
-        (aside / "report.html").write_text(page.render(whole), encoding="utf-8", errors="replace")
+        (aside / "results.json").write_text(as_json(whole, extras.left_out))
+        for name, text in texts.items():
+            # a path that is no text has letters that UTF-8 cannot hold
+            (aside / name).write_text(text, encoding="utf-8", errors="replace")
 
     write_folder(folder, fill)
 
@@ -61,7 +68,7 @@ def check_folder(folder: Path) -> None:
         raise BadInput(f"{folder} cannot be created: {nearest} is not a folder that can be written to; choose another.")
 
 
-def as_json(whole: Content) -> str:
+def as_json(whole: Content, left_out: Mapping[str, str]) -> str:
     """results.json: what was run, on what, with which versions, and every figure, setting and table of every result.
 
     What is not finite is null.
@@ -109,6 +116,7 @@ def as_json(whole: Content) -> str:
         "differences": [asdict(each) for each in whole.differences],
         "machine": whole.machine,
         "versions": whole.versions,
+        "left_out": left_out,
     }
     return json.dumps(_plain(everything), indent=1, default=str, allow_nan=False)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.core.extras import Extras
 from engine.core.plotting import Figure
 from engine.evals.charts import MAPS, feature_map
 from engine.evals.features import Features
@@ -40,16 +41,22 @@ class Picture:
 
 
 def draw(
-    results: Sequence[Result], features: Mapping[str, tuple[Features, Features]], map_kind: str = "pca"
+    results: Sequence[Result],
+    features: Mapping[str, tuple[Features, Features]],
+    extras: Extras,
+    map_kind: str = "pca",
 ) -> list[Picture]:
-    """The pictures of all results, and a map of the test features of each weights that has any. No two have one file name."""
+    """The pictures of all results, and a map of the test features of each weights that has any. No two have one file name; each
+    is one of the `extras`."""
     taken: set[str] = set()
     found = []
     for result in results:
         for title, figure in result.pictures.items():
-            found.append(_picture(figure, result.weights, result.protocol, title, taken))
+            with extras.of(f"picture '{title}' of {result.weights} by {result.protocol}"):
+                found.append(_picture(figure, result.weights, result.protocol, title, taken))
     for weights, (_, test) in features.items():
-        found.append(_picture(feature_map(test, map_kind), weights, "", MAPS[map_kind], taken))
+        with extras.of(f"picture '{MAPS[map_kind]}' of {weights}"):
+            found.append(_picture(feature_map(test, map_kind), weights, "", MAPS[map_kind], taken))
     return found
 
 

@@ -17,6 +17,7 @@ from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.lasting import lasting
 from engine.data.views import IMAGENET_MEAN, IMAGENET_STD
+from engine.methods.parts.colour_jitter import grey, jitter
 
 STRENGTH, HUE = 0.4, 0.1
 LUMA = (0.299, 0.587, 0.114)
@@ -24,6 +25,8 @@ CHROMA = ((0.596, -0.274, -0.322), (0.211, -0.523, 0.312))  # I and Q of YIQ
 # columns of a patch's uniform numbers
 _TOP, _LEFT, _JITTER, _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE, _GRAY = range(8)
 _COLUMNS = 8
+_ORDER = 4  # further columns, where the order of colours is drawn
+COLOURS = ("pixels", "normalised")
 
 Grid = tuple[int, int]
 
@@ -35,12 +38,17 @@ class PatchSettings:
     mega_patches: int = 0
     """Cut each axis at random lines of the patch grid into so many parts, and bring every cell to the size of a patch; 0 leaves
     the grid as it is."""
+    mega_shared: bool = True
+    """Cut both axes at the same lines, as RelViT's code does, which draws others for columns and leaves them unused."""
     patch_zoom: float = 1.15
     """Cut a square of its side divided by this from a random place of each patch, and enlarge it; 1 leaves patches whole."""
     patch_jitter: float = 0.8
     """Probability that a patch's brightness, contrast, saturation (0.4 each) and hue (0.1) change."""
     patch_grayscale: float = 0.2
     """Probability that a patch loses all colour."""
+    patch_colours: str = "pixels"
+    """What of a patch is coloured: pixels (as the loader's linear colours, cut off at an image's values) or normalised
+    (torchvision's jitter of values that are normalised already, cut off at 0 and 1, as in RelViT's code)."""
     permute: bool = False
     """Put patches in random order; labels go along. Changes nothing for an encoder without positions."""
 
@@ -51,6 +59,7 @@ class PatchSettings:
             "patch-zoom": (self.patch_zoom >= 1, "a number from 1"),
             "patch-jitter": (0 <= self.patch_jitter <= 1, "a probability from 0 to 1"),
             "patch-grayscale": (0 <= self.patch_grayscale <= 1, "a probability from 0 to 1"),
+            "patch-colours": (self.patch_colours in COLOURS, f"one of {', '.join(COLOURS)}"),
         }
 
     def check_patches(self, stage: str, grid: Grid) -> None:
@@ -59,6 +68,12 @@ class PatchSettings:
             raise BadInput(
                 f"--{stage}.mega-patches is {self.mega_patches}; it must be at most {min(grid)} for the model's {grid[0]} x "
                 f"{grid[1]} patches."
+            )
+
+        if self.mega_patches and self.mega_shared and grid[0] != grid[1]:
+            raise BadInput(
+                f"--{stage}.mega-shared cuts both axes at the same lines, but the model has {grid[0]} x {grid[1]} patches: add "
+                f"--{stage}.no-mega-shared."
             )
 
     def arranged_grid(self, grid: Grid) -> Grid:
@@ -78,10 +93,12 @@ def draw_patches(settings: PatchSettings, draws: Draws, grid: Grid) -> dict[str,
     if parts:
         for name, size in zip(("rows", "columns"), grid, strict=True):
             drawn[name] = _edges(draws.uniform(size - 1), parts, size)
+        if settings.mega_shared:
+            drawn["columns"] = drawn["rows"]
     arranged = settings.arranged_grid(grid)
     count = arranged[0] * arranged[1]
     if settings.patch_zoom > 1 or settings.patch_jitter or settings.patch_grayscale:
-        drawn["patches"] = draws.uniform(count, _COLUMNS)
+        drawn["patches"] = draws.uniform(count, _COLUMNS + _ORDER * (settings.patch_colours == "normalised"))
     if settings.permute:
         drawn["order"] = draws.uniform(count).argsort(dim=1, stable=True)
     return drawn
@@ -201,14 +218,20 @@ def _weights_of_places(side: int, cut: int, device: torch.device) -> Tensor:
 def recolour(settings: PatchSettings, patches: Tensor, uniforms_BNU: Tensor) -> Tensor:
     """Colour jitter, then loss of colour, for every normalised patch [B, N, 3, P, P] on its own.
 
-    As the loader's jitter (engine/data/views.py): contrast about mid-grey, brightness, saturation, hue as a rotation in YIQ, in
-    this order, in one linear map; values are clipped to an image's at the end. RelViT's is torchvision's, which draws the order,
-    clips between, takes contrast about the mean and hue in HSV.
+    Of "pixels", as the loader's linear colours (engine/data/views.py): contrast about mid-grey, brightness, saturation, hue as a
+    rotation in YIQ, in this order, in one linear map; values are clipped to an image's at the end. Of "normalised" values
+    torchvision's (engine/methods/parts/colour_jitter.py), as in RelViT's code.
     """
     if not (settings.patch_jitter or settings.patch_grayscale):
         return patches
     u = uniforms_BNU
     applied = u[..., _JITTER] < settings.patch_jitter
+    if settings.patch_colours == "normalised":
+        factors = 1 + STRENGTH * (2 * u[..., _BRIGHTNESS : _SATURATION + 1] - 1)
+        factors = torch.cat([factors, HUE * (2 * u[..., _HUE, None] - 1)], -1)
+        changed = jitter(patches, factors, u[..., _COLUMNS:].argsort(dim=-1, stable=True))
+        patches = torch.where(applied[..., None, None, None], changed, patches)
+        return torch.where((u[..., _GRAY] < settings.patch_grayscale)[..., None, None, None], grey(patches), patches)
     brightness, contrast, saturation = (
         torch.where(applied, 1 + STRENGTH * (2 * u[..., column] - 1), 1.0)
         for column in (_BRIGHTNESS, _CONTRAST, _SATURATION)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kernels
-from engine.model.blocks import initialise
+from engine.model.initialisation import initialise
 
 DIRECTIONS = 9  # left, level, right of it, times above, level, below
 Grid = tuple[int, int]
@@ -46,15 +46,16 @@ def _scaled(map_NN: Tensor) -> Tensor:
 
 class PairHead(nn.Module):
     """A logit for every ordered pair of tokens and each of H heads, as attention has it: bias-free queries and keys of width
-    D = C // H, and their products over sqrt(D). No softmax and no values.
+    D = C // H, and their products over sqrt(D). No softmax and no values. Layers start as MAE's or, as RelViT's do, as torch's.
     """
 
-    def __init__(self, features: int, heads: int):
+    def __init__(self, features: int, heads: int, as_torch: bool = False):
         super().__init__()
         self.heads, self.width = heads, features // heads
         self.query = nn.Linear(features, heads * self.width, bias=False)
         self.key = nn.Linear(features, heads * self.width, bias=False)
-        initialise(self)
+        if not as_torch:
+            initialise(self)
 
     def forward(self, tokens_BNC: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys, [B, N, H, D] each."""
@@ -74,8 +75,8 @@ class DirectionHead(PairHead):
         columns: of the grid.
     """
 
-    def __init__(self, features: int, columns: int):
-        super().__init__(features, DIRECTIONS)
+    def __init__(self, features: int, columns: int, as_torch: bool = False):
+        super().__init__(features, DIRECTIONS, as_torch)
         self.columns = columns
 
     def loss(self, tokens_BNC: Tensor, places_BN: Tensor) -> Tensor:
@@ -92,8 +93,8 @@ class MapHead(PairHead):
         map_NN: what is wanted, by places in the grid.
     """
 
-    def __init__(self, features: int, map_NN: Tensor):
-        super().__init__(features, 1)
+    def __init__(self, features: int, map_NN: Tensor, as_torch: bool = False):
+        super().__init__(features, 1, as_torch)
         self.register_buffer("map", map_NN, persistent=False)
 
     def loss(self, tokens_BNC: Tensor, places_BN: Tensor) -> Tensor:
@@ -106,9 +107,10 @@ class MapHead(PairHead):
 class PlaceHead(nn.Linear):
     """Which place of the grid a token's patch comes from (RelViT's AbsPos)."""
 
-    def __init__(self, features: int, grid: Grid):
+    def __init__(self, features: int, grid: Grid, as_torch: bool = False):
         super().__init__(features, grid[0] * grid[1])
-        initialise(self)
+        if not as_torch:
+            initialise(self)
 
     def loss(self, tokens_BNC: Tensor, places_BN: Tensor) -> Tensor:
         """Mean cross-entropy over all tokens, fp32."""

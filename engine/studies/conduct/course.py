@@ -15,6 +15,7 @@ import torch
 
 from engine.core.draws import seed_of
 from engine.core.errors import BadInput
+from engine.core.extras import Extras
 from engine.data.sources import ImageSet
 from engine.evals.features import encoder_of, raw_pixels
 from engine.model import vit, weights
@@ -40,6 +41,7 @@ class Course:
 
     def __init__(self, flags: Flags, study: Study, runs: list[Run], say: Callable[[str], None]):
         self.flags, self.study, self.runs, self.say = flags, study, runs, say
+        self.extras = Extras(say)
         self.out = Path(flags.out).expanduser()
         self.threads = max(1, (flags.threads or torch.get_num_threads()) // flags.jobs)
         self.look()
@@ -140,19 +142,28 @@ class Course:
 
         def pixels() -> None:
             encoder = raw_pixels(vit.create(plan.model, **plan.encoder).img_size)
-            figures = judge.figures("raw pixels", encoder, folder / "raw-pixels", "raw")
-            self.judged["raw pixels"] = Judged("raw pixels", None, None, figures)
+            with self.extras.of("judging raw pixels"):
+                figures = judge.figures("raw pixels", encoder, folder / "raw-pixels", "raw")
+                self.judged["raw pixels"] = Judged("raw pixels", None, None, figures)
 
         def untrained(seed: int) -> None:
             torch.manual_seed(seed_of(seed, "encoder"))  # as engine.train does
             encoder = encoder_of(vit.create(plan.model, **plan.encoder).to(judge.device))
-            figures = judge.figures("untrained", encoder, folder / f"untrained-s{seed}")
-            self.judged[f"untrained-s{seed}"] = Judged("untrained", None, seed, figures)
+            with self.extras.of(f"judging the untrained encoder of seed {seed}"):
+                figures = judge.figures("untrained", encoder, folder / f"untrained-s{seed}")
+                self.judged[f"untrained-s{seed}"] = Judged("untrained", None, seed, figures)
 
         return [pixels, *(partial(untrained, seed) for seed in self.flags.seeds)]
 
     def judge(self, run: Run, judge: Judge) -> None:
-        """Evaluate a run that is done."""
+        """Evaluate a run that is done; the study goes on where that fails."""
+        with self.extras.of(_judging(run)):
+            self.judged[run.name] = found = self._judged(run, judge)
+            if found.figures:
+                means = {name: 100 * mean(values) for name, values in found.figures.items()}
+                self.say(f"{run.name}: " + ", ".join(f"{name} {value:.1f} %" for name, value in means.items()))
+
+    def _judged(self, run: Run, judge: Judge) -> Judged:
         folder = self.folder(run)
         summary = json.loads((folder / "summary.json").read_text())
         verdict = next((probe["verdict"] for probe in reversed(summary["probes"]) if "verdict" in probe), "")
@@ -166,20 +177,17 @@ class Course:
         own = summary["probes"][-1].get("top1") if self.study.classifies else None
         if own is not None:
             figures = {"classifier": [own / 100]} | figures
-        seconds = trained_seconds(folder)
-        self.judged[run.name] = Judged(
-            run.arm.name, run.collapse, run.seed, figures, verdict, self.command(run), seconds
-        )
-        if figures:
-            self.say(
-                f"{run.name}: " + ", ".join(f"{name} {100 * mean(values):.1f} %" for name, values in figures.items())
-            )
+        seconds, operations = trained_seconds(folder), summary.get("operations")  # earlier versions counted none
+        whole = sum(operations.values()) if operations else None
+        return Judged(run.arm.name, run.collapse, run.seed, figures, verdict, self.command(run), seconds, whole)
 
     def outcome(self, images: tuple[ImageSet, ImageSet]) -> Outcome:
         """What there is so far, runs that are missing as such."""
+        failed = self.failed | {
+            run.name: self.extras.left_out[_judging(run)] for run in self.runs if _judging(run) in self.extras.left_out
+        }
         missing = {
-            run.name: f"failed: {self.failed[run.name]}" if run.name in self.failed else "not done yet"
-            for run in self.runs
+            run.name: f"failed: {failed[run.name]}" if run.name in failed else "not done yet" for run in self.runs
         }
         judged = [
             self.judged.get(
@@ -225,6 +233,10 @@ class Course:
             if self.standing[run.name] != DONE and run.name not in self.failed
         ]
         return max(max(left, default=0.0), sum(left) / self.flags.jobs)
+
+
+def _judging(run: Run) -> str:
+    return f"judging {run.name}"
 
 
 def _duration(seconds: float) -> str:

@@ -11,6 +11,7 @@ import torch
 
 from engine import evals
 from engine.core.errors import BadInput
+from engine.core.extras import Extras
 from engine.data.sources import ImageSet
 from engine.evals import report
 from engine.evals.features import Encoder
@@ -26,11 +27,13 @@ class Judge:
     Attributes:
         images: train and test set.
         settings: of each protocol.
+        extras: parts of the reports.
         data: as `engine.eval --data` takes it.
     """
 
     images: tuple[ImageSet, ImageSet]
     settings: dict[str, Any]
+    extras: Extras
     device: torch.device
     precision: str
     threads: int | None = None
@@ -66,7 +69,9 @@ class Judge:
             )  # fmt: skip
             command = self.command(source) if source else None
             commands = {(name, protocol): command for protocol in self.settings if command}
-            report.write(folder, found, {"command": command, "judged": judged}, features, commands=commands)
+            report.write(
+                folder, found, {"command": command, "judged": judged}, features, self.extras, commands=commands
+            )
             stored = json.loads((folder / "results.json").read_text())
         return self._by_name({result["protocol"]: result for result in stored["results"]})
 

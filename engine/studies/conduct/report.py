@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from engine.core.durable import write_file
+from engine.core.extras import Extras
 from engine.core.plotting import Figure
 from engine.studies import Study
 
@@ -38,6 +39,7 @@ class Judged:
         verdict: the run's last, or why it has none.
         command: what repeats it.
         seconds: that its steps took.
+        operations: of its steps, in matrix products.
     """
 
     arm: str
@@ -47,6 +49,7 @@ class Judged:
     verdict: str = ""
     command: str = ""
     seconds: float | None = None
+    operations: float | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class Row:
         figures: every split of every seed, by figure's name.
         verdict: the worst one's first word, and how many have it if not all do.
         minutes: of training, one for each seed.
+        operations: of the training of one seed, the same for all; None where it isn't known.
     """
 
     arm: str
@@ -65,6 +69,7 @@ class Row:
     figures: Mapping[str, tuple[float, ...]]
     verdict: str
     minutes: tuple[float, ...] = ()
+    operations: float | None = None
 
     @property
     def collapsed(self) -> bool:
@@ -75,8 +80,10 @@ class Row:
         return {None: "", "": "any (no prototypes)"}.get(self.collapse, self.collapse)
 
     @property
-    def time(self) -> str:
-        return f"{np.mean(self.minutes):.1f}" if self.minutes else ""
+    def costs(self) -> list[str]:
+        """Minutes and TFLOP."""
+        time = f"{np.mean(self.minutes):.1f}" if self.minutes else ""
+        return [time, "" if self.operations is None else f"{self.operations / 1e12:.1f}"]
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,11 @@ class Outcome:
             ]
         if self.study.classifies:
             notes += ["classifier: held-out accuracy of the classifier that the run itself trained."]
-        if self.study.minutes:
-            notes += ["minutes: what the training steps took by the pace that the run logged, mean over seeds."]
+        if self.study.costs:
+            notes += [
+                "minutes: what the training steps took by the pace that the run logged, mean over seeds. TFLOP: what they "
+                "computed in matrix products, counted."
+            ]
         notes += [self.remark] if self.remark else []
         alone = list(dict.fromkeys(found.arm for found in self.judged if found.collapse == ""))
         if alone and self.study.collapse:
@@ -153,7 +163,8 @@ def _row(arm: str, collapse: str | None, found: Sequence[Judged]) -> Row:
     verdict = worst if len(words) == 1 else f"{worst} ({words[worst]} of {len(found)})"
     seeds = tuple(one.seed for one in found if one.seed is not None)
     minutes = tuple(one.seconds / 60 for one in found if one.seconds is not None)
-    return Row(arm, collapse, seeds, figures, verdict, minutes)
+    operations = next((one.operations for one in found if one.operations is not None), None)
+    return Row(arm, collapse, seeds, figures, verdict, minutes, operations)
 
 
 def _word(verdict: str) -> str:
@@ -187,8 +198,8 @@ def table(outcome: Outcome) -> Table:
         grid.add_column("against\ncollapse", no_wrap=True)
     for name in outcome.names:
         grid.add_column(name.replace(" ", "\n"), justify="right", no_wrap=True)
-    if outcome.study.minutes:
-        grid.add_column("min", justify="right", no_wrap=True)
+    for name in ("min", "TFLOP") if outcome.study.costs else ():
+        grid.add_column(name, justify="right", no_wrap=True)
     grid.add_column("verdict")
     previous = None
     for row in outcome.rows:
@@ -197,7 +208,7 @@ def table(outcome: Outcome) -> Table:
         guard = "any" if row.collapse == "" else row.guard
         cells = [row.arm if row.arm != previous else ""] + ([guard] if guarded else [])
         cells += [_cell(row.figures.get(name, ()), "±") for name in outcome.names]
-        cells += [row.time] if outcome.study.minutes else []
+        cells += row.costs if outcome.study.costs else []
         grid.add_row(*cells, row.verdict, style="red" if row.collapsed else None)
         previous = row.arm
     return grid
@@ -205,24 +216,23 @@ def table(outcome: Outcome) -> Table:
 
 def markdown(outcome: Outcome) -> str:
     """table.md: the table and what must be known to read it."""
-    guarded, timed = bool(outcome.study.collapse), outcome.study.minutes
-    head = ["pretext", *["against collapse"] * guarded, *outcome.names, *["minutes"] * timed, "verdict"]
-    rule = ["---", *["---"] * guarded, *["---:"] * (len(outcome.names) + timed), "---"]
+    guarded, costs = bool(outcome.study.collapse), ["minutes", "TFLOP"] if outcome.study.costs else []
+    head = ["pretext", *["against collapse"] * guarded, *outcome.names, *costs, "verdict"]
+    rule = ["---", *["---"] * guarded, *["---:"] * (len(outcome.names) + len(costs)), "---"]
     lines = [head, rule]
     for row in outcome.rows:
         verdict = f"**{row.verdict}**" if row.collapsed else row.verdict
         cells = [_cell(row.figures.get(name, ())) for name in outcome.names]
-        lines.append([row.arm, *[row.guard] * guarded, *cells, *[row.time] * timed, verdict])
+        lines.append([row.arm, *[row.guard] * guarded, *cells, *row.costs[: len(costs)], verdict])
     grid = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     arms = "\n".join(f"- {arm.name}: {arm.about}" for arm in outcome.study.arms if arm.about)
     notes = "\n\n".join(outcome.notes)
     return f"# {outcome.study.title}\n\n{outcome.about}\n\n{grid}\n\n{notes}\n\n{arms}\n"
 
 
-def write(folder: Path, outcome: Outcome) -> None:
-    """Write table.md, table.csv, results.json and the figure NAME.png; each replaces an earlier one whole."""
-    write_file(folder / "table.md", lambda aside: aside.write_text(markdown(outcome)))
-    write_file(folder / "table.csv", lambda aside: _write_csv(aside, outcome))
+def write(folder: Path, outcome: Outcome, extras: Extras) -> None:
+    """Write results.json, then table.md, table.csv and the figure NAME.png, which are `extras`; each replaces an earlier one
+    whole."""
     whole = {
         "study": outcome.study.name,
         "about": outcome.about,
@@ -233,20 +243,25 @@ def write(folder: Path, outcome: Outcome) -> None:
     }
     text = json.dumps(whole, indent=1, allow_nan=False)
     write_file(folder / "results.json", lambda aside: aside.write_text(text))
-    draw(folder / f"{outcome.study.name}.png", outcome)
+    with extras.of("table.md"):
+        write_file(folder / "table.md", lambda aside: aside.write_text(markdown(outcome)))
+    with extras.of("table.csv"):
+        write_file(folder / "table.csv", lambda aside: _write_csv(aside, outcome))
+    with extras.of(f"{outcome.study.name}.png"):
+        draw(folder / f"{outcome.study.name}.png", outcome)
 
 
 def _write_csv(path: Path, outcome: Outcome) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         columns = [column for name in outcome.names for column in (f"{name} (%)", f"{name} std")]
-        writer.writerow(["pretext", "collapse", "seeds", *columns, "minutes", "verdict"])
+        writer.writerow(["pretext", "collapse", "seeds", *columns, "minutes", "TFLOP", "verdict"])
         for row in outcome.rows:
             cells = []
             for name in outcome.names:
                 mean, deviation = spread(row.figures[name]) if row.figures.get(name) else (None, None)
                 cells += ["" if number is None else f"{number:.3f}" for number in (mean, deviation)]
-            writer.writerow([row.arm, row.guard, " ".join(map(str, row.seeds)), *cells, row.time, row.verdict])
+            writer.writerow([row.arm, row.guard, " ".join(map(str, row.seeds)), *cells, *row.costs, row.verdict])
 
 
 def draw(path: Path, outcome: Outcome) -> None:

@@ -36,7 +36,7 @@ def run(flags: Flags, study: Study, console: Console, again: str) -> int:
     """Carry the study out, or on; `again` is the command that was given.
 
     Returns:
-        0 when it ended or was stopped on request, 1 where runs failed.
+        0 when it ended or was stopped on request, 1 where runs failed, or what comes after them did.
 
     Raises:
         BadInput: flags, data or folders cannot be used; nothing is written then.
@@ -68,7 +68,13 @@ def run(flags: Flags, study: Study, console: Console, again: str) -> int:
         )
     images = (parts.train_images, parts.val_images)
     judge = Judge(
-        images, protocols(study, images, say), ranks.device, parts.precision, flags.threads or None, flags.data
+        images,
+        protocols(study, images, say),
+        course.extras,
+        ranks.device,
+        parts.precision,
+        flags.threads or None,
+        flags.data,
     )
     with owned(course.out, say) as lock, StopRequest() as stop, stop.deferred(), _threads_of_torch(course.threads):
         course.look()  # again, now that nobody else can be at it
@@ -83,12 +89,12 @@ def run(flags: Flags, study: Study, console: Console, again: str) -> int:
             say(f"stopped; the same command goes on: {again}")
             return 0
     outcome = course.outcome(images)
-    write(course.out, outcome)  # once more, with what failed last
+    write(course.out, outcome, course.extras)  # once more, with what failed last
     console.print(table(outcome))
     for note in outcome.notes:
         say(note)
     say(f"table, figure and every number: {course.out}")
-    return 1 if course.failed else 0
+    return 1 if course.failed or course.extras.left_out else 0
 
 
 def _introduce(course: Course, images: tuple[ImageSet, ImageSet], say: Callable[[str], None]) -> None:
@@ -122,7 +128,7 @@ def _carry_out(course: Course, judge: Judge, lock: int, stop: StopRequest, conso
             if stop.raised:
                 return
             measure()
-        write(course.out, course.outcome(judge.images))
+        write(course.out, course.outcome(judge.images), course.extras)
         next_line = time.monotonic() + LINE_EVERY
         while (waiting := course.waiting()) or course.missing() or course.active:
             for run in waiting[: course.flags.jobs - len(course.active)]:
@@ -132,7 +138,7 @@ def _carry_out(course: Course, judge: Judge, lock: int, stop: StopRequest, conso
                 return
             for run in course.collect():
                 course.judge(run, judge)
-                write(course.out, course.outcome(judge.images))
+                write(course.out, course.outcome(judge.images), course.extras)
             done, total, words = course.progress()
             bar.update(shown, completed=done, total=total, description=words)
             if not console.is_terminal and time.monotonic() > next_line:

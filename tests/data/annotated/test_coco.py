@@ -146,7 +146,7 @@ def change(key, place, **fields):
         (lambda content: content["annotations"].append(3), "as entry 5 .* of 'annotations'"),
         (lambda content: content.update(images=[]), "lists no images"),
         (lambda content: content.update(categories=[]), "has no categories"),
-        (change("images", 0, id="a"), "image 0 .* has 'a' as id"),
+        (change("images", 0, id=1.5), "image 0 .* has '1.5' as id"),
         (change("images", 1, id=139), "image 139 of .* is there twice"),
         (change("images", 1, file_name="000000000139.jpg"), "lists the image 000000000139.jpg twice"),
         (change("images", 1, file_name="absent.jpg"), "json lists absent.jpg, which is missing in .*val2017"),
@@ -188,9 +188,6 @@ def test_a_wrong_entry_is_named(tmp_path, spoil, sentence):
 @pytest.mark.parametrize(
     ("segmentation", "sentence"),
     [
-        (None, "annotation 1768 of .* has no segmentation"),
-        ([], "has no segmentation"),
-        ([[1, 1, 4, 4]], "has no segmentation"),
         ({"size": [8, 12], "counts": [95]}, "do not fill its image of 12x8"),
         ({"size": [8, 12], "counts": [95, 2]}, "do not fill"),
         ({"size": [8, 12], "counts": [10**30]}, "do not fill"),
@@ -209,6 +206,46 @@ def test_a_mask_that_cannot_be_made_is_named(tmp_path, segmentation, sentence):
         read.masks(0)
     with pytest.raises(BadInput, match=sentence):
         read.semantic(0)
+
+
+def test_a_set_without_masks_has_boxes(tmp_path):
+    content = whole()
+    for annotation in content["annotations"]:
+        annotation["segmentation"] = []
+    read = coco.read_objects(*write(tmp_path, content), "val")
+    assert [len(objects) for objects in read.objects] == [3, 0, 1]
+    with pytest.raises(BadInput, match=r"annotation 1768 of .* has no segmentation"):
+        read.masks(0)
+
+
+@pytest.mark.parametrize("segmentation", [None, [], [[1, 1, 4, 4]]])
+def test_an_object_without_a_mask_is_left_out_where_others_have_one(tmp_path, segmentation):
+    content = whole()
+    content["annotations"][0]["segmentation"] = segmentation
+    read = coco.read_objects(*write(tmp_path, content), "val")
+    assert read.left_out[0] == (1768, "it has no mask, as others have")
+    assert read.annotation_ids[0] == (1773, 900100000139)
+    read.check_masks()
+
+
+def test_files_of_other_tools_are_read(tmp_path):
+    """Crowds and areas that are null, ids that are floats or texts, a root category, absolute names of another machine."""
+    content = whole()
+    content["categories"].insert(0, {"id": 0, "name": "dog", "supercategory": "none"})
+    for annotation in content["annotations"]:
+        annotation |= {"image_id": f"img-{annotation['image_id']}", "category_id": float(annotation["category_id"])}
+    content["annotations"][0] |= {"iscrowd": None, "area": None}
+    for number, (image, folder) in enumerate(
+        zip(content["images"], ("/home/me/data/", "C:\\data\\", "/"), strict=True)
+    ):
+        image["id"] = f"img-{image['id']}"
+        image["file_name"] = folder + image["file_name"].replace("/", "\\" if number == 1 else "/")
+    read = coco.read_objects(*write(tmp_path, content), "val")
+    plain = coco.read_objects(*write(tmp_path / "plain", whole()), "val")
+    assert read.image_ids == ("img-139", "img-285", "img-42") and list(read.images.paths) == list(plain.images.paths)
+    assert read.categories == plain.categories and read.category_ids == plain.category_ids
+    np.testing.assert_array_equal(read.targets, plain.targets)
+    assert read.objects[0].areas.tolist() == [6.75 * 5.5, *plain.objects[0].areas.tolist()[1:]]
 
 
 def test_a_wrong_layout_is_named(tmp_path):

@@ -1,6 +1,6 @@
 """Cluster figures against exhaustive matching and formulas written out, and collapsed features."""
 
-from itertools import permutations
+from itertools import combinations, permutations
 from math import log
 
 import numpy as np
@@ -41,6 +41,27 @@ def test_matched_accuracy_equals_exhaustive_search(seed):
     assert cluster.matched_accuracy(labels, clusters) == pytest.approx(exhaustive_accuracy(labels, clusters))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_figures_of_clusters_equal_ibots_script(seed):
+    """Its `eval_pred`: the cost of giving a cluster to a class are the cluster's other images; all else counts pairs."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.arange(45) % 5)
+    clusters = np.where(
+        rng.random(45) < 0.5, (labels + 2) % 5, rng.integers(0, 5 - seed % 3, 45)
+    )  # up to two are empty
+    counts = np.array([[np.sum((labels == i) & (clusters == j)) for j in range(5)] for i in range(5)])
+    costs = counts.sum(0)[:, None] - counts.T
+    best = min(permutations(range(5)), key=lambda names: sum(costs[j, names[j]] for j in range(5)))
+    pairs = [(labels[a] == labels[b], clusters[a] == clusters[b]) for a, b in combinations(range(45), 2)]
+    both, of_labels, of_clusters = (sum(map(of, pairs)) for of in (all, lambda pair: pair[0], lambda pair: pair[1]))
+    chance = of_labels * of_clusters / len(pairs)
+    found = cluster.agreement(labels, clusters)
+    assert found["ACC"] == pytest.approx(np.mean(np.array(best)[clusters] == labels))
+    assert found["NMI"] == pytest.approx(written_out_nmi(labels, clusters))
+    assert found["ARI"] == pytest.approx((both - chance) / ((of_labels + of_clusters) / 2 - chance))
+    assert found["FMI"] == pytest.approx(both / np.sqrt(of_labels * of_clusters))
+
+
 def test_matching_is_one_to_one():
     # both clusters hold mostly class 0, only one of them may have it
     assert cluster.matched_accuracy(np.array([0, 0, 0, 0, 0, 1]), np.array([0, 0, 0, 1, 1, 1])) == pytest.approx(4 / 6)
@@ -48,7 +69,7 @@ def test_matching_is_one_to_one():
 
 def test_clear_clusters_are_found_and_names_do_not_matter():
     values = cluster.evaluate(blobs(0.01), blobs(0.01)).values
-    for name in ("ACC", "NMI", "AMI", "ARI"):
+    for name in ("ACC", "NMI", "AMI", "ARI", "FMI"):
         assert values[name] == pytest.approx(1) and values[f"{name} std"] == pytest.approx(0)
     assert values["silhouette"] > 0.95
 

@@ -380,7 +380,8 @@ def test_sets_that_cannot_be_judged_are_refused(folder, sets, tmp_path, subject)
         if broken is None:
             whole["annotations"] = [entry for entry in whole["annotations"] if entry["iscrowd"]]
         else:
-            del whole["annotations"][1]["segmentation"]
+            for entry in whole["annotations"]:
+                del entry["segmentation"]
         file.write_text(json.dumps(whole))
     empty, bare = (coco.open_objects(tmp_path / part, "train", screening="header") for part in ("annotations", "masks"))
     with pytest.raises(BadInput, match="no object of the training set counts"):

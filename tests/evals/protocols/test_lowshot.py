@@ -1,10 +1,12 @@
 """Low-shot against scikit-learn's logistic regression, and its splits."""
 
 import hashlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from sklearn.linear_model import LogisticRegression
 
 from engine.core.errors import BadInput
@@ -49,6 +51,49 @@ def test_default_tolerance_predicts_as_the_exact_solution():
     for penalty in penalties:
         same = (test @ loose[penalty].weight_CK).argmax(1) == (test @ exact[penalty].weight_CK).argmax(1)
         assert loose[penalty].converged and same.float().mean() > 0.99
+
+
+def msns_script(train: Features, test: Features, lambd: float, treats_tests: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scores and predictions: rows less their mean and of length 1, softmax regression without intercept, lambda / n."""
+
+    def treated(values):
+        rows = values.double().numpy()
+        rows = rows - rows.mean(1, keepdims=True)
+        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+    x, y = treated(train.values), treated(test.values) if treats_tests else test.values.double().numpy()
+    truth = np.eye(5)[train.labels.numpy()]
+
+    def objective(flat):
+        weight = flat.reshape(5, -1)
+        scores = x @ weight.T
+        log_p = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+        slope = (np.exp(log_p) - truth).T @ x / len(x) + lambd / len(x) * weight
+        return -(truth * log_p).sum() / len(x) + lambd / len(x) / 2 * np.square(weight).sum(), slope.ravel()
+
+    found = minimize(
+        objective, np.zeros(5 * x.shape[1]), jac=True, method="BFGS", options={"gtol": 1e-9, "maxiter": 5000}
+    )
+    scores = y @ found.x.reshape(5, -1).T
+    return scores, scores.argmax(1)
+
+
+@pytest.mark.parametrize("lambd", [0.00025, 0.0025, 0.075])
+def test_predictions_equal_msns_script_and_mae_cts_which_leaves_test_rows_alone(lambd, tmp_path):
+    paths = tuple(f"image{i}.png" for i in range(300))
+    train, test = replace(blobs(0, paths=paths), name="train"), blobs(1)
+    test = replace(test, values=test.values + torch.linspace(-3, 3, 300)[:, None])  # each row has another mean
+    (tmp_path / "2imgs_class.txt").write_text("\n".join(paths[:10]))
+    settings = lowshot.Settings(
+        files=(tmp_path / "2imgs_class.txt",), penalty=lambd, tolerance=1e-10, max_iterations=20000
+    )
+    result = lowshot.evaluate(train, test, settings)
+    few = Features(train.values[:10], train.labels[:10], "few")
+    scores, predicted = msns_script(few, test, lambd, treats_tests=True)
+    untreated, again = msns_script(few, test, lambd, treats_tests=False)
+    assert np.abs(scores - untreated).max() > 0.1
+    np.testing.assert_array_equal(predicted, again)
+    np.testing.assert_array_equal(result.samples["2imgs_class"], predicted == test.labels.numpy())
 
 
 def test_rows_are_centred_by_their_own_mean_and_normalised():

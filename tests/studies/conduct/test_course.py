@@ -120,6 +120,18 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(course: Course, tmp_path:
     assert row.verdict == "failed" and row.figures == {}
 
 
+def test_a_run_that_cannot_be_judged_is_told_and_the_others_go_on(course: Course, capsys: pytest.CaptureFixture):
+    (run,) = course.runs
+    folder = leave(course)
+    (folder / "summary.json").write_text('{"steps": 10')
+    course.judge(run, judge=None)
+    (why,) = course.extras.left_out.values()
+    assert why.startswith("JSONDecodeError: ")
+    assert capsys.readouterr().out == f"judging pixels-s0 left out: {why}\n"
+    (row,) = course.outcome((range(9), range(5))).rows
+    assert row.verdict == "failed" and row.figures == {}
+
+
 def test_time_left_is_by_the_pace_of_each_arm():
     flags = Flags(study="lowshot", out="none")
     course = Course(flags, LOWSHOT, grid.grid(LOWSHOT, collapse=("sinkhorn",)), print)

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from engine.studies.conduct import grid, report
 from engine.studies.conduct.report import Judged, Outcome
+from tests.strict import STRICT
 from tests.studies.small import CHAIN, LOWSHOT
 
 
@@ -31,7 +32,7 @@ def outcome(seeds: tuple[int, ...] = (0, 1)) -> Outcome:
 
 
 def test_table_marks_what_collapsed_and_shows_what_is_missing(tmp_path: Path):
-    report.write(tmp_path, outcome())
+    report.write(tmp_path, outcome(), STRICT)
     text = (tmp_path / "table.md").read_text()
     assert "| both | centring | 50.0 ± 0.0 | 30.0 ± 8.2 | 60.0 ± 8.2 | 30.0 ± 0.0 | **collapsing (1 of 2)** |" in text
     assert "| clustering | me-max |  |  |  |  | not done yet |" in text
@@ -52,17 +53,18 @@ def test_table_marks_what_collapsed_and_shows_what_is_missing(tmp_path: Path):
     assert "30.0±8.2" in shown and "collapsing" in shown and "…" not in shown
 
 
-def test_a_study_of_own_recipes_has_times_and_no_column_of_operators():
+def test_a_study_of_own_recipes_has_costs_and_no_column_of_operators():
+    figures = {"k-NN": [0.5], "cluster ACC": [0.4]}
     judged = [
-        Judged(arm.name, "", seed, {"k-NN": [0.5], "cluster ACC": [0.4]}, "healthy: yes", seconds=60.0 * (1 + seed))
+        Judged(arm.name, "", seed, figures, "healthy: yes", seconds=60.0 * (1 + seed), operations=2.5e12)
         for arm in CHAIN.arms
         for seed in (0, 1)
     ]
     whole = Outcome(CHAIN, "on something", tuple(judged), (Judged("raw pixels", None, None, {"k-NN": [0.9]}),))
     text = report.markdown(whole)
-    assert "| pretext | k-NN | cluster ACC | minutes | verdict |" in text
-    assert "| neighbours | 50.0 ± 0.0 | 40.0 ± 0.0 | 1.5 | healthy |" in text
-    assert "| raw pixels | 90.0 |  |  |  |" in text
+    assert "| pretext | k-NN | cluster ACC | minutes | TFLOP | verdict |" in text
+    assert "| neighbours | 50.0 ± 0.0 | 40.0 ± 0.0 | 1.5 | 2.5 | healthy |" in text
+    assert "| raw pixels | 90.0 |  |  |  |  |" in text
     assert "own recipe's" in text and "no prototypes" not in text and "k-means" in text
     console = Console(width=80, record=True)
     console.print(report.table(whole))

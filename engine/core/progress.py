@@ -1,4 +1,4 @@
-"""How far the writing of shards is, told while it goes on."""
+"""How far long work on images is, told while it goes on."""
 
 import sys
 import time
@@ -12,8 +12,9 @@ LINE_EVERY = 60.0  # seconds
 
 
 @contextmanager
-def watched(total: int, what: str) -> Iterator[Callable[[], None]]:
-    """Gives what is to be told of images that are done: in a terminal it moves a bar, else it says every minute how far it is."""
+def watched(total: int, what: str) -> Iterator[Callable[[int], None]]:
+    """Gives what is to be told how many more images are done: in a terminal it moves a bar, else it says every minute how far it
+    is."""
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     started = said = time.monotonic()
@@ -21,14 +22,14 @@ def watched(total: int, what: str) -> Iterator[Callable[[], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(what, total=total)
 
-        def watch() -> None:
+        def watch(more: int) -> None:
             nonlocal said, done
-            progress.advance(bar)
-            done, now = done + 1, time.monotonic()
+            progress.advance(bar, more)
+            done, now = done + more, time.monotonic()
             if console.is_terminal or now - said < LINE_EVERY:
                 return
             said = now
             left = (now - started) * (total - done) / done
-            print(f"{done:,} of {total:,} images, {left / 60:.0f} min left", file=sys.stderr, flush=True)
+            print(f"{what}: {done:,} of {total:,} images, {left / 60:.0f} min left", file=sys.stderr, flush=True)
 
         yield watch

@@ -1,0 +1,23 @@
+"""Fewer tokens in the first phases of a run: each schedule beside none, for methods of every kind that can take it."""
+
+from engine.recipes.token_schedules import SCHEDULES
+from engine.studies import Arm, Study
+
+ABLE = {"mae": tuple(SCHEDULES), "dino": tuple(SCHEDULES), "dinov2": ("none", "progressive", "fast", "flexi", "auto")}
+
+STUDY = Study(
+    name="tokens",
+    title="Fewer tokens at first",
+    arms=tuple(
+        Arm(
+            f"{method}, {name}", method, ("--tokens", name), clusters=False,
+            about=SCHEDULES[name].source or "all tokens in all steps",
+        )
+        for method, able in ABLE.items()
+        for name in able
+    ),
+    percents=(),
+    protocols=("knn", "linear"),
+    costs=True,
+    cadence=("--save-every", "0", "--probe-every", "0"),
+)  # fmt: skip

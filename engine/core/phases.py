@@ -1,5 +1,6 @@
-"""Phases of a stage in which a step sees fewer tokens: smaller crops, fewer small ones, larger patches, fewer of them. Cheap
-phases come first, and the last one sees all, so that what is judged and exported was trained at the size it is used at.
+"""Phases of a stage in which a step sees fewer tokens: smaller crops, fewer small ones, larger patches, fewer of them; or fewer
+branches of the encoder. Cheap phases come first, and the last one sees all, so that what is judged and exported was trained at
+the size it is used at.
 
 A phase is a function of the step alone, and what it draws for a step one of the run's seed and the step, so there is no state to
 save.
@@ -19,10 +20,12 @@ class Phase:
 
     Attributes:
         side: of all crops, as a share of their full one.
+        sides: what that is multiplied with besides: each crop of each image has one of these, all equally many.
         keep: share of a large crop's patches that the trained encoder is shown; a teacher sees all.
         patch: side of a patch, as a multiple of the model's.
         draws: what that is multiplied with besides: each step draws one of these.
         small: share of the small crops that an image has.
+        depth: rate of stochastic depth, as a multiple of the model's.
     """
 
     side: float = 1.0
@@ -30,6 +33,8 @@ class Phase:
     patch: float = 1.0
     draws: tuple[float, ...] = (1.0,)
     small: float = 1.0
+    sides: tuple[float, ...] = (1.0,)
+    depth: float = 1.0
 
     @classmethod
     def read(cls, values: Mapping[str, Any]) -> "Phase":
@@ -40,6 +45,11 @@ class Phase:
     def forms(self) -> tuple["Phase", ...]:
         """What steps of the phase see, for each number that they may draw; these draw nothing."""
         return tuple(replace(self, patch=self.patch * factor, draws=(1.0,)) for factor in self.draws)
+
+    @cached_property
+    def evenly(self) -> tuple["Phase", ...]:
+        """Phases in which all crops are as large as some of this one's; on average they cost what it does."""
+        return tuple(replace(self, side=self.side * side, sides=(1.0,)) for side in self.sides)
 
     def form(self, seed: int, stage: int, step: int) -> "Phase":
         """That of a step of the run of this seed; all ranks draw the same, and a resumed run what another would have drawn."""
@@ -56,7 +66,7 @@ class Phase:
         height, width = (max(1, round(self.side * side / own)) * own for side in full)
         return (height, width) if self.side < 1 or self.patch > 1 else full
 
-    def kept(self, patches: int) -> int:
+    def kept(self, patches: float) -> int:
         """How many of so many patches are shown, at least one."""
         return max(1, round(self.keep * patches))
 
@@ -89,12 +99,16 @@ class Phases:
         patches: Sequence[float] = (1.0,),
         draws: tuple[float, ...] = (1.0,),
         small: Sequence[float] = (1.0,),
+        of_images: tuple[float, ...] = (1.0,),
+        depths: Sequence[float] = (1.0,),
     ) -> "Phases":
-        """Of as many numbers each; a single one goes for all phases, and draws for all but the last."""
+        """Of as many numbers each; a single one goes for all phases, and what steps or images draw for all but the last."""
         columns = (
             *(_each(values, len(starts)) for values in (sides, keeps, patches)),
             (draws,) * (len(starts) - 1) + ((1.0,),),
             _each(small, len(starts)),
+            (of_images,) * (len(starts) - 1) + ((1.0,),),
+            _each(depths, len(starts)),
         )
         return cls(tuple(starts), tuple(Phase(*row) for row in zip(*columns, strict=True)))
 

@@ -61,8 +61,10 @@ def view_uniforms(rows: slice, seed: int, step: int, view: int) -> np.ndarray:
     return np.concatenate([uniforms(rows, columns, seed, purpose, step, view) for columns, purpose in tables], 1)
 
 
-def view_parameters(view: Augmentation, sizes_B2: np.ndarray, uniforms_BU: np.ndarray) -> Mapping[str, np.ndarray]:
-    """The parameters of each image's view; only those that the view can need.
+def view_parameters(
+    view: Augmentation, sizes_B2: np.ndarray, uniforms_BU: np.ndarray, turns_B: np.ndarray | None = None
+) -> Mapping[str, np.ndarray]:
+    """The parameters of each image's view; only those that the view can need. `turns_B` as in `engine.data.shapes`.
 
     Returns:
         start, shape: int32 [B, 2], the crop in pixels, (x, y) and (width, height).
@@ -88,7 +90,7 @@ def view_parameters(view: Augmentation, sizes_B2: np.ndarray, uniforms_BU: np.nd
         start, shape = _resized_crop(view, sizes_B2, u)
         parameters = {"start": start, "shape": shape}
     if view.patch:
-        parameters["resized"] = shown_sizes(view, sizes_B2).astype(np.float32)
+        parameters["resized"] = shown_sizes(view, sizes_B2, turns_B).astype(np.float32)
     if view.flip:
         parameters["mirror"] = (u[:, _FLIP] < view.flip).astype(np.int32)
     for index in range(view.operations):

@@ -25,6 +25,7 @@ from engine.data.augment import (
     view_uniforms,
 )
 from engine.data.colours import jittered, without_colour
+from engine.data.shapes import turns
 from engine.data.views import IMAGENET_MEAN, IMAGENET_STD, Augmentation
 
 EVAL_MARGIN = 256 / 224  # the resized short side over the centre crop
@@ -60,7 +61,8 @@ def view_inputs(views: Sequence[Augmentation], sizes_B2: np.ndarray, rows: slice
     """What the graph of these views wants for these rows of a step."""
     inputs = {}
     for index, view in enumerate(views):
-        parameters = view_parameters(view, sizes_B2, view_uniforms(rows, seed, step, index))
+        drawn = view_uniforms(rows, seed, step, index)
+        parameters = view_parameters(view, sizes_B2, drawn, turns(view, rows, seed, step, index))
         inputs |= {f"{index}.{key}": value for key, value in parameters.items()}
     return inputs
 

@@ -20,7 +20,7 @@ from engine.data.augment import epoch_order
 from engine.data.batch import Batch
 from engine.data.graph import Inputs, branches, centre_graph, centre_inputs, view_graph, view_inputs
 from engine.data.made import Made
-from engine.data.shapes import shown_sizes
+from engine.data.shapes import shown_sizes, turns
 from engine.data.sources import ImageSet
 from engine.data.stream import Files, Stream
 from engine.data.views import Augmentation
@@ -102,7 +102,7 @@ class TrainLoader:
 
     def __next__(self) -> Batch:
         if self._stream is not None:
-            return _with_sizes(next(self._stream), self.images, self.views)
+            return _with_sizes(next(self._stream), self.images, self.views, self._rows, self.seed)
         step, ids = self._step, self._ids(self._step)
         self._step += 1
         return Batch.of(self.images, step, ids, ())
@@ -193,7 +193,7 @@ def eval_batches(
             threads=threads,
             start=0,
         )
-    return (_with_sizes(batch, images, [whole]) for batch in batches) if patch else batches
+    return (_with_sizes(batch, images, [whole], slice(0, len(batch.ids)), 0) for batch in batches) if patch else batches
 
 
 def each_once(
@@ -248,10 +248,12 @@ def each_once(
     )
 
 
-def _with_sizes(batch: Batch, images: ImageSet, views: Sequence[Augmentation]) -> Batch:
-    """The batch, which says how large its images are where a view has their own aspect: a function of the images alone."""
+def _with_sizes(batch: Batch, images: ImageSet, views: Sequence[Augmentation], rows: slice, seed: int) -> Batch:
+    """The batch, which says how large its images are where a view has their own aspect: as they were drawn for these rows."""
     if not any(view.patch for view in views):
         return batch
-    sizes_B2 = images.sizes[batch.ids.numpy()]
-    shown = [shown_sizes(v, sizes_B2) if v.patch else np.broadcast_to(v.size, sizes_B2.shape) for v in views]
+    sizes_B2, shown = images.sizes[batch.ids.numpy()], []
+    for index, view in enumerate(views):
+        turns_B = turns(view, rows, seed, batch.step, index)
+        shown.append(shown_sizes(view, sizes_B2, turns_B) if view.patch else np.broadcast_to(view.size, sizes_B2.shape))
     return replace(batch, sizes=torch.from_numpy(np.stack(shown, 1)))

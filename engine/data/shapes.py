@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import numpy as np
 
+from engine.core.draws import seed_of
 from engine.data.views import Augmentation
 
 
@@ -27,10 +28,29 @@ def nearest_grids(sizes_B2: np.ndarray, patches: int) -> np.ndarray:
     return grids_G2[distances_DG.round(9).argmin(1)][which_B.reshape(-1)]
 
 
-def shown_sizes(view: Augmentation, sizes_B2: np.ndarray) -> np.ndarray:
-    """The (height, width) in pixels of each image's view, int64 [B, 2]: of a view with a `patch`."""
-    height, width = view.size
-    return nearest_grids(sizes_B2, (height // view.patch) * (width // view.patch)) * view.patch
+def shown_sizes(view: Augmentation, sizes_B2: np.ndarray, turns_B: np.ndarray | None = None) -> np.ndarray:
+    """The (height, width) in pixels of each image's view, int64 [B, 2]: of a view with a `patch`.
+
+    Args:
+        turns_B: int64 [B], which of the view's `sides` an image's room has; the first, unless it is given.
+    """
+    turns_B = np.zeros(len(sizes_B2), np.int64) if turns_B is None else turns_B
+    shown_B2 = np.empty(sizes_B2.shape, np.int64)
+    for turn, side in enumerate(view.sides):
+        rows, columns = (max(1, round(side * whole / view.patch)) for whole in view.size)
+        shown_B2[turns_B == turn] = nearest_grids(sizes_B2[turns_B == turn], rows * columns) * view.patch
+    return shown_B2
+
+
+def turns(view: Augmentation, rows: slice, seed: int, step: int, index: int) -> np.ndarray:
+    """Which of the view's `sides` each of these rows of a step's global batch has, int64 [B]: one after the other, beginning with
+    any, so that all ranks have as many of each. Which images lie in which row is drawn for each epoch.
+
+    Args:
+        index: of the view among those of the step.
+    """
+    first = seed_of(seed, step, index, "side") % len(view.sides)
+    return (np.arange(rows.start, rows.stop) + first) % len(view.sides)
 
 
 @lru_cache(maxsize=64)

@@ -26,6 +26,7 @@ class Augmentation:
         patch: above 0, the view has the image's own aspect, and `size` is its room: the crop, of the image's shape, is brought to
             the grid of whole patches of this side that comes nearest to that shape, of at most as many as `size` holds
             (`engine.data.shapes`). Without `pad` and `operations`; `ratio` and `clip` are for nothing then.
+        sides: with a `patch`: each image's grid has room for the patches of one of these shares of `size`'s sides, in turn.
         resize: how the crop is brought to `size`, bicubic or bilinear, antialiased as Pillow does it.
         std: what the pixels are divided by, per channel.
         flip: probability of a horizontal flip.
@@ -54,6 +55,7 @@ class Augmentation:
     clip: bool = False
     pad: int = 0
     patch: int = 0
+    sides: tuple[float, ...] = (1.0,)
     resize: str = "bicubic"
     std: tuple[float, float, float] = IMAGENET_STD
     flip: float = 0.5

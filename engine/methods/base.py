@@ -142,30 +142,37 @@ class Method(nn.Module, ABC):
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         """Random choices of one step: tensors whose first dimension is this rank's images. Here, those of stochastic depth and of
         patches that are left out."""
-        drawn = {"depth": draws.seeds()} if any(self.encoder.drop_path_rates) else {}
-        if self.drops_patches and self.phase.keep < 1:
-            large = sum(view.size == self.size for view in self.views())
-            drawn["left"] = draws.uniform(large, self.grid[0] * self.grid[1])
+        drawn = {"depth": draws.seeds()} if self.phase.depth and any(self.encoder.drop_path_rates) else {}
+        patches = self.grid[0] * self.grid[1]
+        if self.drops_patches and self.kept(patches) < patches:
+            drawn["left"] = draws.uniform(sum(view.size == self.size for view in self.views()), patches)
         return drawn
 
     def encode(self, views: Sequence[View], drawn: dict[str, Tensor]) -> list[Tensor]:
         """The encoder's tokens [b, L, C] of each view: all views, whatever their sizes, in one pass, in patches of this phase,
         under stochastic depth, and without patches of large crops, as drawn."""
-        if "left" in drawn:
-            views = self._thinned(views, drawn["left"])
+        views = self.left_of(views, drawn)
         generator = None
         if "depth" in drawn:
             generator = torch.Generator().manual_seed(int(drawn["depth"][0]))
-        return self.encoder.encode(views, generator, self.patch_size).unpack()
+        return self.encoder.encode(views, generator, self.patch_size, self.phase.depth).unpack()
 
     def shapes(self, images: Sequence[Tensor], drawn: dict[str, Tensor]) -> list[list[Alike]]:
         """The images of each of these views, the first of a step, shape by shape."""
         sizes_bV2 = drawn.get("sizes")
         return [by_shape(view, None if sizes_bV2 is None else sizes_bV2[:, i]) for i, view in enumerate(images)]
 
-    def _thinned(self, views: Sequence[View], noise_bVN: Tensor) -> list[View]:
-        """The large crops, which come first, with those patches only whose noise is lowest."""
-        keep = self.phase.kept(noise_bVN.shape[2])
+    def kept(self, patches: int) -> int:
+        """How many of a large crop's patches the trained encoder is shown, in this phase."""
+        return self.phase.kept(patches)
+
+    def left_of(self, views: Sequence[View], drawn: dict[str, Tensor]) -> Sequence[View]:
+        """The views, of which the large ones come first; these with the patches only whose noise is lowest, where some are left
+        out."""
+        if "left" not in drawn:
+            return views
+        noise_bVN = drawn["left"]
+        keep = self.kept(noise_bVN.shape[2])
         large = [view for view in views if view.images.shape[2:] == self.size]
         return [
             replace(view, visible=random_masking(noise_bVN[:, i], keep)[0]) if i < len(large) else view
@@ -173,12 +180,13 @@ class Method(nn.Module, ABC):
         ]
 
     def flops_in(self, phase: Phase) -> float:
-        """`flops_per_image` in a phase; on average, where its steps draw."""
-        return mean(self.in_phase(form).flops_per_image() for form in phase.forms)
+        """`flops_per_image` in a phase; on average, where its steps or its crops differ."""
+        return mean(self.in_phase(even).flops_per_image() for form in phase.forms for even in form.evenly)
 
     def encoder_flops(self, patches: int, start: int = 0, stop: int | None = None, *, thinned: bool = False) -> float:
-        """`VisionTransformer.flops` of the encoder, in patches of this phase."""
-        return self.encoder.flops(patches, start, stop, thinned=thinned, patch_size=self.patch_size)
+        """`VisionTransformer.flops` of the encoder, in patches of this phase; `thinned`, under its stochastic depth."""
+        rate_scale = self.phase.depth if thinned else 0.0
+        return self.encoder.flops(patches, start, stop, rate_scale=rate_scale, patch_size=self.patch_size)
 
     def begin(self, moment: Moment) -> None:
         """Told before each update. What depends on the step is computed from `self.moment` where it is needed, so there is
@@ -240,8 +248,9 @@ class Method(nn.Module, ABC):
         """Likewise, but meeting another number of rows at nearly every call, as blocks do of which stochastic depth drops rows:
         compiled once for any number.
         """
+        most = max(phase.depth for phase in self.settings.token_phases.phases)
         for block, rate in zip(self.encoder.blocks, self.encoder.drop_path_rates, strict=True):
-            if drops(rate, block.norm1.weight.device):
+            if drops(most * rate, block.norm1.weight.device):
                 yield block, "forward_dropped"
 
     def features(self, images: Tensor) -> Tensor:

@@ -204,7 +204,7 @@ class Beit(Method):
     def flops_per_image(self) -> float:
         rows, columns = self.grid
         head = 2.0 * self.head.weight.numel() * masked_of(self.settings, self.grid)
-        seen = self.encoder.flops(rows * columns, thinned=True)
+        seen = self.encoder_flops(rows * columns, thinned=True)
         return 3 * (seen + head) + self.tokenizer.flops(self.grid)
 
     def ragged_regions(self) -> Iterator[tuple[object, str]]:

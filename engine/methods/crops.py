@@ -65,6 +65,7 @@ class MultiCrop(Comparing):
             "resize": settings.resize,
             "colours": settings.colours,
             "patch": self.own_aspect,
+            "sides": self.phase.sides,
         }
         return tuple(replace(view, **shared) for view in views)
 
@@ -85,4 +86,4 @@ class MultiCrop(Comparing):
     def shown(self, view: Augmentation) -> int:
         """How many of them the trained encoder is shown, in this phase."""
         patches = self.patches(view)
-        return self.phase.kept(patches) if self.drops_patches and view.size == self.size else patches
+        return self.kept(patches) if self.drops_patches and view.size == self.size else patches

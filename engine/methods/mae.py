@@ -98,6 +98,7 @@ class Mae(Method):
             flip=self.settings.flip,
             resize=self.settings.resize,
             patch=self.own_aspect,
+            sides=self.phase.sides,
         )
         return (view,) * self.settings.crops
 

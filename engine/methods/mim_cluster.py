@@ -209,7 +209,7 @@ class MimCluster(Distillation):
     def flops_per_image(self) -> float:
         s, views = self.settings, self.views()
         crops, patches = s.global_crops, s.global_crops * self.grid[0] * self.grid[1]
-        total = 3 * sum(self.encoder.flops(self.patches(view), thinned=True) for view in views)
+        total = 3 * sum(self.encoder_flops(self.patches(view), thinned=True) for view in views)
         if s.class_weight or s.patch_weight:
             total += sum(self.encoder.flops(self.patches(view)) for view in views[:crops])
         if s.class_weight:

@@ -19,7 +19,7 @@ from engine.core.errors import BadInput
 from engine.core.optim import Group, scaled_lr, with_decay
 from engine.methods.base import Method, Rows
 from engine.methods.crops import CropSettings, MultiCrop
-from engine.methods.nnclr import NeighbourSettings
+from engine.methods.nnclr import DroppingSettings
 from engine.methods.parts.contrast import own_places
 from engine.methods.settings import depth_on_host
 from engine.model.heads import BatchNorm, head_flops, predictor, projector
@@ -32,7 +32,7 @@ LARGE = 2  # views whose projections are queries
 
 
 @dataclass(frozen=True)
-class Settings(CropSettings, NeighbourSettings):
+class Settings(CropSettings, DroppingSettings):
     """Training of the heads alone; the defaults are MIM-Refiner's for ViT-L (see engine/recipes/mim_refiner.md for sources)."""
 
     global_crops: ClassVar[int] = LARGE
@@ -114,7 +114,7 @@ class MimHeads(MultiCrop):
 
     name = "mim_heads"
     Settings = Settings
-    shrinks = True
+    shrinks = drops_patches = True
     trains_encoder = False
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
@@ -124,18 +124,22 @@ class MimHeads(MultiCrop):
         encoder.requires_grad_(False)
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
-        return {
+        return super().draw(draws) | {
             f"choice{block}": torch.stack([draws.integers(self.settings.top_k) for _ in range(LARGE)], 1)
             for block in self.blocks
         }
 
     def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
         """All views through the encoder as one packed batch; for each head, by the number of its block, [b, C] per view."""
-        packed, done, rows = self.encoder.embed([View(view) for view in images], self.patch_size), 0, {}
+        views = self.left_of([View(view) for view in images], drawn)
+        packed, done, rows = self.encoder.embed(views, self.patch_size), 0, {}
         for block in self.blocks:
             packed, done = self.encoder.run_blocks(packed, done, block), block
             rows[str(block)] = [self.summary(tokens_bLC, block) for tokens_bLC in self.tokens(packed, block)]
         return rows
+
+    def kept(self, patches: int) -> int:
+        return self.phase.kept(self.settings.patch_keep * patches)
 
     def tokens(self, packed: Packed, block: int) -> list[Tensor]:
         """What a block put out [b, L, C] per view; the last block's through the encoder's final norm."""
@@ -206,7 +210,7 @@ class MimHeads(MultiCrop):
 
     def flops_per_image(self) -> float:
         views = self.views()
-        encoder = sum(self.encoder_flops(self.patches(view)) for view in views)
+        encoder = sum(self.encoder_flops(self.shown(view)) for view in views)
         return encoder + 3 * len(views) * head_flops(self.heads)
 
     @torch.no_grad()

@@ -52,4 +52,4 @@ class MimRefiner(MimHeads):
 
     def flops_per_image(self) -> float:
         frozen = self.settings.frozen_blocks
-        return super().flops_per_image() + 2 * sum(self.encoder_flops(self.patches(v), frozen) for v in self.views())
+        return super().flops_per_image() + 2 * sum(self.encoder_flops(self.shown(v), frozen) for v in self.views())

@@ -230,7 +230,7 @@ class Mmc(Distillation):
     def flops_per_image(self) -> float:
         s, (rows, columns) = self.settings, self.grid
         patches = rows * columns
-        crop = 3 * self.encoder.flops(patches, thinned=True)
+        crop = 3 * self.encoder_flops(patches, thinned=True)
         if s.contrast_weight or s.distil_weight:
             crop += self.encoder.flops(patches)
         if s.contrast_weight:

@@ -125,7 +125,7 @@ class Mocov3(Taught, Comparing):
 
     def flops_per_image(self) -> float:
         patches = self.grid[0] * self.grid[1]
-        shown = self.phase.kept(patches)
+        shown = self.kept(patches)
         crop = 3 * self.encoder_flops(shown, thinned=True) + self.encoder_flops(patches)
         crop += 4 * head_flops(self.projector) + 3 * head_flops(self.predictor)
         if self.settings.freeze_patch_embed:

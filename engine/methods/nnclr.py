@@ -66,7 +66,7 @@ class DroppingSettings(NeighbourSettings):
     """Heads on an encoder that need not see every patch."""
 
     patch_keep: float = 1.0
-    """Share of a crop's patches that the encoder sees in training, drawn at random; below 1 is cheaper than the paper's."""
+    """Share of a large crop's patches that the encoder sees in training, drawn at random; below 1 is cheaper than the paper's."""
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         return super().rules() | {"patch-keep": (0 < self.patch_keep <= 1, "a share above 0, at most 1")}
@@ -123,7 +123,10 @@ class Nnclr(Comparing):
     @property
     def keep(self) -> int:
         """How many of them the encoder sees."""
-        return max(1, round(self.settings.patch_keep * self.phase.keep * self.patches))
+        return self.kept(self.patches)
+
+    def kept(self, patches: int) -> int:
+        return self.phase.kept(self.settings.patch_keep * patches)
 
     def views(self) -> tuple[Augmentation, ...]:
         return () if self.reuse else self.crops()

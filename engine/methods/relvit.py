@@ -146,7 +146,7 @@ class Relvit(Method):
         heads = sum(head.flops(self.patches) for head in self.heads.values())
         if self.classifier is not None:
             heads += head_flops(self.classifier)
-        return 3 * (self.encoder.flops(self.patches, thinned=True) + heads)
+        return 3 * (self.encoder_flops(self.patches, thinned=True) + heads)
 
     def regions(self) -> Iterator[tuple[object, str]]:
         yield from super().regions()

@@ -62,6 +62,9 @@ class StageSettings:
     """Shares of the stage, by its clock, at which phases begin that show other numbers of tokens; the first is 0."""
     phase_sides: tuple[float, ...] = (1.0,)
     """Side of all crops in each phase, as a share of their full one; the last is 1."""
+    side_draws: tuple[float, ...] = (1.0,)
+    """What that is multiplied with besides, before the last phase, where images keep their aspect: one of these for each crop of
+    each image, of equal numbers on all ranks."""
     phase_keeps: tuple[float, ...] = (1.0,)
     """Share of a large crop's patches (of the visible ones, where some are hidden anyway) that the trained encoder is shown in
     each phase; a teacher sees all. The last is 1."""
@@ -72,6 +75,8 @@ class StageSettings:
     pixels; the last is 1."""
     patch_draws: tuple[float, ...] = (1.0,)
     """What that is multiplied with besides, before the last phase: each step draws one of these; crops stay at their size."""
+    phase_depths: tuple[float, ...] = (1.0,)
+    """Rate of the trained encoder's stochastic depth in each phase, as a multiple of the model's; the last is 1."""
     phase_clock: str = "images"
     """What phases, learning rate, weight decay, temperatures and the teacher's momentum go by: images (the share that was seen)
     or compute (the share of the stage's operations that was made: for runs that spend what cheap steps save on more epochs)."""
@@ -126,6 +131,16 @@ class StageSettings:
                 self._of_phases(self.phase_sides, _is_share),
                 "a share above 0, up to 1, for each phase; the last 1",
             ),
+            "side-draws": (
+                self.side_draws == (1.0,)
+                or (
+                    self.aspect == "keep"
+                    and len(self.phases) > 1
+                    and len(set(self.side_draws)) == len(self.side_draws) > 1
+                    and all(map(_is_share, self.side_draws))
+                ),
+                "1, or two shares above 0, up to 1, or more, where there are several phases, with aspect keep",
+            ),
             "phase-keeps": (
                 self._of_phases(self.phase_keeps, _is_share),
                 "a share above 0, up to 1, for each phase; the last 1",
@@ -146,6 +161,10 @@ class StageSettings:
                 ),
                 "1, or two numbers from 1 or more, where there are several phases",
             ),
+            "phase-depths": (
+                self._of_phases(self.phase_depths, lambda depth: depth >= 0),
+                "a number from 0 for each phase; the last 1",
+            ),
             "phase-clock": (self.phase_clock in CLOCKS, f"one of {', '.join(CLOCKS)}"),
             "phase-choice": (
                 self.phase_choice == "given" or (self.phase_choice == "auto" and self._left_open()),
@@ -163,8 +182,8 @@ class StageSettings:
 
     def _left_open(self) -> bool:
         """Whether nothing of the phases is fixed beforehand but where they begin, and that doesn't follow from what they show."""
-        given = (self.phase_sides, self.phase_keeps, self.phase_patches, self.patch_draws, self.phase_locals)
-        full = {value for values in given for value in values} == {1.0}
+        whole = self.token_phases.phases[-1]
+        full = all(phase == whole for phase in self.token_phases.phases)
         alike = (self.phase_clock, self.phase_batch, self.aspect) == ("images", "same", "crop")
         return len(self.phases) > 1 and full and alike
 
@@ -172,8 +191,9 @@ class StageSettings:
     def token_phases(self) -> Phases:
         """What the stage's steps see of images."""
         return Phases.of(
-            self.phases, self.phase_sides, self.phase_keeps, self.phase_patches, self.patch_draws, self.phase_locals
-        )
+            self.phases, self.phase_sides, self.phase_keeps, self.phase_patches, self.patch_draws, self.phase_locals,
+            self.side_draws, self.phase_depths,
+        )  # fmt: skip
 
     def rules(self) -> dict[str, tuple[bool, str]]:
         """A method's further rules: flag -> (whether it holds, what is valid)."""

@@ -141,7 +141,7 @@ class Simmim(Method):
     def flops_per_image(self) -> float:
         patches = self.grid[0] * self.grid[1]
         masked = self.hidden_units * self.patches_UI.shape[1]
-        return 3 * (self.encoder.flops(patches, thinned=True) + masked * head_flops(self.decoder))
+        return 3 * (self.encoder_flops(patches, thinned=True) + masked * head_flops(self.decoder))
 
     def regions(self) -> Iterator[tuple[object, str]]:
         yield from super().regions()

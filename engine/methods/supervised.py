@@ -151,5 +151,5 @@ class Supervised(Method):
         return self.encoder.layer_of(name.removeprefix("encoder.")) + 1
 
     def flops_per_image(self) -> float:
-        patches = self.phase.kept(self.grid[0] * self.grid[1])
+        patches = self.kept(self.grid[0] * self.grid[1])
         return 3 * (self.encoder_flops(patches, thinned=True) + head_flops(self.classifier))

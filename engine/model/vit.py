@@ -218,13 +218,18 @@ class VisionTransformer(nn.Module):
         return Packed(self.norm_pre(packed.tokens_TC), packed.layout)
 
     def run_blocks(
-        self, packed: Packed, start: int = 0, stop: int | None = None, generator: torch.Generator | None = None
+        self,
+        packed: Packed,
+        start: int = 0,
+        stop: int | None = None,
+        generator: torch.Generator | None = None,
+        rate_scale: float = 1.0,
     ) -> Packed:
         """Blocks start to stop (all by default); with a `generator`, which is on the CPU, and drop_path > 0 under stochastic
-        depth: what a call draws is for all its blocks at once."""
+        depth, at `rate_scale` times the model's rates: what a call draws is for all its blocks at once."""
         layout, device = packed.layout, packed.tokens_TC.device
         x_TC = residual.enter(packed.tokens_TC, self.residual)
-        blocks, rates = self.blocks[start:stop], self.drop_path_rates[start:stop]
+        blocks, rates = self.blocks[start:stop], [rate_scale * rate for rate in self.drop_path_rates[start:stop]]
         bias_HLL = None if self.rel_pos_bias is None else self.rel_pos_bias()
         thins = generator is not None and any(rates)
         drawn = depth.draw(layout, rates, generator, device) if thins else [depth.Weighed(None)] * len(blocks)
@@ -237,11 +242,15 @@ class VisionTransformer(nn.Module):
         return Packed(x_TC, layout)
 
     def encode(
-        self, views: Sequence[View], generator: torch.Generator | None = None, patch_size: int | None = None
+        self,
+        views: Sequence[View],
+        generator: torch.Generator | None = None,
+        patch_size: int | None = None,
+        rate_scale: float = 1.0,
     ) -> Packed:
         """All tokens of all views after the final norm, one group [B, num_prefix_tokens + V, C] per view; `patch_size` as in
-        `embed`."""
-        packed = self.run_blocks(self.embed(views, patch_size), generator=generator)
+        `embed`, `generator` and `rate_scale` as in `run_blocks`."""
+        packed = self.run_blocks(self.embed(views, patch_size), generator=generator, rate_scale=rate_scale)
         return Packed(self.norm(packed.tokens_TC), packed.layout)
 
     def pool(self, tokens_BLC: Tensor) -> Tensor:
@@ -269,20 +278,20 @@ class VisionTransformer(nn.Module):
         start: int = 0,
         stop: int | None = None,
         *,
-        thinned: bool = False,
+        rate_scale: float = 0.0,
         patch_size: int | None = None,
     ) -> float:
         """Operations of one forward pass for one image of `patches` visible patches, which are of `patch_size` as in `embed`;
         embedding counts if `start` is 0.
 
-        `thinned`: under stochastic depth, on average; what is computed to be multiplied by zero does not count.
+        `rate_scale`: under stochastic depth at so many times the model's rates, on average; what is computed to be multiplied by
+        zero does not count.
         """
         length = self.num_prefix_tokens + patches
         pixels = 3 * (patch_size or self.patch_size) ** 2
         embedding = 0.0 if start else 2.0 * patches * pixels * self.embed_dim
-        rates = self.drop_path_rates if thinned else (0.0,) * self.depth
-        pairs = list(zip(self.blocks, rates, strict=True))[start:stop]
-        return embedding + sum((1 - rate) * block.flops(length) for block, rate in pairs)
+        pairs = list(zip(self.blocks, self.drop_path_rates, strict=True))[start:stop]
+        return embedding + sum((1 - rate_scale * rate) * block.flops(length) for block, rate in pairs)
 
     def _grid_of(self, images: Tensor, side: int) -> tuple[int, int]:
         height, width = images.shape[-2:]

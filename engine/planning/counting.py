@@ -48,7 +48,7 @@ MEMORY = 2**42  # bytes: also what no card holds is counted
 FREE = (
     "epochs", "base_lr", "start_lr", "end_lr", "weight_decay", "weight_decay_end", "betas", "warmup", "schedule", "drops",
     "horizon", "crop_scale", "flip", "labels_per_class", "phases", "phase_sides", "phase_keeps", "phase_locals", "phase_patches",
-    "patch_draws", "phase_clock", "phase_batch", "phase_choice",
+    "patch_draws", "side_draws", "phase_depths", "phase_clock", "phase_batch", "phase_choice",
 )  # fmt: skip
 
 

@@ -22,12 +22,14 @@ def described(plan: Plan, precision: str, card: Card, gpus: int, images: int) ->
     how += train.in_words()
     how += [f"kernels {'reference' if train.kernels == 'auto' else train.kernels}"]
     own_aspect = any(settings.aspect == "keep" for _, settings in plan.stages)
+    several = any(len(settings.side_draws) > 1 for _, settings in plan.stages)
     return (
         f"{train.method} ({plan.source}) with {plan.model} on {images:,} images; {gpus} x {card.name}, {', '.join(how)}\n"
         f"counted: launches, bytes, operations, memory; modelled: time, {card.origin}, in brackets at worst and at best\n"
         "loading, probes and evaluation come on top"
         + "\nimages of their own aspect are counted as if each filled its patches, and sorting them by shape is not"
         * own_aspect
+        + "\nimages of several sides in a step are counted as if each step had those of one" * several
     )
 
 

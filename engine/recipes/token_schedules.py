@@ -8,6 +8,9 @@ Its table of stages was not found, so shares and sizes are ours.
 X = FlexiViT (arXiv 2212.08013): the size of patches drawn for each step, alike for all images. There it is one of ten, to the
 end, and positions and patches are stored at sizes of their own; here it is one of two, which divide crops of 224 and 96 pixels,
 what is stored is the model's own, and so is what the last fifth of the steps sees.
+N = NaViT (arXiv 2307.06304): images of their own aspect at resolutions of their own, packed. There the side is drawn from a
+truncated normal distribution, patches are dropped besides, and examples fill sequences of one length; here it is one of three,
+and the last fifth of the steps sees images at the largest, as they are judged.
 """
 
 from collections.abc import Mapping
@@ -43,6 +46,10 @@ SCHEDULES = {
     ),
     "flexi": Schedule(
         "patches of a size drawn for each step, after FlexiViT (X)", {"phases": (0.0, 0.8), "patch_draws": (1.0, 2.0)}
+    ),
+    "naflex": Schedule(
+        "images of their own aspect at sides drawn for each, after NaViT (N)",
+        {"phases": (0.0, 0.8), "side_draws": (0.5, 5 / 7, 1.0), "aspect": "keep"},
     ),
     "auto": Schedule(
         "fewer tokens as errors of gradients allow, after arXiv 2410.22364 (A)",

@@ -316,8 +316,8 @@ def _preset(train: Train) -> Plan:
 
 def _with_tokens(train: Train, schedule: token_schedules.Schedule, stages: Stages) -> Stages:
     """The stages, those with the schedule that can take it. Raises BadInput where none can."""
-    needed = {"phase_keeps": "drops_patches"} | dict.fromkeys(
-        ("phase_sides", "phase_patches", "patch_draws"), "shrinks"
+    needed = {"phase_keeps": "drops_patches", "aspect": "keeps_aspect"} | dict.fromkeys(
+        ("phase_sides", "phase_patches", "patch_draws", "side_draws"), "shrinks"
     )
     wanted = [able for what, able in needed.items() if what in schedule.settings]
     able = [

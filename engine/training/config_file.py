@@ -47,12 +47,12 @@ def _of_one(content: Content) -> Content:
 
 
 def _of_two(content: Content) -> Content:
-    """All steps of a stage saw images alike, cut to the model's shape, MAE decoded all masked patches, and colours were jittered
-    in one linear map."""
+    """All steps of a stage saw images alike, cut to the model's shape, MAE decoded all masked patches, MIM-Refiner saw all
+    patches, and colours were jittered in one linear map."""
     alike = {"phases": [0.0], "phase_sides": [1.0], "phase_keeps": [1.0], "phase_locals": [1.0]}
-    alike |= {"phase_patches": [1.0], "patch_draws": [1.0]}
+    alike |= {"phase_patches": [1.0], "patch_draws": [1.0], "side_draws": [1.0], "phase_depths": [1.0]}
     alike |= {"phase_clock": "images", "phase_batch": "same", "phase_choice": "given", "aspect": "crop"}
-    before = {"mae": {"decode_share": 1.0}}
+    before = {"mae": {"decode_share": 1.0}, "mim_heads": {"patch_keep": 1.0}, "mim_refiner": {"patch_keep": 1.0}}
     coloured = {"augmentation", "jitter"}  # which settings those stages have whose crops may be jittered
     stages = [
         alike | before.get(stage["method"], {}) | ({"colours": "linear"} if coloured & stage.keys() else {}) | stage

@@ -258,13 +258,14 @@ def _check_phases(stage: str, settings: StageSettings, encoder: vit.VisionTransf
         raise BadInput(f"--{stage}.phases are for steps that encode images; with --{stage}.reuse they don't.")
     if settings.phase_choice == "auto" and not candidates(kind, encoder):
         raise BadInput(f"--{stage}.phase-choice auto: {stage} can't do with fewer tokens.")
-    if any(phase.side < 1 for phase in phases):
+    if any(even.side < 1 for phase in phases for even in phase.evenly):
         if not kind.shrinks:
             raise BadInput(f"--{stage}.phase-sides: {stage} can only be trained at the model's own image size.")
         if encoder.rel_pos_bias is not None:
             raise BadInput(f"--{stage}.phase-sides: relative positions are those of the model's own image size.")
     if any(phase.keep < 1 for phase in phases) and not kind.drops_patches:
         raise BadInput(f"--{stage}.phase-keeps: {stage} needs every patch of a crop.")
+    _check_depths(stage, max(phase.depth for phase in phases), min(phase.depth for phase in phases), encoder)
     if any(phase.small < 1 for phase in phases):
         if not issubclass(kind, MultiCrop) or not settings.local_crops:
             raise BadInput(f"--{stage}.phase-locals: images of {stage} have no small crops here.")
@@ -272,6 +273,15 @@ def _check_phases(stage: str, settings: StageSettings, encoder: vit.VisionTransf
             raise BadInput(f"--{stage}.phase-locals: there must be two crops of an image at least.")
     if any(form.patch > 1 for phase in phases for form in phase.forms):
         _check_patches(stage, settings, encoder)
+
+
+def _check_depths(stage: str, most: float, least: float, encoder: vit.VisionTransformer) -> None:
+    """Raise BadInput where the model's rates of stochastic depth can't be so many times as high."""
+    highest = max(encoder.drop_path_rates)
+    if not highest and (most, least) != (1, 1):
+        raise BadInput(f"--{stage}.phase-depths: the model has no stochastic depth to scale.")
+    if most * highest >= 1:
+        raise BadInput(f"--{stage}.phase-depths: {most:g} times the model's rate of {highest:g} leaves no branch.")
 
 
 def _check_patches(stage: str, settings: StageSettings, encoder: vit.VisionTransformer) -> None:

@@ -1,7 +1,7 @@
 """A run in portions of steps that cost alike, for those who say beforehand what it costs."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
@@ -15,10 +15,11 @@ ALL: Mapping[str, Sequence[Phase]] = MappingProxyType({})
 
 @dataclass(frozen=True)
 class Portion:
-    """All steps of a stage, or those of one of its phases (`engine.core.phases`), where these draw of one form.
+    """All steps of a stage, or those of one of its phases (`engine.core.phases`), where these draw of one form. Where crops of a
+    step are of several sizes, as if each step had crops of one, and equally many steps had each.
 
     Attributes:
-        name: the stage's, with the phase's number where it has several, and with what its steps draw.
+        name: the stage's, with the phase's number where it has several, and with what its steps draw or its crops differ in.
         steps: how many encode images. Where features are stored, those that it takes to store them: steps on what is stored are
             nothing beside that.
         images_per_step: over all ranks.
@@ -43,6 +44,9 @@ def portions(plan: Plan, stages: Sequence[Stage], chosen: Mapping[str, Sequence[
         reuse, stretches = getattr(settings, "reuse", 0), _shown(stage.timetable.stretches, chosen.get(stage.name, ()))
         for number, one in enumerate(stretches, 1):
             name = stage.name if len(stretches) == 1 else f"{stage.name}, phase {number}"
+            if len(one.phase.evenly) > 1:
+                found += _by_side(name, stage, one)
+                continue
             if len(one.phase.forms) == 1:
                 steps = reuse * stage.timetable.per_epoch or one.end - one.first
                 found.append(Portion(name, stage, one.phase, steps, one.images))
@@ -53,6 +57,14 @@ def portions(plan: Plan, stages: Sequence[Stage], chosen: Mapping[str, Sequence[
                 for form in one.phase.forms
             ]
     return found
+
+
+def _by_side(name: str, stage: Stage, one: Stretch) -> Iterator[Portion]:
+    """Of a stretch whose crops are of several sizes."""
+    even = one.phase.evenly
+    for number, phase in enumerate(even):
+        steps = len(range(one.first + number, one.end, len(even)))
+        yield Portion(f"{name}, sides x {phase.side:.3g}", stage, phase, steps, one.images)
 
 
 def _shown(stretches: Sequence[Stretch], chosen: Sequence[Phase]) -> list[Stretch]:

@@ -241,9 +241,12 @@ def _tell_phase(parts: Parts, state: TrainState, log: RunLog, phase: Phase) -> N
     sides = " and ".join(str(side) for side in sorted({view.size[0] for view in state.method.views()}, reverse=True))
     patches = sorted({form.patch_size(parts.encoder.patch_size) for form in phase.forms})
     words = f"crops of {sides} pixels from here on" + f", {phase.keep:.0%} of a large one's patches" * (phase.keep < 1)
+    if len(phase.sides) > 1:
+        words += f", each image's within {', '.join(f'{side:.3g}' for side in phase.sides)} of these"
     if phase.small < 1:
         words += f", {state.method.phase.small_crops(parts.settings(state.stage).local_crops)} small ones"
     words += f", in patches of {' or '.join(map(str, patches))} pixels" + ", drawn for each step" * (len(patches) > 1)
+    words += f", stochastic depth of {phase.depth:g} times the model's rates" * (phase.depth != 1)
     words += f", {batch:,} images a step" * (parts.settings(state.stage).phase_batch != "same")
     log.note("phase", words + "; they are compiled for now" * parts.compiles)
 

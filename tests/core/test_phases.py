@@ -47,6 +47,12 @@ def test_steps_of_all_phases_but_the_last_draw_their_patches():
     assert drawn != [first.form(0, 1, step) for step in range(1000)] != [first.form(1, 1, step) for step in range(1000)]
 
 
+def test_crops_of_all_phases_but_the_last_are_of_several_sides():
+    first, last = Phases.of((0.0, 0.8), (0.5, 1.0), (1.0,), of_images=(0.5, 1.0), depths=(2.0, 1.0)).phases
+    assert first.evenly == (Phase(0.25, depth=2.0), Phase(0.5, depth=2.0)) and last == WHOLE and last.evenly == (WHOLE,)
+    assert first.forms == (first,)
+
+
 def test_at_least_one_patch_is_shown():
     assert [Phase(keep=keep).kept(16) for keep in (1, 0.5, 0.25, 0.01)] == [16, 8, 4, 1]
 
@@ -67,6 +73,12 @@ def test_at_least_one_patch_is_shown():
         ({"phases": (0.0, 0.5), "phase_locals": (0.0, 0.5)}, "phase-locals"),
         ({"phases": (0.0, 0.5), "phase_patches": (0.5, 1.0)}, "phase-patches"),
         ({"phases": (0.0, 0.5), "phase_patches": (2.0, 1.5)}, "phase-patches"),
+        ({"phases": (0.0, 0.5), "phase_depths": (-1.0, 1.0)}, "phase-depths"),
+        ({"phases": (0.0, 0.5), "phase_depths": (2.0, 0.0)}, "phase-depths"),
+        ({"phases": (0.0, 0.5), "side_draws": (0.5, 1.0)}, "side-draws"),  # crops of one shape are of one size
+        ({"side_draws": (0.5, 1.0), "aspect": "keep"}, "side-draws"),
+        ({"phases": (0.0, 0.5), "side_draws": (0.5, 0.5), "aspect": "keep"}, "side-draws"),
+        ({"phases": (0.0, 0.5), "side_draws": (0.5, 2.0), "aspect": "keep"}, "side-draws"),
         ({"patch_draws": (1.0, 2.0)}, "patch-draws"),
         ({"phases": (0.0, 0.5), "patch_draws": (2.0, 2.0)}, "patch-draws"),
         ({"phases": (0.0, 0.5), "patch_draws": (1.0, 0.5)}, "patch-draws"),

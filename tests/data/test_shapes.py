@@ -126,6 +126,27 @@ def test_a_resumed_loader_and_ranks_see_what_one_process_sees(shapes: sources.Im
         assert step.sizes.tolist() == [[size] * 2 for size in shown_sizes(VIEW, shapes.sizes[step.ids]).tolist()]
 
 
+def test_images_are_of_several_sides_equally_many_on_all_ranks(shapes: sources.ImageSet):
+    """Room for 48 or 12 patches, one after the other in a batch, so that half of each rank's images have each; of the two views
+    of an image now these and then those, and over the steps each image both."""
+    several = replace(VIEW, sides=(1.0, 0.5))
+    seen, pairs = {id: set() for id in range(len(SIZES))}, set()
+    whole = take(loader(shapes, [several, several], batch_size=8), 24)
+    for batch in whole:
+        for id, sizes in zip(batch.ids.tolist(), (batch.sizes // 8).tolist(), strict=True):
+            grids = [searched(*SIZES[id], patches) for patches in (48, 12)]
+            rooms = tuple(grids.index(tuple(size)) for size in sizes)
+            seen[id].add(rooms[0])
+            pairs.add(rooms)
+    assert all(rooms == {0, 1} for rooms in seen.values()) and len(pairs) == 4
+    assert_same(whole[20:], take(loader(shapes, [several, several], batch_size=8, start_step=20), 4))
+    for rank in range(2):
+        part = take(loader(shapes, [several], batch_size=8, rank=rank, world=2), 3)
+        for one, other in zip(whole, part, strict=False):
+            assert torch.equal(one.sizes[4 * rank : 4 * rank + 4, :1], other.sizes)
+            assert sum((size // 8).prod() > 12 for size in other.sizes[:, 0]) == 2
+
+
 def test_made_images_have_sizes_too():
     images = sources.open_images("synthetic:8", "train")
     batch = next(loader(images, [VIEW], batch_size=4))

@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--kills", type=int, default=200, help="random kills, over all methods together [200]")
     parser.add_argument("--methods", nargs="+", default=list(kills.METHODS), help="that are killed [%(default)s]")
     parser.add_argument("--points", type=int, default=0, help="fault points, of kills and of errors each [0: all]")
+    parser.add_argument("--first", type=int, default=1, help="point to begin with, where others were met before [1]")
+    parser.add_argument("--last", type=int, default=None, help="point to end with [the last]")
     parser.add_argument(
         "--of", nargs="+", default=["mae", "maect"], help="methods whose calls are the points [mae maect]"
     )
@@ -77,9 +79,10 @@ def _errors(server: Server, scratch: Path, chosen: argparse.Namespace, results: 
 
 
 def _meet(subject: Subject, found: list[points.Point], name: str, chosen: argparse.Namespace, results: Results) -> None:
-    some = points.spread(found, chosen.points) if chosen.points else found
+    some = points.spread(found, chosen.points) if chosen.points else found[chosen.first - 1 : chosen.last]
+    which = "" if chosen.points or len(some) == len(found) else f", {chosen.first} to {chosen.first + len(some) - 1}"
     with results.part(name) as part:
-        part.notes.append(f"{len(some)} of {len(found)} points, of {len(subject.calls)} calls")
+        part.notes.append(f"{len(some)} of {len(found)} points{which}, of {len(subject.calls)} calls")
         points.meet(subject, some, part, results.progress)
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from engine.model import depth
+from engine.model import depth, vit
 from engine.model.blocks import Block
 from engine.model.tokens import Group, Layout, View
 from tests.model.shaken import MICRO, RELATIVE, draw, shaken
@@ -155,6 +155,19 @@ def compile_forms(model, backend) -> None:
     for block in model.blocks:
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False, backend=backend)
         block.forward_dropped = torch.compile(block.forward_dropped, fullgraph=True, dynamic=True, backend=backend)
+
+
+def test_rates_that_are_scaled_are_those_of_a_model_that_has_them():
+    views = views_of(12)
+    once = vit.create("vit_micro_patch8_32", generator=draw(), drop_path=0.3)
+    twice = vit.create("vit_micro_patch8_32", generator=draw(), drop_path=0.6)
+    scaled, other, plain = (
+        model.encode(views, draw(1), rate_scale=scale).tokens_TC
+        for model, scale in ((once, 2.0), (twice, 1.0), (once, 1.0))
+    )
+    assert torch.equal(scaled, other) and not torch.equal(scaled, plain)
+    assert once.flops(16, rate_scale=2.0) == twice.flops(16, rate_scale=1.0) < once.flops(16, rate_scale=1.0)
+    assert once.flops(16, rate_scale=1.0) < once.flops(16)
 
 
 @pytest.mark.long

@@ -47,13 +47,20 @@ def test_relvit_s_presets_of_sets_resize_and_fall_alike(method: str):
 
 
 @pytest.mark.parametrize("model", ["vit_large_patch16_224", MICRO])
-def test_thrift_is_the_plain_recipe_with_cheaper_later_stages(model: str):
-    plain, thrift = (recipes.recipe("maect", model, preset, embedded=False) for preset in ("plain", "thrift"))
-    assert thrift.encoder == plain.encoder and thrift.source.startswith("after MAE-CT")
+@pytest.mark.parametrize(
+    ("method", "cheaper"),
+    [
+        ("maect", {("nnclr", "reuse"): 1, ("maect", "patch_keep"): 0.5, ("maect", "frozen_precision"): "bf16"}),
+        ("mim_refiner", {("mim_heads", "patch_keep"): 0.5, ("mim_refiner", "patch_keep"): 0.5}),
+    ],
+)
+def test_thrift_is_the_plain_recipe_with_cheaper_later_stages(method: str, cheaper: dict, model: str):
+    plain, thrift = (recipes.recipe(method, model, preset, embedded=False) for preset in ("plain", "thrift"))
+    assert thrift.encoder == plain.encoder and thrift.source.startswith("after M")
     changed = {
         (name, field.name): getattr(ours, field.name)
         for (name, ours), (_, theirs) in zip(thrift.stages, plain.stages, strict=True)
         for field in fields(ours)
         if getattr(ours, field.name) != getattr(theirs, field.name)
     }
-    assert changed == {("nnclr", "reuse"): 1, ("maect", "patch_keep"): 0.5, ("maect", "frozen_precision"): "bf16"}
+    assert changed == cheaper

@@ -54,9 +54,9 @@ def train(parts: Parts, state: TrainState, until: int) -> list[float]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", ["mae", "dino"])
-def test_a_stopped_run_goes_on_bit_for_bit(method: str, data: Path, ranks: dist.Ranks):
-    grows = ("--tokens", "progressive")
+@pytest.mark.parametrize(("method", "tokens"), [("mae", "naflex"), ("dino", "progressive"), ("dino", "naflex")])
+def test_a_stopped_run_goes_on_bit_for_bit(method: str, tokens: str, data: Path, ranks: dist.Ranks):
+    grows = ("--tokens", tokens)
     parts = parts_of(method, data, ranks, *grows)
     whole = build(parts, 0, None)
     losses = train(parts, whole, STEPS)

@@ -26,7 +26,7 @@ SHRINKING = {"phases": "0 0.25 0.5 0.75", "phase-sides": "0.5 1 0.75 1", "phase-
 DROPPING = {"phases": "0 0.5 0.75", "phase-keeps": "0.25 0.5 1"}
 BOTH = SHRINKING | {"phase-keeps": "0.25 0.5 0.5 1"}
 DRAWING = {"phases": "0 0.75", "patch-draws": "1 2"}
-TAKEN = {"mae": BOTH, "dino": BOTH, "dinov2": DRAWING, "maect": BOTH}
+TAKEN = {"mae": BOTH, "dino": BOTH, "dinov2": DRAWING | {"phase-depths": "1.5 1"}, "maect": BOTH}
 
 
 @pytest.fixture
@@ -172,6 +172,21 @@ def test_presets_that_no_stage_can_take_are_refused(arguments: list[str], senten
     assert str(refused.value).startswith(sentence)
 
 
+def test_stochastic_depth_follows_the_phase(tmp_path: Path, ranks: dist.Ranks):
+    """Of a method that needs every patch, too: less is computed where more is dropped, and nothing drawn where nothing is."""
+    parts = parts_of("simmim", tmp_path, ranks, {"phases": "0 0.25 0.5", "phase-depths": "4 0 1"})
+    state = build(parts, 0, None)
+    drawn, computed = [], []
+    with Feeding(parts, state) as feeding:
+        for state.step in range(STEPS):
+            next(feeding)
+            drawn.append("depth" in feeding.drawn(state.step))
+            computed.append(state.update.flops_per_image())
+    assert drawn == [True] * 2 + [False] * 2 + [True] * 4
+    first, second, third = (computed[step] for step in (0, 2, 4))
+    assert first < third < second and second - first == pytest.approx(4 * (second - third))
+
+
 @pytest.mark.parametrize(
     ("method", "phases", "sentence"),
     [
@@ -181,6 +196,11 @@ def test_presets_that_no_stage_can_take_are_refused(arguments: list[str], senten
         (
             "dino", {"phases": "0 0.5", "phase-locals": "0 1", "global-crops": "1", "local-crops": "2"},
             "--dino.phase-locals: there must be two crops of an image at least.",
+        ),
+        ("mae", {"phases": "0 0.5", "phase-depths": "2 1"}, "--mae.phase-depths: the model has no stochastic depth to scale."),
+        (
+            "simmim", {"phases": "0 0.5", "phase-depths": "10 1"},
+            "--simmim.phase-depths: 10 times the model's rate of 0.1 leaves no branch.",
         ),
         ("simmim", DRAWING, "--simmim.patch-draws: simmim can only be trained with the model's own patches."),
         (

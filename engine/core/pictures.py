@@ -150,16 +150,16 @@ def _write_grid(path: Path, rows: dict[str, np.ndarray], title: str, note: str =
     figure.get_layout_engine().set(w_pad=0.015, h_pad=0.015, wspace=0, hspace=0)
     figure.suptitle(title, color=INK, fontsize=11, x=0.01, ha="left")
     figure.supxlabel(note, color=FAINT, fontsize=8, x=0.01, ha="left")
-    panels = figure.subplots(len(rows), count, squeeze=False)
-    for line, (name, row) in zip(panels, rows.items(), strict=True):
-        for panel, image in zip(line, row, strict=False):
-            panel.imshow(image, interpolation="nearest", extent=(0, width, height, 0))
-            panel.set_xticks([])
-            panel.set_yticks([])
-            panel.spines[:].set_visible(False)
-        for panel in line[len(row) :]:
-            panel.set_axis_off()
-        line[0].set_ylabel(name, color=INK, fontsize=10)
+    panel, gap = figure.subplots(), 0.03 * width  # one panel for all: to lay out many takes most of a second
+    for line, row in enumerate(rows.values()):
+        for column, image in enumerate(row):
+            left, top = column * (width + gap), line * (height + gap)
+            panel.imshow(image, interpolation="nearest", extent=(left, left + width, top + height, top))
+    panel.set(xlim=(0, count * (width + gap) - gap), ylim=(len(rows) * (height + gap) - gap, 0), xticks=[])
+    middles = [line * (height + gap) + height / 2 for line in range(len(rows))]
+    panel.set_yticks(middles, list(rows), rotation="vertical", va="center", color=INK, fontsize=10)
+    panel.tick_params(length=0)
+    panel.spines[:].set_visible(False)
     write_file(path, lambda aside: figure.savefig(aside, format="png"))
 
 

@@ -130,6 +130,11 @@ def check_overrides(overrides: Mapping[str, object]) -> None:
     for key, choices in choices_of.items():
         if key in overrides and overrides[key] not in choices:
             raise BadInput(f"{key} {overrides[key]!r} is none of {', '.join(choices)}")
+    for key, value in overrides.items():
+        try:
+            hash(value)
+        except TypeError:
+            raise BadInput(f"{key} {value!r} is neither text nor numbers") from None
     if not 0 <= overrides.get("drop_path", 0) < 1:
         raise BadInput(f"drop_path {overrides['drop_path']} should lie in [0, 1)")
 
@@ -196,6 +201,10 @@ def read(name: str, overrides: Mapping[str, object]) -> tuple[Architecture, nn.M
 def _timm_model(name: str, overrides: Mapping[str, object], device: str) -> nn.Module:
     base, args = _OWN.get(name, (name, {}))
     args = args | {key: overrides[key] for key in _TIMM_OVERRIDES if key in overrides}
+    if timm.model_entrypoint(base).__module__ == timm_vit.__name__:
+        args["weight_init"] = (
+            "skip"  # weights come from elsewhere, and timm takes most of its time to draw them, on meta, too
+        )
     return timm.create_model(base, num_classes=0, device=device, **args)
 
 

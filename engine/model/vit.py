@@ -71,15 +71,22 @@ def without_memory(name: str, **overrides: object) -> "VisionTransformer":
         raise BadInput(f"unknown model {name!r}: {hint} (engine.model.names() lists all)")
     if "global_pool" in overrides:
         overrides.setdefault("fc_norm", False)
-    architecture, twin = read(name, overrides)
+    architecture = _read(name, tuple(overrides), *overrides.values())
     with torch.device("meta"):
-        model = VisionTransformer(architecture)
-    ours, theirs = architecture.timm_state(model.state_dict()), twin.state_dict()
+        return VisionTransformer(architecture)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _read(name: str, keys: tuple[str, ...], *values: object) -> Architecture:
+    """Of timm's model with these overrides, whose parameters are ours; kept, since timm takes its time to build one."""
+    architecture, twin = read(name, dict(zip(keys, values, strict=True)))
+    with torch.device("meta"):
+        ours, theirs = architecture.timm_state(VisionTransformer(architecture).state_dict()), twin.state_dict()
     shapes = [{key: value.shape for key, value in state.items()} for state in (ours, theirs)]
     alien = sorted({key for key, _ in shapes[0].items() ^ shapes[1].items()})
     if alien:
         raise BadInput(f"{name} has other parameters than a plain pre-norm ViT: {', '.join(alien[:3])}")
-    return model
+    return architecture
 
 
 class VisionTransformer(nn.Module):

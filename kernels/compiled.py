@@ -1,6 +1,7 @@
 """A Triton kernel compiled ahead of time for a chip that need not be there, and NVIDIA's object tools that read it: both come
 with Triton."""
 
+import hashlib
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,14 +44,27 @@ def compiled_for(variant: Variant, capability: int) -> Any:
     """`variant` for a chip of this compute capability, as `triton.compile` returns it: asm["cubin"], metadata.shared."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    options = {"num_warps": variant.warps, "num_stages": variant.stages}
+    return triton.compile(_source(variant), target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def identity(variant: Variant, capability: int) -> str:
+    """Of all that its machine code follows from: the kernel's text and what that calls, types and constants, the chip, Triton's
+    release. Hexadecimal."""
+    import triton
+
+    parts = (_source(variant).hash(), variant.warps, variant.stages, capability, triton.__version__)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+def _source(variant: Variant) -> Any:
     from triton.compiler import ASTSource
 
     names = variant.kernel.arg_names
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in variant.aligned}
     constants = {(names.index(name),): value for name, value in variant.constants.items()}
-    source = ASTSource(variant.kernel, variant.signature, constants, attributes)
-    options = {"num_warps": variant.warps, "num_stages": variant.stages}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return ASTSource(variant.kernel, variant.signature, constants, attributes)
 
 
 def tool(name: str, *arguments: str) -> str:

@@ -3,7 +3,8 @@
     python -m kernels.resources [--op packed_attention] [--distinct | --pipes] [--json]
 
 compiles every variant that `kernels/OP/triton.py` launches, for sm_80, sm_86 and sm_90, and prints the table; with --distinct,
-one of those that differ in nothing but fp16 for bf16. With --pipes it prints how busy each pipe of a chip would be instead,
+one of those that differ in nothing but fp16 for bf16; with --known, those only of which the table given has no equal code, and
+one in 16 of the others, to prove the table. With --pipes it prints how busy each pipe of a chip would be instead,
 and the busiest one's time over the floor (`kernels.resources.pipes`). No GPU is needed: Triton's own compiler and NVIDIA's object
 tools come with it.
 """
@@ -17,11 +18,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kernels.choice import AVAILABLE
-from kernels.compiled import SHARED_LIMIT
+from kernels.compiled import SHARED_LIMIT, identity
 from kernels.resources.forms import stored, table, worsened
 from kernels.resources.pipes import PIPES
 from kernels.resources.rates import CHIPS, read
-from kernels.resources.registers import asked_for, distinct, faults, measure
+from kernels.resources.registers import asked_for, distinct, faults, measure, of_known
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -40,7 +41,10 @@ def main(arguments: list[str] | None = None) -> int:
         "--against", type=Path, metavar="TABLE.json", help="with --pipes: fail where a form became worse"
     )
     parser.add_argument(
-        "--store", type=Path, metavar="TABLE.json", help="with --pipes: write the table to compare with"
+        "--store", type=Path, metavar="TABLE.json", help="write the table to compare with, or to know later"
+    )
+    parser.add_argument(
+        "--known", type=Path, metavar="TABLE.json", help="what an earlier --store found of equal code is taken from it"
     )
     parser.add_argument(
         "--rates", type=Path, metavar="RECORD.json", help="with --pipes: a calibration, see kernels/resources/rates.py"
@@ -62,8 +66,23 @@ def main(arguments: list[str] | None = None) -> int:
     known = {asked_for(variant) for _, variant, capability in jobs if capability == 80}
     targets = [80 if c == 86 and asked_for(variant) in known else c for _, variant, c in jobs]
     once = {(asked_for(v), target): (v, target) for (_, v, _), target in zip(jobs, targets, strict=True)}
+    try:
+        of_equal_code = json.loads(asked.known.read_text()) if asked.known else {}
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = dict(zip(once, pool.map(lambda job: measure(*job), once.values()), strict=True))
+        found = dict(
+            zip(once, pool.map(lambda job: of_known(*job, of_equal_code) or measure(*job), once.values()), strict=True)
+        )
+    of_code = {identity(*job): list(found[name]) for name, job in once.items()}
+    if asked.store:
+        lines = (f'"{name}": {json.dumps(resources)}' for name, resources in sorted(of_code.items()))
+        asked.store.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    wrong = [name for name, resources in of_code.items() if of_equal_code.get(name, resources) != resources]
+    if wrong:
+        print(f"{asked.known} says otherwise of {len(wrong)} variants: make it again by --store", file=sys.stderr)
+        return 1
     measured = [found[asked_for(v), target] for (_, v, _), target in zip(jobs, targets, strict=True)]
     rows = [
         {"op": op, "variant": v.name, "capability": c, **r._asdict(), "faults": faults(v, c, r)}

@@ -2,11 +2,11 @@
 
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from kernels.compiled import SHARED_LIMIT, Variant, compiled_for, tool
+from kernels.compiled import SHARED_LIMIT, Variant, compiled_for, identity, tool
 
 # matrix instructions in SASS: mma.sync, wgmma and their integer and fp64 kin
 _MATRIX = re.compile(r"\b(?:HMMA|HGMMA|QGMMA|IMMA|DMMA)\b")
@@ -34,6 +34,9 @@ def asked_for(variant: Variant) -> tuple:
     return (variant.kernel, variant.warps, variant.stages, variant.matrix, *map(tuple, parts))
 
 
+AGAIN = 16  # of so many variants that are known one is compiled all the same
+
+
 class Resources(NamedTuple):
     """Registers per thread; bytes of spills (stack frame) per thread and of shared memory per block; instructions."""
 
@@ -54,6 +57,13 @@ def measure(variant: Variant, capability: int) -> Resources:
         sass = tool("nvdisasm", "-c", "-ndf", file.name) if "mma." in compiled.asm["ptx"] else ""
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return Resources(registers, stack, compiled.metadata.shared, len(_MATRIX.findall(sass)))
+
+
+def of_known(variant: Variant, capability: int, known: Mapping[str, Sequence[int]]) -> Resources | None:
+    """What is known of its machine code by `identity`; None of one that isn't, and of one in `AGAIN`, so that a table that is
+    wrong is found out."""
+    name = identity(variant, capability)
+    return Resources(*known[name]) if name in known and int(name, 16) % AGAIN else None
 
 
 def faults(variant: Variant, capability: int, resources: Resources) -> list[str]:

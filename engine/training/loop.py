@@ -126,6 +126,8 @@ def run_stage(
                 values = _read(report, state, batch, labels)
                 if len({stretch.images for stretch in stage.timetable.stretches}) > 1:
                     values["images_seen"] = stage.timetable.place(state.step).seen
+                if len(stage.timetable.stretches) > 1:
+                    values["operations"] = _operations(state, stage)
                 # the slowest rank keeps all others waiting, in the next sum over ranks
                 log.log(done, values, waited=dist.largest(waits.seconds(), device))
                 if wrong := _went_wrong(state, values["loss"], stage, cadence, saving):
@@ -157,6 +159,17 @@ def _fetched(waits: Waits, batches: Iterator[Batch], saving: Saves, log: RunLog)
                 saving.begin()
                 saving.finish()
         raise
+
+
+def _operations(state: TrainState, stage: Stage) -> float:
+    """Of the stage so far, as `Method.flops_per_image` has them; on average, where steps draw what they show."""
+    chosen, spent = state.chosen.get(stage.name, ()), 0.0
+    for number, one in enumerate(stage.timetable.stretches):
+        if state.step <= one.first:
+            break
+        images = (min(state.step, one.end) - one.first) * one.images
+        spent += images * state.method.flops_in(chosen[number] if number < len(chosen) else one.phase)
+    return spent
 
 
 def _due(step: int, stage: Stage, every: int) -> bool:

@@ -23,12 +23,13 @@ from engine.methods.base import Method
 from engine.methods.mae import Settings
 from engine.training import config, dry_run, token_choice
 from engine.training.build import build
+from engine.training.metrics import read_metrics
 from engine.training.operations import cheapest, costs, operations
 from engine.training.parts import Parts, prepare
 from engine.training.state import position, restore
 from engine.training.step import Update
 from engine.training.token_choice import PAIRS, Measured, best, measured
-from tests.faults.runs import ROOT, End, flags, images
+from tests.faults.runs import BATCH, ROOT, End, flags, images
 from tests.planning.counts import made
 from tests.training.test_phases import assert_equal, tensors
 from tests.training.test_phases import train as trained
@@ -192,6 +193,11 @@ def test_a_run_says_what_it_chose_and_why(tmp_path: Path, few: None):
     summary = json.loads((out / "summary.json").read_text())
     assert summary["operations"] == {"mae": pytest.approx(operations(parts.plan, parts.stages, 2, chosen)["mae"])}
     assert End.of(out).step == STEPS
+    lines = [line for line in read_metrics(out / "metrics.jsonl") if line["kind"] == "train"]
+    shown = [phase for phase in [*chosen["mae"], WHOLE] for _ in range(2)]
+    cost = costs(parts.plan, 0, shown)
+    spent = [BATCH * sum(cost[phase] for phase in shown[:step]) for step in range(1, STEPS + 1)]
+    assert [line["operations"] for line in lines] == pytest.approx(spent)
 
 
 @pytest.mark.long

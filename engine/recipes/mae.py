@@ -1,4 +1,7 @@
-"""MAE. M = facebookresearch/mae (PRETRAIN.md, main_pretrain.py)."""
+"""MAE. M = facebookresearch/mae (PRETRAIN.md, main_pretrain.py). E = "Masked Autoencoders are Secretly Efficient Learners" (CVPR
+Workshops 2024, openreview AcKrZKgPiU): more is masked, the decoder is shallower, epochs are fewer."""
+
+from dataclasses import replace
 
 from engine.methods.mae import Settings
 from engine.recipes.base import AS_MAE, DIGITS, Recipe
@@ -23,8 +26,17 @@ def published(model: str) -> Recipe:
     return Recipe(known, (("mae", SETTINGS),), encoder)
 
 
+def efficient(model: str) -> Recipe:
+    """Cheaper in the three ways of E, whose numbers were not found: these are ours, and more careful than its 82 times less work,
+    after which ViT-B fine-tunes to 82.9 % there (M's 1,600 epochs: 83.6)."""
+    plain = published(model)
+    cheaper = replace(SETTINGS, epochs=400, mask_ratio=0.85, decoder_depth=4)
+    source = "after MAE's released recipe (M), made cheaper after E, whose numbers were not found"
+    return replace(plain, source=source, stages=(("mae", cheaper),))
+
+
 def digits() -> Recipe:
     return Recipe(DIGITS, (("mae", SMALL),), {"positions": "sincos", "global_pool": "avg"})
 
 
-PUBLISHED = {"plain": published, "aug": published}
+PUBLISHED = {"plain": published, "aug": published, "efficient": efficient}

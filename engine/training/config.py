@@ -66,8 +66,8 @@ class Train:
     weights: str = ""
     """Start from these (a published file, a run folder, an exported folder); where stages follow MAE, leave that one out."""
     preset: str = "auto"
-    """Which settings: a published preset of the method (plain, aug, thrift or the name of a set, where it has them), or digits;
-    auto is digits on the embedded data, the set's own on a published set, where there is one, and plain on others."""
+    """Which settings: a published preset of the method (plain, aug, thrift, efficient or the name of a set, where it has them),
+    or digits; auto is digits on the embedded data, the set's own on a published set, where there is one, and plain on others."""
     epochs: tuple[int, ...] = ()
     """Epochs of each stage, in order."""
     batch_size: int = 0

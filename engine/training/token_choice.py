@@ -39,7 +39,7 @@ from engine.training.drawing import drawn
 from engine.training.optimizers import drop_frozen
 from engine.training.step import Update
 
-CANDIDATES = (Phase(0.5), Phase(5 / 7), Phase(keep=0.25), Phase(keep=0.5), Phase(keep=0.75))
+CANDIDATES = (Phase(0.5), Phase(5 / 7), Phase(patch=2.0), Phase(keep=0.25), Phase(keep=0.5), Phase(keep=0.75))
 PAIRS = 4
 
 Gradients = list[Tensor | None]
@@ -61,16 +61,22 @@ class Measured:
 
 def candidates(kind: type[Method], encoder: VisionTransformer) -> tuple[Phase, ...]:
     """The phases of fewer tokens that a method can show this encoder."""
-    shrinks = kind.shrinks and encoder.rel_pos_bias is None
-    return tuple(
-        phase for phase in CANDIDATES if (shrinks or phase.side == 1) and (kind.drops_patches or phase.keep == 1)
-    )
+    found = []
+    for phase in CANDIDATES:
+        shrinks = phase.side < 1 or phase.patch > 1
+        rows = min(phase.size(encoder.img_size, encoder.patch_size)) // phase.patch_size(encoder.patch_size)
+        if shrinks and (not kind.shrinks or encoder.rel_pos_bias is not None or (phase.patch > 1 and rows < 2)):
+            continue
+        if phase.keep == 1 or kind.drops_patches:
+            found.append(phase)
+    return tuple(found)
 
 
 def in_words(phase: Phase) -> str:
     """What is seen of images, for a line of a log."""
-    side = [f"{phase.side:.3g} of the side"] * (phase.side < 1)
-    return " and ".join(side + [f"{phase.keep:.3g} of the patches"] * (phase.keep < 1)) or "all"
+    words = [f"{phase.side:.3g} of the side"] * (phase.side < 1)
+    words += [f"patches of {phase.patch:.3g} times the side"] * (phase.patch > 1)
+    return " and ".join(words + [f"{phase.keep:.3g} of the patches"] * (phase.keep < 1)) or "all"
 
 
 def best(table: Sequence[Measured]) -> Phase:
@@ -95,17 +101,17 @@ def measured(
         draws: of so manieth a batch.
     """
     own, streams = update.method.phase, {}
-    sums, costs = {phase: [0.0, 0.0] for phase in phases}, {}
+    sums, costs, views = {phase: [0.0, 0.0] for phase in phases}, {}, {}
     for phase in phases:
         update.method.phase = phase
-        costs[phase] = update.method.flops_per_image()
-        if phase.side not in streams:
-            streams[phase.side] = batches()
+        costs[phase], views[phase] = update.method.flops_per_image(), update.method.views()
+        if views[phase] not in streams:
+            streams[views[phase]] = batches()
     for pair in range(PAIRS):
-        given = {side: (next(stream), next(stream)) for side, stream in streams.items()}
-        whole = _of_pair(update, step, WHOLE, given[WHOLE.side], draws, pair)
+        given = {crops: (next(stream), next(stream)) for crops, stream in streams.items()}
+        whole = _of_pair(update, step, WHOLE, given[views[WHOLE]], draws, pair)
         for phase, found in sums.items():
-            these = whole if phase == WHOLE else _of_pair(update, step, phase, given[phase.side], draws, pair)
+            these = whole if phase == WHOLE else _of_pair(update, step, phase, given[views[phase]], draws, pair)
             found[0] += _inner(_less(these[0], whole[0]), _less(these[1], whole[1]))
             off = _less(*these)
             found[1] += _inner(off, off) / 2

@@ -200,7 +200,7 @@ def test_a_published_set_takes_the_preset_of_its_name_where_there_is_one(monkeyp
     plan = config.parse(["--method", "mae", "--preset", "svhn", "--data", "/folder"])
     assert (plan.model, plan.encoder["patch_size"]) == ("vit_small_patch16_224", 4)
     with pytest.raises(
-        BadInput, match="--preset svnh is unknown for mae; choose one of auto, plain, aug, svhn, digits"
+        BadInput, match="--preset svnh is unknown for mae; choose one of auto, plain, aug, efficient, svhn, digits"
     ):
         source("--preset", "svnh")
     monkeypatch.delitem(module.PUBLISHED, "plain")

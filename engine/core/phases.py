@@ -112,6 +112,10 @@ class Phases:
         )
         return cls(tuple(starts), tuple(Phase(*row) for row in zip(*columns, strict=True)))
 
+    def sizes(self, full: tuple[int, int], patch: int) -> list[tuple[int, int]]:
+        """Height and width in pixels of a crop in all phases, where the model's patches are of `patch` pixels."""
+        return sorted({form.size(full, patch) for phase in self.phases for form in phase.forms})
+
     def steps(self, total: int) -> list[tuple[int, int, Phase]]:
         """First step, end (the first step past it) and phase, of all that have a step among so many; the last always has."""
         firsts = [min(round(start * total), total - 1) for start in self.starts]

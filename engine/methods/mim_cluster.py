@@ -72,7 +72,7 @@ class Settings(DistillationSettings, CorruptionSettings):
 
     def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
         super().check_encoder(stage, encoder)
-        self.check_corruption(stage, encoder.img_size)
+        self.check_corruption(stage, self.token_phases.sizes(encoder.img_size, encoder.patch_size))
 
     def ungraphed(self, encoder: VisionTransformer) -> str:
         return self.on_host(encoder) or self.noise_on_host()
@@ -88,7 +88,7 @@ class MimCluster(Distillation):
 
     name = "mim_cluster"
     Settings = Settings
-    draws_ahead = True
+    draws_ahead = shrinks = True
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
@@ -123,7 +123,7 @@ class MimCluster(Distillation):
         seen = self.encode([View(view) for view in views], drawn)
         rows = self._read(self.encoder, seen)
         if s.pixel_weight:
-            prediction_BNp = self.decoder(torch.cat(self._patch_tokens(seen)))
+            prediction_BNp = self.decoder(torch.cat(self._patch_tokens(seen)), self.patch_size)
             corrupted_BHW = drawn["corrupted"].transpose(0, 1).flatten(0, 1)
             # a mean over images, which need not meet for it
             rows["pixel_loss"] = [self.pixel_loss(prediction_BNp, torch.cat(large), corrupted_BHW)[None]]
@@ -180,7 +180,7 @@ class MimCluster(Distillation):
             prediction_BNp: [B, N, P*P*3].
             images: fp32 [B, 3, H, W], the clean crops.
         """
-        predicted = self.decoder.images(prediction_BNp.float(), self.grid)
+        predicted = self.decoder.images(prediction_BNp.float(), self.grid, self.patch_size)
         return masked_mean((predicted - images).square().mean(1), corrupted_BHW)
 
     def _patch_tokens(self, tokens: Sequence[Tensor]) -> list[Tensor]:
@@ -211,13 +211,13 @@ class MimCluster(Distillation):
         crops, patches = s.global_crops, s.global_crops * self.grid[0] * self.grid[1]
         total = 3 * sum(self.encoder_flops(self.patches(view), thinned=True) for view in views)
         if s.class_weight or s.patch_weight:
-            total += sum(self.encoder.flops(self.patches(view)) for view in views[:crops])
+            total += sum(self.encoder_flops(self.patches(view)) for view in views[:crops])
         if s.class_weight:
             total += (3 * len(views) + crops) * head_flops(self.head)
         if s.patch_weight:
             total += 4 * patches * (head_flops(self.head.mlp) + head_flops(self.patch_last_layer))
         if s.pixel_weight:
-            total += 3 * patches * head_flops(self.decoder)
+            total += 3 * patches * self.decoder.flops(self.patch_size)
         return total
 
     def regions(self) -> Iterator[tuple[object, str]]:
@@ -226,5 +226,5 @@ class MimCluster(Distillation):
             yield self.head, "embed"
             yield self.teacher.head, "embed"
         if self.settings.pixel_weight:
-            yield self.decoder, "forward"
+            yield self.decoder, "pixels"
             yield self, "pixel_loss"

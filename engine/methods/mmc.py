@@ -80,7 +80,7 @@ class Settings(CorruptionSettings, DistillationSettings):
 
     def check_encoder(self, stage: str, encoder: VisionTransformer) -> None:
         super().check_encoder(stage, encoder)
-        self.check_corruption(stage, encoder.img_size)
+        self.check_corruption(stage, self.token_phases.sizes(encoder.img_size, encoder.patch_size))
 
     def ungraphed(self, encoder: VisionTransformer) -> str:
         ragged = RAGGED if self.distil_weight and self.distil == "patch_same" else ""
@@ -103,7 +103,7 @@ class Mmc(Distillation):
 
     name = "mmc"
     Settings = Settings
-    draws_ahead = True
+    draws_ahead = shrinks = True
 
     def __init__(self, encoder: VisionTransformer, settings: Settings):
         super().__init__(encoder, settings)
@@ -129,7 +129,7 @@ class Mmc(Distillation):
         s = self.settings
         drawn = super().draw(draws) | draw_corruption(s, draws, s.global_crops, self.size)
         if s.distil_weight and s.distil == "patch_same":
-            drawn["masks"] = masked_patches(drawn["corrupted"], self.encoder.patch_size)
+            drawn["masks"] = masked_patches(drawn["corrupted"], self.patch_size)
         return drawn
 
     def represent(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> Rows:
@@ -197,7 +197,8 @@ class Mmc(Distillation):
     def pixel_loss(self, patches_RNC: Tensor, clean: Tensor, corrupted_RHW: Tensor) -> Tensor:
         """Mean absolute error of what is decoded from patch tokens against the clean normalised crops [R, 3, H, W], over the
         corrupted pixels of a crop, then over crops (SiT takes all pixels of the batch at once)."""
-        restored = self.decoder.images(self.decoder(patches_RNC).float(), self.grid)
+        pixels = self.decoder(patches_RNC, self.patch_size).float()
+        restored = self.decoder.images(pixels, self.grid, self.patch_size)
         return masked_mean((restored - clean).abs().mean(1), corrupted_RHW)
 
     def patch_same(self, student: Tensor, taught: Tensor, masked: Masked) -> tuple[Tensor, dict[str, Tensor]]:
@@ -232,11 +233,11 @@ class Mmc(Distillation):
         patches = rows * columns
         crop = 3 * self.encoder_flops(patches, thinned=True)
         if s.contrast_weight or s.distil_weight:
-            crop += self.encoder.flops(patches)
+            crop += self.encoder_flops(patches)
         if s.contrast_weight:
             crop += 4 * head_flops(self.projector)
         if s.pixel_weight:
-            crop += 3 * patches * head_flops(self.decoder)
+            crop += 3 * patches * self.decoder.flops(self.patch_size)
         if s.distil_weight:
             masked = patches * self.masked_share() if s.distil == "patch_same" else 0
             crop += 4 * (1 + masked) * head_flops(self.head)

@@ -166,13 +166,27 @@ class PixelDecoder(nn.Module):
             for parameter in self.mlp[-1].parameters():
                 nn.init.uniform_(parameter, -bound, bound)
 
-    def forward(self, tokens_BNC: Tensor) -> Tensor:
-        """Patch tokens [B, N, C] -> pixels [B, N, P*P*3], in the order (row, column, channel)."""
-        return self.mlp(tokens_BNC)
+    def forward(self, tokens_BNC: Tensor, patch_size: int | None = None) -> Tensor:
+        """Patch tokens [B, N, C] -> pixels [B, N, P*P*3], in the order (row, column, channel). `patch_size` is P, the decoder's own
+        by default; the last layer is resized to it (`engine.model.patch_sizes`)."""
+        own, side, last = self.patch_size, patch_size or self.patch_size, self.mlp[-1]
+        return self.pixels(tokens_BNC, prediction_for(last.weight, own, side), prediction_for(last.bias, own, side))
 
-    def images(self, pixels_BNp: Tensor, grid: tuple[int, int]) -> Tensor:
+    def pixels(self, tokens_BNC: Tensor, weight_pC: Tensor, bias_p: Tensor) -> Tensor:
+        """By these in place of the last layer's."""
+        for layer in self.mlp[:-1]:
+            tokens_BNC = layer(tokens_BNC)
+        return F.linear(tokens_BNC, weight_pC, bias_p)
+
+    def flops(self, patch_size: int | None = None) -> float:
+        """Operations of one forward pass of a patch: matrix products only."""
+        last = self.mlp[-1]
+        return head_flops(self.mlp[:-1]) + 2.0 * last.in_features * 3 * (patch_size or self.patch_size) ** 2
+
+    def images(self, pixels_BNp: Tensor, grid: tuple[int, int], patch_size: int | None = None) -> Tensor:
         """Patches [B, N, P*P*3] of a grid (rows, columns) -> the images [B, 3, H, W] that they make up."""
-        patch = (self.patch_size, self.patch_size, 3)
+        side = patch_size or self.patch_size
+        patch = (side, side, 3)
         return pixels_BNp.unflatten(2, patch).unflatten(1, grid).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
 

@@ -265,6 +265,15 @@ def test_decoded_patches_lie_where_they_are_cut_from():
     assert [type(layer) for layer in decoder.mlp] == [nn.Linear, nn.GELU] * 3 + [nn.Linear]
 
 
+def test_of_larger_patches_what_is_decoded_is_that_of_the_model_s_own_resized():
+    decoder, tokens_BNC = PixelDecoder(12, 8, layers=2), torch.randn(2, 6, 12)
+    own_RCPP = decoder(tokens_BNC).view(12, 8, 8, 3).permute(0, 3, 1, 2)
+    expected = F.interpolate(own_RCPP, size=(12, 12), mode="bilinear").permute(0, 2, 3, 1).reshape(2, 6, -1)
+    torch.testing.assert_close(decoder(tokens_BNC, 12), expected, atol=1e-5, rtol=1e-5)
+    assert decoder.images(expected, (2, 3), 12).shape == (2, 3, 24, 36)
+    assert decoder.flops(12) - decoder.flops() == 2 * 12 * 3 * (12**2 - 8**2)
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

@@ -26,7 +26,13 @@ SHRINKING = {"phases": "0 0.25 0.5 0.75", "phase-sides": "0.5 1 0.75 1", "phase-
 DROPPING = {"phases": "0 0.5 0.75", "phase-keeps": "0.25 0.5 1"}
 BOTH = SHRINKING | {"phase-keeps": "0.25 0.5 0.5 1"}
 DRAWING = {"phases": "0 0.75", "patch-draws": "1 2"}
-TAKEN = {"mae": BOTH, "dino": BOTH, "dinov2": DRAWING | {"phase-depths": "1.5 1"}, "maect": BOTH}
+TAKEN = {
+    "mae": BOTH,
+    "dino": BOTH,
+    "dinov2": DRAWING | {"phase-depths": "1.5 1"},
+    "maect": BOTH,
+    "mim_cluster": SHRINKING,
+}
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ vIsion Transformer", 2021; "GMML is All you Need", 2022; "MC-SSL0.0: Towards Mul
 Shapes: b images of this rank, V crops of an image that are corrupted, H x W pixels, R = b * V masks.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,13 +53,14 @@ class CorruptionSettings:
         """What `ungraphed` of the method's settings says of it."""
         return "the noise in place of pixels is drawn from seeds that the host reads" if self.fill == "noise" else ""
 
-    def check_corruption(self, stage: str, size: tuple[int, int]) -> None:
-        """Raise BadInput where blocks do not fit into crops of this size (height, width)."""
-        if any(side % self.block_align for side in size):
-            raise BadInput(
-                f"--{stage}.block-align is {self.block_align}; it must divide both sides of the model's {size[0]} x {size[1]} "
-                "pixels."
-            )
+    def check_corruption(self, stage: str, sizes: Iterable[tuple[int, int]]) -> None:
+        """Raise BadInput where blocks do not fit into crops of these sizes (height, width)."""
+        for height, width in sizes:
+            if height % self.block_align or width % self.block_align:
+                raise BadInput(
+                    f"--{stage}.block-align is {self.block_align}; it must divide both sides of crops of {height} x {width} "
+                    "pixels."
+                )
 
 
 def draw_corruption(settings: CorruptionSettings, draws: Draws, crops: int, size: tuple[int, int]) -> dict[str, Tensor]:

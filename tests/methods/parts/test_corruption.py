@@ -109,8 +109,6 @@ def test_rules_name_what_cannot_be_meant():
     for name, value in wrong.items():
         rules = CorruptionSettings(**{name: value}).corruption_rules()
         assert [flag for flag, (holds, _) in rules.items() if not holds] == [name.replace("_", "-")]
-    CorruptionSettings(block_align=8).check_corruption("x", (24, 32))
-    with pytest.raises(
-        BadInput, match=r"--x.block-align is 16; it must divide both sides of the model's 24 x 32 pixels"
-    ):
-        CorruptionSettings(block_align=16).check_corruption("x", (24, 32))
+    CorruptionSettings(block_align=8).check_corruption("x", [(24, 32)])
+    with pytest.raises(BadInput, match=r"--x.block-align is 16; it must divide both sides of crops of 24 x 32 pixels"):
+        CorruptionSettings(block_align=16).check_corruption("x", [(24, 32)])

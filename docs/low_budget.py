@@ -1,9 +1,10 @@
 """Fills the table of docs/low_budget.md: what a ViT-L costs, counted and modelled by `engine.plan`.
 
-    PYTHONPATH=. python docs/low_budget.py
+    PYTHONPATH=. python docs/low_budget.py [ROW ...]
 
-counts a step of each stage of each row for each share of the batch that fits the card, in as few micro-batches as do, and writes
-the table between the two marks. The first time it takes minutes; counts are kept until the code changes.
+counts a step of each stage of each row, or of the rows whose names begin so, for each share of the batch that fits the card, in as
+few micro-batches as do, and writes the table between the two marks; other rows stay as they are. The first time it takes minutes;
+counts are kept until the code changes.
 """
 
 import itertools
@@ -53,22 +54,26 @@ def cell(row: tuple[str, ...], card: str, gpus: int) -> tuple[str, Spread]:
     raise RuntimeError(f"nothing of {row} fits {card}")
 
 
-def main() -> int:
+def main(wanted: tuple[str, ...]) -> int:
+    before, _, rest = PAGE.read_text().partition(MARKS[0])
+    table, _, after = rest.partition(MARKS[1])
+    former = {line.split("|")[1].strip(): line for line in table.splitlines() if line.count("|") > 2}
     lines = ["| " + " | ".join(["", *(f"{gpus} x {card}" for card in CARDS for gpus in GPUS)]) + " |"]
     lines.append("| --- |" + " ---: |" * (len(CARDS) * len(GPUS)))
     began = time.monotonic()
     for name, row in ROWS.items():
+        if wanted and not name.startswith(wanted):
+            lines.append(former[name])
+            continue
         cells = []
         for card, gpus in itertools.product(CARDS, GPUS):
             micro, hours = cell(row, card, gpus)
             cells.append(f"{hours.likely:.3g} h ({hours.low:.3g} to {hours.high:.3g}){micro}")
             print(f"{time.monotonic() - began:6.0f} s  {name}, {gpus} x {card}: {cells[-1]}", flush=True)
         lines.append("| " + " | ".join([name, *cells]) + " |")
-    before, _, rest = PAGE.read_text().partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
     PAGE.write_text("\n".join([before.rstrip() + "\n", MARKS[0], *lines, MARKS[1]]) + after)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(tuple(sys.argv[1:])))

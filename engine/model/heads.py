@@ -167,8 +167,8 @@ class PixelDecoder(nn.Module):
                 nn.init.uniform_(parameter, -bound, bound)
 
     def forward(self, tokens_BNC: Tensor, patch_size: int | None = None) -> Tensor:
-        """Patch tokens [B, N, C] -> pixels [B, N, P*P*3], in the order (row, column, channel). `patch_size` is P, the decoder's own
-        by default; the last layer is resized to it (`engine.model.patch_sizes`)."""
+        """Patch tokens [B, N, C] -> pixels [B, N, P*P*3], in the order (row, column, channel). `patch_size` is P, the decoder's
+        own by default; the last layer is resized to it (`engine.model.patch_sizes`)."""
         own, side, last = self.patch_size, patch_size or self.patch_size, self.mlp[-1]
         return self.pixels(tokens_BNC, prediction_for(last.weight, own, side), prediction_for(last.bias, own, side))
 

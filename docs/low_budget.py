@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python docs/low_budget.py [ROW ...]
 
-counts a step of each stage of each row, or of the rows whose names begin so, for each share of the batch that fits the card, in as
-few micro-batches as do, and writes the table between the two marks; other rows stay as they are. The first time it takes minutes;
-counts are kept until the code changes.
+counts a step of each stage of each row, or of the rows whose names begin so, for each share of the batch that fits the card, in
+as few micro-batches as do, and writes the table between the two marks; other rows stay as they are. The first time it takes
+minutes; counts are kept until the code changes.
 """
 
 import itertools

@@ -97,8 +97,9 @@ class StageBill:
 
     Attributes:
         step: seconds.
-        images_per_second: of all cards together; as many a loader has to give.
+        images_per_second: of all cards together.
         hours: of the stage.
+        mixed: as that of a portion.
     """
 
     name: str
@@ -107,6 +108,7 @@ class StageBill:
     steps: int
     step: Spread
     gpus: int
+    mixed: str
 
     @property
     def images_per_second(self) -> Spread:
@@ -119,7 +121,19 @@ class StageBill:
 
 def of_portion(portion: Portion, count: Count, card: Card, gpus: int) -> StageBill:
     batch = portion.images_per_step
-    return StageBill(portion.name, count, batch, portion.steps, step_seconds(count, card, gpus), gpus)
+    return StageBill(portion.name, count, batch, portion.steps, step_seconds(count, card, gpus), gpus, portion.mixed)
+
+
+def images_needed(stages: Sequence[StageBill]) -> float:
+    """Images a second that a loader has to give in the fastest steps, likely."""
+    together: dict[str, list[StageBill]] = defaultdict(list)
+    for stage in stages:
+        if stage.steps:
+            together[stage.mixed].append(stage)
+    return max(
+        sum(one.batch * one.steps for one in mixed) / (3600 * sum(one.hours.likely for one in mixed))
+        for mixed in together.values()
+    )
 
 
 def hours(stages: Sequence[StageBill]) -> Spread:

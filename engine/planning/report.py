@@ -44,7 +44,7 @@ def show(bills: Sequence[StageBill], card: Card, price: float, rows: int) -> Non
         for name, share in shares:
             console.out(f"  {share:5.1%}  {name[:100]}", highlight=False)
     hours, energy = bill.hours(bills), bill.kilowatt_hours(bills, card)
-    needed = max(one.images_per_second.likely for one in bills)
+    needed = bill.images_needed(bills)
     said = f"the whole run: {_spread(hours)} hours, {_spread(energy)} kWh of the cards"
     if price:
         said += f", {_spread(hours * (price * bills[0].gpus))} dollars"

@@ -23,6 +23,7 @@ class Portion:
         steps: how many encode images. Where features are stored, those that it takes to store them: steps on what is stored are
             nothing beside that.
         images_per_step: over all ranks.
+        mixed: of portions that a step mixes the name of what they are of; else the portion's own.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Portion:
     phase: Phase
     steps: int
     images_per_step: int
+    mixed: str
 
 
 def portions(plan: Plan, stages: Sequence[Stage], chosen: Mapping[str, Sequence[Phase]] = ALL) -> list[Portion]:
@@ -49,13 +51,12 @@ def portions(plan: Plan, stages: Sequence[Stage], chosen: Mapping[str, Sequence[
                 continue
             if len(one.phase.forms) == 1:
                 steps = reuse * stage.timetable.per_epoch or one.end - one.first
-                found.append(Portion(name, stage, one.phase, steps, one.images))
+                found.append(Portion(name, stage, one.phase, steps, one.images, name))
                 continue
             drawn = Counter(one.phase.form(plan.train.seed, stage.index, step) for step in range(one.first, one.end))
-            found += [
-                Portion(f"{name}, patches x {form.patch:g}", stage, form, drawn[form], one.images)
-                for form in one.phase.forms
-            ]
+            for form in one.phase.forms:
+                of_form = f"{name}, patches x {form.patch:g}"
+                found.append(Portion(of_form, stage, form, drawn[form], one.images, of_form))
     return found
 
 
@@ -64,7 +65,7 @@ def _by_side(name: str, stage: Stage, one: Stretch) -> Iterator[Portion]:
     even = one.phase.evenly
     for number, phase in enumerate(even):
         steps = len(range(one.first + number, one.end, len(even)))
-        yield Portion(f"{name}, sides x {phase.side:.3g}", stage, phase, steps, one.images)
+        yield Portion(f"{name}, sides x {phase.side:.3g}", stage, phase, steps, one.images, name)
 
 
 def _shown(stretches: Sequence[Stretch], chosen: Sequence[Phase]) -> list[Stretch]:

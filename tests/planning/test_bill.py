@@ -80,3 +80,12 @@ def test_a_count_outlives_a_file():
 )
 def test_cards_by_name(name: str, found: str):
     assert cards.named(name).name == found
+
+
+def test_a_loader_feeds_the_fastest_steps_and_those_that_mix_sizes_on_average():
+    def stage(name: str, steps: int, seconds: float, mixed: str) -> bill.StageBill:
+        return bill.StageBill(name, made(), 10, steps, Spread(seconds, seconds, seconds), 1, mixed)
+
+    small, large = stage("a, sides x 0.5", 3, 1.0, "a"), stage("a, sides x 1", 1, 5.0, "a")
+    assert bill.images_needed([small, large, stage("b", 4, 4.0, "b")]) == pytest.approx(40 / 8)
+    assert bill.images_needed([small, large, stage("b", 4, 1.0, "b"), stage("c", 0, 0.1, "c")]) == pytest.approx(10)

@@ -164,6 +164,15 @@ def test_steps_that_draw_are_portions_by_what_they_draw(tmp_path: Path, ranks: d
     assert [one.phase.patch for one in found.values()] == [1, 2, 1]
 
 
+def test_steps_that_mix_sides_are_portions_by_side(tmp_path: Path, ranks: dist.Ranks):
+    parts = parts_of("mae", tmp_path, ranks, {}, "--tokens", "naflex")
+    *mixed, last_one = portions(parts.plan, parts.stages)
+    names = [f"mae, phase 1, sides x {side}" for side in ("0.5", "0.714", "1")]
+    assert [(one.name, one.steps, one.mixed) for one in mixed] == [(name, 2, "mae, phase 1") for name in names]
+    assert [one.phase for one in mixed] == [Phase(0.5), Phase(5 / 7), Phase()]
+    assert (last_one.name, last_one.steps, last_one.mixed) == ("mae, phase 2", 2, "mae, phase 2")
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

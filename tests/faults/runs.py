@@ -285,6 +285,7 @@ class Subject:
         self._arguments = flags(method, images(scratch / "images"), keep=keep)
         reference = self.folder()
         self.record = self._scratch / "calls"
+        self.record.unlink(missing_ok=True)  # of an earlier subject here: lines are added to it
         began = time.monotonic()
         ended = self.begin(reference, Fault([str(reference), self.cache(reference)], record=str(self.record)))
         self.seconds = time.monotonic() - began

@@ -134,8 +134,7 @@ def damage(checkpoint: Path) -> str:
         return f"{MANIFEST} is missing or unreadable"
     for name, expected in hashes.items():
         try:
-            # a pipe or a device would be read forever
-            if not stat.S_ISREG((checkpoint / name).stat(follow_symlinks=False).st_mode):
+            if not _is_file(checkpoint / name):
                 return f"{name} is no file"
             if _sha256(checkpoint / name) != expected:
                 return f"{name} does not match its SHA-256"
@@ -144,8 +143,15 @@ def damage(checkpoint: Path) -> str:
     return ""
 
 
+def _is_file(path: Path) -> bool:
+    """A pipe or a device, or a link to one, would be read forever."""
+    return stat.S_ISREG(path.stat(follow_symlinks=False).st_mode)
+
+
 def _hashes(checkpoint: Path) -> dict[str, str]:
     """What the manifest says, by file. ValueError if it is not what `save` writes."""
+    if not _is_file(checkpoint / MANIFEST):
+        raise ValueError(f"{MANIFEST} is no file")
     hashes = parsed((checkpoint / MANIFEST).read_text())
     if not isinstance(hashes, dict) or STATE not in hashes:
         raise ValueError(f"{MANIFEST} names no {STATE}")

@@ -81,10 +81,15 @@ def test_a_manifest_that_save_did_not_write_is_no_proof(tmp_path: Path, manifest
     assert "step-000000002 is damaged" in said[0]
 
 
+@pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["pipe", "device", "link"])
-def test_a_name_that_is_no_file_is_not_read(tmp_path: Path, kind: str):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("model.safetensors", "is no file"), ("state.json", "is no file"), ("manifest.json", "is missing or unreadable")],
+)
+def test_a_name_that_is_no_file_is_not_read(tmp_path: Path, name: str, words: str, kind: str):
     write(tmp_path, 1, 2)
-    victim = tmp_path / "step-000000002" / "model.safetensors"
+    victim = tmp_path / "step-000000002" / name
     aside = victim.rename(tmp_path / "aside")
     if kind == "pipe":
         os.mkfifo(victim)
@@ -92,7 +97,7 @@ def test_a_name_that_is_no_file_is_not_read(tmp_path: Path, kind: str):
         victim.symlink_to(aside if kind == "link" else "/dev/zero")
     said = []
     assert checkpoint.newest(tmp_path, said.append)[1] == {"step": 1}
-    assert "model.safetensors is no file" in said[0]
+    assert f"{name} {words}" in said[0]
 
 
 def test_what_save_did_not_name_is_neither_read_nor_removed(tmp_path: Path):

@@ -164,7 +164,7 @@ class Method(nn.Module, ABC):
 
     def kept(self, patches: int) -> int:
         """How many of a large crop's patches the trained encoder is shown, in this phase."""
-        return self.phase.kept(patches)
+        return self.phase.kept(self.settings.shown_share * patches)
 
     def left_of(self, views: Sequence[View], drawn: dict[str, Tensor]) -> Sequence[View]:
         """The views, of which the large ones come first; these with the patches only whose noise is lowest, where some are left

@@ -138,9 +138,6 @@ class MimHeads(MultiCrop):
             rows[str(block)] = [self.summary(tokens_bLC, block) for tokens_bLC in self.tokens(packed, block)]
         return rows
 
-    def kept(self, patches: int) -> int:
-        return self.phase.kept(self.settings.patch_keep * patches)
-
     def tokens(self, packed: Packed, block: int) -> list[Tensor]:
         """What a block put out [b, L, C] per view; the last block's through the encoder's final norm."""
         if block == self.encoder.depth:

@@ -71,6 +71,10 @@ class DroppingSettings(NeighbourSettings):
     def rules(self) -> dict[str, tuple[bool, str]]:
         return super().rules() | {"patch-keep": (0 < self.patch_keep <= 1, "a share above 0, at most 1")}
 
+    @property
+    def shown_share(self) -> float:
+        return self.patch_keep
+
 
 @dataclass(frozen=True)
 class Settings(DroppingSettings):
@@ -124,9 +128,6 @@ class Nnclr(Comparing):
     def keep(self) -> int:
         """How many of them the encoder sees."""
         return self.kept(self.patches)
-
-    def kept(self, patches: int) -> int:
-        return self.phase.kept(self.settings.patch_keep * patches)
 
     def views(self) -> tuple[Augmentation, ...]:
         return () if self.reuse else self.crops()

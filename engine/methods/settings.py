@@ -220,6 +220,11 @@ class StageSettings:
         return True
 
     @property
+    def shown_share(self) -> float:
+        """Share of a large crop's patches that the trained encoder is shown where the phase leaves none out."""
+        return 1.0
+
+    @property
     def labelled(self) -> bool:
         """Whether the stage needs to know the images' classes."""
         return False

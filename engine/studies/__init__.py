@@ -20,6 +20,7 @@ class Arm:
         clusters: whether it has prototypes, so that what keeps them from collapsing makes a difference.
         about: what it minimises, in words.
         after: the arm whose run of the same seed it starts from; "" starts from nothing.
+        epochs: how many, as a share of its recipe's, rounded up; of an arm that has its own.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Arm:
     clusters: bool = True
     about: str = ""
     after: str = ""
+    epochs: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,5 @@
-"""Fewer tokens in the first phases of a run: each schedule beside none, for methods of every kind that can take it."""
+"""Fewer tokens in the first phases of a run: each schedule beside none, for methods of every kind that can take it, and beside
+none for half of the epochs, which costs about what the cheaper schedules do."""
 
 from engine.recipes.token_schedules import SCHEDULES
 from engine.studies import Arm, Study
@@ -15,6 +16,9 @@ STUDY = Study(
         )
         for method, able in ABLE.items()
         for name in able
+    ) + tuple(
+        Arm(f"{method}, half", method, clusters=False, about="all tokens in all steps, half of the epochs", epochs=0.5)
+        for method in ABLE
     ),
     percents=(),
     protocols=("knn", "linear"),

@@ -1,6 +1,7 @@
 """The runs of a study, as command lines of `engine.train`, and what there is of each."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -98,7 +99,11 @@ def grid(
             for guard in (collapse or study.collapse or ("",)) if arm.clusters else ("",):
                 switch = ("--collapse", guard) if guard else ()
                 words = ("--method", arm.method, *arm.flags, *start, *switch, *asked, *shared, "--seed", str(seed))
-                runs.append(Run(arm, guard, seed, words, config.parse(words), after))
+                plan = config.parse(words)
+                if arm.epochs != 1:
+                    words += _share_of_epochs(plan, arm.epochs)
+                    plan = config.parse(words)
+                runs.append(Run(arm, guard, seed, words, plan, after))
     if study.reference:
         _check_equal(runs, ("epochs", "batch_size", *equal))
     return runs
@@ -109,6 +114,15 @@ def _with_what_they_follow(study: Study, names: Sequence[str]) -> list[Arm]:
     arms = [study.arm(name) for name in names]
     earlier = [arm.after for arm in arms if arm.after]
     return arms + (_with_what_they_follow(study, earlier) if earlier else [])
+
+
+def _share_of_epochs(plan: config.Plan, share: float) -> tuple[str, ...]:
+    """Flags for this share of each stage's epochs, rounded up."""
+    return tuple(
+        word
+        for stage, settings in plan.stages
+        for word in _words(f"{stage}.epochs", math.ceil(share * settings.epochs))
+    )
 
 
 def _words(name: str, value: Any) -> list[str]:

@@ -1,6 +1,7 @@
 """The grid, its equal conditions, and how long its runs took."""
 
 import json
+import math
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -8,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from engine import studies
 from engine.core import dist
+from engine.studies import Arm, Study
 from engine.studies.conduct import grid
 from engine.training.build import build
 from engine.training.parts import prepare
@@ -103,3 +106,18 @@ def test_a_published_set_gives_every_run_its_model_and_sizes():
     for run in runs:
         encoder = run.plan.encoder
         assert (run.plan.model, encoder["img_size"], encoder["patch_size"]) == ("vit_small_patch16_224", [64, 64], 8)
+
+
+def test_an_arm_may_have_a_share_of_its_recipes_epochs():
+    whole, half = grid.grid(studies.get("tokens"), arms=("mae, none", "mae, half"))
+    assert half.epochs == -(-whole.epochs // 2)
+    alike = replace(half.plan.stages[0][1], epochs=whole.epochs)
+    assert alike == whole.plan.stages[0][1]
+    arm = Arm("short", "maect", clusters=False)
+    of_stages = [
+        [settings.epochs for _, settings in run.plan.stages]
+        for one in (arm, replace(arm, epochs=0.3))
+        for run in grid.grid(Study("some", "Some", (one,)))
+    ]
+    assert of_stages[1] == [math.ceil(0.3 * epochs) for epochs in of_stages[0]]
+    assert len(of_stages[0]) > 1

@@ -39,7 +39,10 @@ from engine.training.drawing import drawn
 from engine.training.optimizers import drop_frozen
 from engine.training.step import Update
 
-CANDIDATES = (Phase(0.5), Phase(5 / 7), Phase(patch=2.0), Phase(keep=0.25), Phase(keep=0.5), Phase(keep=0.75))
+CANDIDATES = (
+    *(Phase(0.5), Phase(5 / 7), Phase(patch=2.0), Phase(patch=2.0, keep=0.5)),
+    *(Phase(keep=0.25), Phase(keep=0.5), Phase(keep=0.75)),
+)
 PAIRS = 4
 
 Gradients = list[Tensor | None]

@@ -76,7 +76,9 @@ def test_a_run_folder_holds_what_is_promised(run: tuple[Path, str]):
     assert all(Image.open(folder / "pictures" / name).size[0] > 200 for name in pictures)
     records = read_metrics(folder / "metrics.jsonl")
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 16))
-    assert {"loss", "lr", "gradient_norm", "images_per_second", "waiting_for_data"} <= records[4].keys()
+    assert {"loss", "lr", "gradient_norm", "images_per_second", "tokens_per_image", "waiting_for_data"} <= records[
+        4
+    ].keys()
     probes = [r for r in records if r["kind"] == "probe"]
     assert {"knn_top1", "rank_me", "feature_std", "verdict"} <= probes[-1].keys()
     assert "neighbour_agreement" in next(r for r in records if r["stage"] == "maect")

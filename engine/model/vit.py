@@ -96,9 +96,11 @@ class VisionTransformer(nn.Module):
 
     Attributes:
         residual: the stream's number format under autocast, one of `engine.model.residual.DTYPES`.
+        tokens_learned_from: how many left the last block with gradients so far, by shapes alone; who reads it may set it to 0.
     """
 
     residual: str = "fp32"
+    tokens_learned_from: int = 0
 
     def __init__(self, architecture: Architecture) -> None:
         super().__init__()
@@ -246,6 +248,8 @@ class VisionTransformer(nn.Module):
                 x_TC = block.forward_dropped(x_TC, who.worth_2T1, who.rows_2R, who.places_2T, *of_kept, bias_HLL)
             else:
                 x_TC = block(x_TC, packed.cu_seqlens, layout.max_seqlen, None, bias_HLL, who.worth_2T1)
+        if x_TC.requires_grad and stop in (None, self.depth):
+            self.tokens_learned_from += layout.tokens
         return Packed(x_TC, layout)
 
     def encode(

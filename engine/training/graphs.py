@@ -26,7 +26,7 @@ from kernels.checks import checks_values
 
 UNSEEN = "no GPU has shown yet that it is right and faster; --graphs on takes it"
 WARM_UP = 2  # updates before the one that is captured: in them code is compiled, kernels are loaded, caches are filled
-Report = dict[str, Tensor]
+Report = dict[str, Tensor | float]
 Backward = Callable[[tuple[Tensor, ...], Tensor, dict[str, Tensor]], Report]
 
 

@@ -115,8 +115,8 @@ class Update:
         """Update from this rank's rows of a batch; one that will not be `logged`, on any rank, leaves out what is only reported.
 
         Returns:
-            What the method reports, as device scalars (this rank's mean), the gradient norm, the lr used, and the weight decay
-            where it changes.
+            What the method reports, as device scalars (this rank's mean), the gradient norm, the lr used, the weight decay where
+            it changes, and how many tokens of an image the encoder learned from, where it learns.
         """
         # a graph does the same at every replay, so what is reported belongs to all of them
         moment = self.moment(step, logged or self.replayed is not None)
@@ -191,8 +191,15 @@ class Update:
             rates["weight_decay"] = decay
         return rates
 
-    def gradients(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The batch's gradients, averaged over ranks, and what the method reports of it."""
+    def gradients(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor | float]:
+        """The batch's gradients, averaged over ranks, and what is reported of it."""
+        encoder = self.method.encoder
+        encoder.tokens_learned_from = 0
+        report = self._gradients(images, ids, drawn)
+        tokens = encoder.tokens_learned_from / len(ids)
+        return report | ({"tokens_per_image": tokens} if tokens else {})
+
+    def _gradients(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         parts = micro_batches(images, ids, drawn, self.accumulate)
         if self.caches:
             report = gradient_cache.backward(self.method, parts, ids, drawn, self._autocast, self._scaled)

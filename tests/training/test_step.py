@@ -11,6 +11,8 @@ from engine.core import optim
 from engine.core.draws import Draws
 from engine.core.errors import BadInput
 from engine.core.optim import Group
+from engine.methods.dino import Dino
+from engine.methods.dino import Settings as DinoSettings
 from engine.methods.mae import Mae
 from engine.methods.mae import Settings as MaeSettings
 from engine.methods.nnclr import Nnclr
@@ -215,3 +217,28 @@ def test_frozen_parameters_stay_and_the_optimiser_knows_of_them_where_it_watches
             torch.testing.assert_close(optimiser.state[still]["exp_avg"], plain)
         else:
             assert still not in optimiser.state
+
+
+def test_how_many_tokens_of_an_image_were_learned_from_is_reported():
+    prefix, patches = 1, 16
+    of_mae = [
+        Update(method := mae(mask_ratio=0.75, crops=crops), 10, accumulate=accumulate)(
+            0, (torch.randn(8, 3, 32, 32),) * crops, torch.arange(8), drawn(method)
+        )
+        for crops, accumulate in ((1, 1), (1, 4), (2, 1))
+    ]
+    assert [report["tokens_per_image"] for report in of_mae] == [prefix + patches / 4] * 2 + [
+        2 * (prefix + patches / 4)
+    ]
+
+    encoder = vit.create("vit_micro_patch8_32", depth=2)
+    sizes = {"head_hidden": 16, "bottleneck": 8, "prototypes": 12, "local_size": 16, "local_crops": 3}
+    for collapse, accumulate in (("centring", 1), ("sinkhorn", 2)):  # the latter represents every image twice
+        dino = Dino(encoder, DinoSettings(epochs=1, batch_size=8, warmup=0.0, collapse=collapse, **sizes))
+        images = tuple(torch.randn(8, 3, *view.size) for view in dino.views())
+        report = Update(dino, 10, accumulate=accumulate)(0, images, torch.arange(8), drawn(dino))
+        assert report["tokens_per_image"] == 2 * (prefix + patches) + 3 * (prefix + 4)  # the teacher's do not count
+
+    method = nnclr()  # trains heads on a frozen encoder
+    views = tuple(torch.randn(8, 3, 32, 32) for _ in method.views())
+    assert "tokens_per_image" not in Update(method, 10)(0, views, torch.arange(8), drawn(method))

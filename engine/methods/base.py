@@ -102,6 +102,11 @@ class Method(nn.Module, ABC):
         height, width = self.size
         return height // self.patch_size, width // self.patch_size
 
+    @property
+    def patches_of_crop(self) -> int:
+        """Of a large one, in this phase."""
+        return self.grid[0] * self.grid[1]
+
     def in_phase(self, phase: Phase) -> "Method":
         """This very method, but for the phase: for what is asked of a step before it is shown to the method itself."""
         twin = copy(self)
@@ -143,7 +148,7 @@ class Method(nn.Module, ABC):
         """Random choices of one step: tensors whose first dimension is this rank's images. Here, those of stochastic depth and of
         patches that are left out."""
         drawn = {"depth": draws.seeds()} if self.phase.depth and any(self.encoder.drop_path_rates) else {}
-        patches = self.grid[0] * self.grid[1]
+        patches = self.patches_of_crop
         if self.drops_patches and self.kept(patches) < patches:
             drawn["left"] = draws.uniform(sum(view.size == self.size for view in self.views()), patches)
         return drawn

@@ -184,11 +184,6 @@ class Ibot(Distillation):
         self.teacher = Teacher(**parts)
         self.patch_collapse = self.guard(s.patch_prototypes or s.prototypes)
 
-    @property
-    def patches_of_crop(self) -> int:
-        """Of a large one."""
-        return self.grid[0] * self.grid[1]
-
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         return super().draw(draws) | {"masks": self.masks(draws)}
 

@@ -69,19 +69,14 @@ class Mae(Method):
         )
 
     @property
-    def patches(self) -> int:
-        """Of a crop."""
-        return self.grid[0] * self.grid[1]
-
-    @property
     def keep(self) -> int:
         """How many of them are visible."""
-        return self.visible_of(self.patches)
+        return self.visible_of(self.patches_of_crop)
 
     @property
     def decoded(self) -> int:
         """How many of the masked ones are decoded."""
-        return self.decoded_of(self.patches)
+        return self.decoded_of(self.patches_of_crop)
 
     def visible_of(self, patches: int) -> int:
         """`keep` of a crop of so many patches."""
@@ -104,7 +99,7 @@ class Mae(Method):
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         # One row per image, its crops side by side.
-        return {"noise": draws.uniform(self.settings.crops, self.patches)}
+        return {"noise": draws.uniform(self.settings.crops, self.patches_of_crop)}
 
     def forward(self, images: tuple[Tensor, ...], ids: Tensor, drawn: dict[str, Tensor]) -> dict[str, Tensor]:
         # Crops become rows of one batch, crop by crop.
@@ -162,13 +157,13 @@ class Mae(Method):
 
     def regions_on_gpus(self) -> Iterator[tuple[object, str]]:
         yield from super().regions_on_gpus()
-        whole = self.decoded == self.patches - self.keep
+        whole = self.decoded == self.patches_of_crop - self.keep
         yield self.decoder, "assemble" if whole else "assemble_some"
         yield self.decoder, "predict" if whole else "predict_last"
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
         """For pictures: which patches were masked, int64 [B, M], and what was predicted for them, [B, M, P*P*3]."""
-        visible_BV, masked_BM = random_masking(draws.uniform(self.patches), self.keep)
+        visible_BV, masked_BM = random_masking(draws.uniform(self.patches_of_crop), self.keep)
         (prediction_BMp,) = self.predict([Alike(images)], [visible_BV], [masked_BM])
         return masked_BM, prediction_BMp.float()

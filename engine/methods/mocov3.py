@@ -124,7 +124,7 @@ class Mocov3(Taught, Comparing):
         yield Group(trained, scaled_lr(self.settings.base_lr, images_per_step), self.settings.weight_decay)
 
     def flops_per_image(self) -> float:
-        patches = self.grid[0] * self.grid[1]
+        patches = self.patches_of_crop
         shown = self.kept(patches)
         crop = 3 * self.encoder_flops(shown, thinned=True) + self.encoder_flops(patches)
         crop += 4 * head_flops(self.projector) + 3 * head_flops(self.predictor)

@@ -130,7 +130,7 @@ class Msn(Distillation):
     @property
     def keep(self) -> int:
         """How many patches of a large anchor are seen."""
-        return kept(self.grid[0] * self.grid[1], self.settings.patch_drop)
+        return kept(self.patches_of_crop, self.settings.patch_drop)
 
     def guard(self, prototypes: int, **options: object) -> Collapse:
         return super().guard(prototypes, from_probabilities=True, **options)
@@ -152,7 +152,7 @@ class Msn(Distillation):
 
     def draw(self, draws: Draws) -> dict[str, Tensor]:
         drawn = super().draw(draws)
-        patches = self.grid[0] * self.grid[1]
+        patches = self.patches_of_crop
         if self.keep < patches:
             # One order for the global batch, so every rank draws it whole; a row per image says so to whoever splits batches.
             order_N = torch.randperm(patches, generator=draws.generator, device=draws.device)

@@ -120,14 +120,9 @@ class Nnclr(Comparing):
         encoder.requires_grad_(False)
 
     @property
-    def patches(self) -> int:
-        """Of a crop."""
-        return self.grid[0] * self.grid[1]
-
-    @property
     def keep(self) -> int:
         """How many of them the encoder sees."""
-        return self.kept(self.patches)
+        return self.kept(self.patches_of_crop)
 
     def views(self) -> tuple[Augmentation, ...]:
         return () if self.reuse else self.crops()
@@ -147,7 +142,7 @@ class Nnclr(Comparing):
         drawn = {f"choice{view}": draws.integers(self.settings.top_k) for view in (0, 1)}
         if self.reuse:
             return drawn | {"turn": draws.integers(self.reuse)}
-        return drawn if self.keep == self.patches else drawn | {"noise": draws.uniform(2, self.patches)}
+        return drawn if self.keep == self.patches_of_crop else drawn | {"noise": draws.uniform(2, self.patches_of_crop)}
 
     def store(self, crops: Callable[[Sequence[Augmentation], int], Iterator[Batch]], images: int) -> None:
         self.stored = None

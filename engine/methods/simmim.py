@@ -119,7 +119,7 @@ class Simmim(Method):
 
     def predict(self, images: Tensor, masked_bM: Tensor, drawn: dict[str, Tensor]) -> Tensor:
         """Pixels [b, M, P*P*3] of the masked patches, under stochastic depth as drawn."""
-        patches = self.grid[0] * self.grid[1]
+        patches = self.patches_of_crop
         hidden_bN = images.new_zeros((len(images), patches), dtype=torch.bool).scatter(1, masked_bM, True)
         view = View(images, hidden=hidden_bN, blank=self.mask_token[0, 0])
         (tokens_bLC,) = self.encode([view], drawn)
@@ -139,7 +139,7 @@ class Simmim(Method):
         yield from with_decay(bare.items(), peak_lr, 0.0)
 
     def flops_per_image(self) -> float:
-        patches = self.grid[0] * self.grid[1]
+        patches = self.patches_of_crop
         masked = self.hidden_units * self.patches_UI.shape[1]
         return 3 * (self.encoder_flops(patches, thinned=True) + masked * head_flops(self.decoder))
 

@@ -18,7 +18,7 @@ from engine.methods.parts.collapse import CHOICES
 from engine.methods.settings import StageSettings
 from engine.model import recomputing, residual
 from engine.recipes import small_data, token_schedules
-from engine.training import config_file, trackers
+from engine.training import config_file, fewer_tokens, trackers
 
 EMBEDDED_MODEL, FOLDER_MODEL = "vit_micro_patch8_32", "vit_base_patch16_224"
 RESUME_MAY_CHANGE = (
@@ -316,17 +316,7 @@ def _preset(train: Train) -> Plan:
 
 def _with_tokens(train: Train, schedule: token_schedules.Schedule, stages: Stages) -> Stages:
     """The stages, those with the schedule that can take it. Raises BadInput where none can."""
-    needed = {"phase_keeps": "drops_patches", "aspect": "keeps_aspect"} | dict.fromkeys(
-        ("phase_sides", "phase_patches", "patch_draws", "side_draws"), "shrinks"
-    )
-    wanted = [able for what, able in needed.items() if what in schedule.settings]
-    able = [
-        name
-        for name, settings in stages
-        if not getattr(settings, "reuse", 0)
-        and all(getattr(methods.get(name), able) for able in wanted)
-        and (wanted or any(getattr(methods.get(name), able) for able in needed.values()))
-    ]
+    able = [name for name, settings in stages if fewer_tokens.able(name, settings, schedule.settings)]
     if not able:
         raise BadInput(
             f"--tokens {train.tokens} cannot be had: no stage of {train.method} can do with fewer tokens so."

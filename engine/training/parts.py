@@ -25,10 +25,9 @@ from engine.data.sources import ImageSet, has_split, open_images, usable_cpus
 from engine.data.stream import MAX_THREADS
 from engine.data.subsets import few_per_class
 from engine.data.views import Augmentation
-from engine.methods.crops import MultiCrop
 from engine.methods.settings import StageSettings
 from engine.model import vit, weights
-from engine.training import graphs
+from engine.training import fewer_tokens, graphs
 from engine.training.config import Plan, Train
 from engine.training.loop import Stage
 from engine.training.operations import CLASSES, costs
@@ -158,8 +157,9 @@ def prepare(plan: Plan, ranks: dist.Ranks) -> Parts:
     encoder = vit.create(plan.model, **plan.encoder)
     for name, settings in plan.stages:
         settings.check_encoder(name, encoder)
-        _check_phases(name, settings, encoder)
-        _check_aspect(name, settings, encoder)
+        fewer_tokens.check(name, settings, encoder)
+        if settings.phase_choice == "auto" and not candidates(methods.get(name), encoder):
+            raise BadInput(f"--{name}.phase-choice auto: {name} can't do with fewer tokens.")
         if settings.labelled and train_images.labels is None:
             raise BadInput(f"stage {name} learns from classes, but {train_images.root} has none: give train/CLASS/*.")
         _check_batch(name, settings, plan, ranks, len(_stage_images(train_images, settings, train.seed)))
@@ -251,64 +251,6 @@ def _check_batch(stage: str, settings: StageSettings, plan: Plan, ranks: dist.Ra
         )
 
 
-def _check_phases(stage: str, settings: StageSettings, encoder: vit.VisionTransformer) -> None:
-    """Raise BadInput where the method can't be shown fewer tokens in the way its phases say."""
-    kind, phases = methods.get(stage), settings.token_phases.phases
-    if getattr(settings, "reuse", 0) and len(phases) > 1:
-        raise BadInput(f"--{stage}.phases are for steps that encode images; with --{stage}.reuse they don't.")
-    if settings.phase_choice == "auto" and not candidates(kind, encoder):
-        raise BadInput(f"--{stage}.phase-choice auto: {stage} can't do with fewer tokens.")
-    if any(even.side < 1 for phase in phases for even in phase.evenly):
-        if not kind.shrinks:
-            raise BadInput(f"--{stage}.phase-sides: {stage} can only be trained at the model's own image size.")
-        if encoder.rel_pos_bias is not None:
-            raise BadInput(f"--{stage}.phase-sides: relative positions are those of the model's own image size.")
-    if any(phase.keep < 1 for phase in phases) and not kind.drops_patches:
-        raise BadInput(f"--{stage}.phase-keeps: {stage} needs every patch of a crop.")
-    _check_depths(stage, max(phase.depth for phase in phases), min(phase.depth for phase in phases), encoder)
-    if any(phase.small < 1 for phase in phases):
-        if not issubclass(kind, MultiCrop) or not settings.local_crops:
-            raise BadInput(f"--{stage}.phase-locals: images of {stage} have no small crops here.")
-        if min(settings.global_crops + phase.small_crops(settings.local_crops) for phase in phases) < 2:
-            raise BadInput(f"--{stage}.phase-locals: there must be two crops of an image at least.")
-    if any(form.patch > 1 for phase in phases for form in phase.forms):
-        _check_patches(stage, settings, encoder)
-
-
-def _check_depths(stage: str, most: float, least: float, encoder: vit.VisionTransformer) -> None:
-    """Raise BadInput where the model's rates of stochastic depth can't be so many times as high."""
-    highest = max(encoder.drop_path_rates)
-    if not highest and (most, least) != (1, 1):
-        raise BadInput(f"--{stage}.phase-depths: the model has no stochastic depth to scale.")
-    if most * highest >= 1:
-        raise BadInput(f"--{stage}.phase-depths: {most:g} times the model's rate of {highest:g} leaves no branch.")
-
-
-def _check_patches(stage: str, settings: StageSettings, encoder: vit.VisionTransformer) -> None:
-    """Raise BadInput where patches can't be as large as the phases say."""
-    own, phases = encoder.patch_size, settings.token_phases.phases
-    flag = f"--{stage}.{'phase-patches' if any(phase.patch > 1 for phase in phases) else 'patch-draws'}"
-    if not methods.get(stage).shrinks:
-        raise BadInput(f"{flag}: {stage} can only be trained with the model's own patches.")
-    if encoder.rel_pos_bias is not None:
-        raise BadInput(f"{flag}: relative positions are those of the model's own patches.")
-    small = (settings.local_size,) * 2 if getattr(settings, "local_crops", 0) else encoder.img_size
-    for phase in phases:
-        for form in phase.forms:
-            side, exact = form.patch_size(own), form.patch * own
-            if abs(exact - side) > 1e-6:
-                raise BadInput(
-                    f"{flag}: {form.patch:g} times the model's {own} pixels are no whole number, but {exact:g}."
-                )
-            if form.patch > 1 and min(form.size(encoder.img_size, own)) < 2 * side:
-                raise BadInput(f"{flag}: of patches of {side} pixels a large crop would have one row.")
-        for full in (encoder.img_size, small):
-            sizes = {form.size(full, own): form.patch_size(own) for form in phase.forms}
-            if len(sizes) > 1:
-                told = ", ".join(f"{height} x {width} in patches of {side}" for (height, width), side in sizes.items())
-                raise BadInput(f"--{stage}.patch-draws: crops must stay at one size, and these would be {told} pixels.")
-
-
 def _check_queue(stage: Stage, settings: StageSettings) -> None:
     """Raise BadInput where a step of a grown batch brings more keys than the stage's queue has room for."""
     room, most = getattr(settings, "queue_size", 0), max(one.images for one in stage.timetable.stretches)
@@ -317,14 +259,6 @@ def _check_queue(stage: Stage, settings: StageSettings) -> None:
             f"--{stage.name}.phase-batch grow makes batches of {most}, more than the queue's {room}; set "
             f"--{stage.name}.queue-size higher."
         )
-
-
-def _check_aspect(stage: str, settings: StageSettings, encoder: vit.VisionTransformer) -> None:
-    """Raise BadInput where the method or the model can't be shown images of their own aspect."""
-    if settings.aspect == "keep" and not methods.get(stage).keeps_aspect:
-        raise BadInput(f"--{stage}.aspect keep: {stage} can only be trained on crops of one shape.")
-    if settings.aspect == "keep" and encoder.rel_pos_bias is not None:
-        raise BadInput(f"--{stage}.aspect keep: relative positions are those of the model's own grid.")
 
 
 def _compiles(train: Train, ranks: dist.Ranks) -> bool:

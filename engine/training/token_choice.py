@@ -36,6 +36,7 @@ from engine.data.batch import Batch
 from engine.methods.base import Method
 from engine.model.vit import VisionTransformer
 from engine.training.drawing import drawn
+from engine.training.fewer_tokens import possible
 from engine.training.optimizers import drop_frozen
 from engine.training.step import Update
 
@@ -64,15 +65,7 @@ class Measured:
 
 def candidates(kind: type[Method], encoder: VisionTransformer) -> tuple[Phase, ...]:
     """The phases of fewer tokens that a method can show this encoder."""
-    found = []
-    for phase in CANDIDATES:
-        shrinks = phase.side < 1 or phase.patch > 1
-        rows = min(phase.size(encoder.img_size, encoder.patch_size)) // phase.patch_size(encoder.patch_size)
-        if shrinks and (not kind.shrinks or encoder.rel_pos_bias is not None or (phase.patch > 1 and rows < 2)):
-            continue
-        if phase.keep == 1 or kind.drops_patches:
-            found.append(phase)
-    return tuple(found)
+    return possible(kind, CANDIDATES, encoder)
 
 
 def in_words(phase: Phase) -> str:

@@ -104,7 +104,7 @@ def test_some_of_the_masked_patches_are_decoded_as_if_the_others_were_not_there(
     drawn = mae.draw(draws(4))
     order = drawn["noise"][:, 0].argsort(dim=1, stable=True)
     visible, masked = order[:, : mae.keep], order[:, mae.keep : mae.keep + mae.decoded]
-    assert mae.decoded == round(0.4 * (mae.patches - mae.keep)) < mae.patches - mae.keep
+    assert mae.decoded == round(0.4 * (mae.patches_of_crop - mae.keep)) < mae.patches_of_crop - mae.keep
     loss = mae((images,), torch.arange(4), drawn)["loss"]
     loss.backward()
     ours = {name: p.grad.clone() for name, p in mae.named_parameters() if p.grad is not None}
@@ -141,7 +141,7 @@ def test_several_crops_are_the_mean_over_crops():
 @pytest.mark.parametrize(("patch", "visible", "patches"), [(16, 49, 196), (14, 64, 256)])
 def test_a_quarter_of_the_patches_is_visible(patch: int, visible: int, patches: int):
     mae = make("vit_tiny_patch16_224", patch_size=patch, depth=1)
-    assert (mae.keep, mae.patches) == (visible, patches)
+    assert (mae.keep, mae.patches_of_crop) == (visible, patches)
 
 
 def test_masks_are_uniform_and_differ_between_images_and_steps():

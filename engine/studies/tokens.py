@@ -17,7 +17,10 @@ STUDY = Study(
         for method, able in ABLE.items()
         for name in able
     ) + tuple(
-        Arm(f"{method}, half", method, clusters=False, about="all tokens in all steps, half of the epochs", epochs=0.5)
+        Arm(
+            f"{method}, half", method, ("--tokens", "none"), clusters=False,
+            about="all tokens in all steps, half of the epochs", epochs=0.5,
+        )
         for method in ABLE
     ),
     percents=(),

@@ -32,7 +32,7 @@ from engine.studies.conduct.grid import (
     trained_seconds,
 )
 from engine.studies.conduct.judge import Judge
-from engine.studies.conduct.report import Judged, Outcome
+from engine.studies.conduct.outcome import Judged, Outcome
 from engine.studies.conduct.trainings import Training, environment
 
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from engine.studies.conduct import grid, report
-from engine.studies.conduct.report import Judged, Outcome
+from engine.core.plotting import Figure
+from engine.studies import Arm, Study
+from engine.studies.conduct import figures, grid, report
+from engine.studies.conduct.outcome import Judged, Outcome
 from tests.strict import STRICT
 from tests.studies.small import CHAIN, LOWSHOT
 
@@ -71,24 +73,63 @@ def test_a_study_of_own_recipes_has_costs_and_no_column_of_operators():
     assert "1.5" in console.export_text()
 
 
+def drawn_by(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are drawn from here on, none of which is written."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(figures, "write_file", lambda path, write: drawn.append(write.__closure__[0].cell_contents))
+    return drawn
+
+
+def labels_stand_apart(figure: Figure) -> None:
+    for panel in figure.axes:
+        boxes = sorted((text.get_window_extent() for text in panel.texts), key=lambda box: box.y0)
+        assert all(lower.y0 + 8 < upper.y0 for lower, upper in pairwise(boxes))
+
+
 def test_figure_has_a_panel_for_each_operator_and_names_every_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    figures = []
-    monkeypatch.setattr(report, "write_file", lambda path, write: figures.append(write.__closure__[0].cell_contents))
-    report.draw(tmp_path / "x.png", outcome())
-    (figure,) = figures
+    drawn = drawn_by(monkeypatch)
+    figures.draw(tmp_path / "x.png", outcome())
+    (figure,) = drawn
     named = {panel.get_title(loc="left"): [text.get_text() for text in panel.texts] for panel in figure.axes}
     assert list(named) == ["centring", "me-max", "sinkhorn"]
     assert set(named["sinkhorn"]) == {"raw pixels", "contrastive", "clustering", "masked", "both"}
     assert set(named["me-max"]) == {"raw pixels", "contrastive", "masked", "both"}, "what is missing has no line"
     assert "both (collapsed)" in named["centring"]
-    for panel in figure.axes:
-        boxes = sorted((text.get_window_extent() for text in panel.texts), key=lambda box: box.y0)
-        assert all(lower.y0 + 8 < upper.y0 for lower, upper in pairwise(boxes)), "labels stand apart"
-    report.draw(tmp_path / "y.png", replace(outcome(), judged=(), yardsticks=()))
+    labels_stand_apart(figure)
+    figures.draw(tmp_path / "y.png", replace(outcome(), judged=(), yardsticks=()))
+
+
+def test_costs_have_a_panel_for_each_method_and_join_what_differs_in_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    arms = (
+        *(Arm("whole", "mae", clusters=False), Arm("half", "mae", clusters=False, epochs=0.5)),
+        *(Arm("small", "mae", ("--tokens", "fast"), clusters=False), Arm("crops", "dino", clusters=False)),
+    )
+    study = Study("costly", "Costly", arms, costs=True)
+    judged = [
+        Judged(arm.name, "", seed, {"k-NN": [0.5 + seed / 10], "5-shot": [0.2, 0.4]}, operations=number * 1e12)
+        for number, arm in enumerate(arms, 1)
+        for seed in (0, 1)
+    ]
+    drawn = drawn_by(monkeypatch)
+    figures.draw_costs(tmp_path / "x.png", Outcome(study, "on something", tuple(judged), ()))
+    (figure,) = drawn
+    titles = [panel.get_title(loc="left") for panel in figure.axes]
+    assert titles == ["mae: k-NN", "mae: 5-shot", "dino: k-NN", "dino: 5-shot"]
+    of_mae = figure.axes[0]
+    joined, alone = (bars[0].get_xydata().tolist() for bars in of_mae.containers)
+    assert joined == [[1, pytest.approx(55)], [2, pytest.approx(55)]] and alone == [[3, pytest.approx(55)]]
+    bars = of_mae.containers[0][2][0].get_segments()
+    assert bars[0].tolist() == [[1, pytest.approx(50)], [1, pytest.approx(60)]], "seeds, not splits"
+    assert {text.get_text() for text in of_mae.texts} == {"whole", "half", "small"}
+    labels_stand_apart(figure)
+    figures.draw_costs(tmp_path / "y.png", Outcome(study, "on something", (), ()))
+    assert len(drawn) == 1, "nothing is done yet"
 
 
 def test_labels_move_as_little_as_needed():
-    assert report.apart([], 10) == []
-    assert report.apart([0, 50], 10) == [0, 50]
-    assert report.apart([20, 20], 10) == [15, 25]
-    assert report.apart([0, 1, 2, 80], 10) == pytest.approx([-9, 1, 11, 80])
+    assert figures.apart([], 10) == []
+    assert figures.apart([0, 50], 10) == [0, 50]
+    assert figures.apart([20, 20], 10) == [15, 25]
+    assert figures.apart([0, 1, 2, 80], 10) == pytest.approx([-9, 1, 11, 80])

@@ -1,0 +1,163 @@
+"""The pictures of a study: accuracy against labelled images, and against what a run computes."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import cycle
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from engine.core.durable import write_file
+from engine.core.plotting import Figure
+from engine.studies.conduct.outcome import Outcome, Row, spread
+
+# Okabe and Ito's palette, which people who confuse colours can tell apart; each with a marker and a label of its own.
+STYLES = (
+    *(("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P")),
+    ("#000000", "X"),
+)
+INK, FAINT = "#222222", "#767676"
+NOTE_CHARACTERS = 18  # of the smallest print, to an inch
+DASHES = {"raw pixels": (0, (4, 2)), "untrained": (0, (1, 1.5))}
+
+
+def draw(path: Path, outcome: Outcome) -> None:
+    """A PNG of accuracy against labelled images per class: a panel for each way to keep prototypes from collapsing, a line for
+    each pretext task; what has no prototypes is the same in all panels."""
+    rows = outcome.rows
+    shots = [name for name in outcome.names if name.endswith("-shot")]
+    guards = list(dict.fromkeys(row.collapse for row in rows if row.collapse)) or [""]
+    # as high as the labels at the ends of the lines need
+    width, height = 4.3 * len(guards) + 0.9, max(4.4, 0.2 * len({(row.arm, row.collapse) for row in rows}) + 1.6)
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
+    figure.suptitle(outcome.study.title, color=INK, fontsize=12, x=0.01, ha="left")
+    panels = figure.subplots(1, len(guards), sharey=True, squeeze=False)[0]
+    styles = {arm.name: STYLES[number % len(STYLES)] for number, arm in enumerate(outcome.study.arms)}
+    alone = any(row.collapse == "" for row in rows)
+    for panel, guard in zip(panels, guards, strict=True):
+        lines = [
+            row for row in rows if row.collapse in (guard, "", None) and all(row.figures.get(name) for name in shots)
+        ]
+        if outcome.study.collapse:
+            panel.set_title(guard or "no prototypes", loc="left", fontsize=11, color=INK)
+        if not lines or not shots:
+            panel.text(0.5, 0.5, "nothing is done yet", ha="center", transform=panel.transAxes, color=FAINT)
+            panel.set_axis_off()
+            continue
+        _draw_lines(panel, lines, shots, styles)
+    panels[0].set_ylabel("top-1 accuracy (%)", color=FAINT)
+    seeds = len({found.seed for found in outcome.judged})
+    note = f"bars: standard deviation over {'splits and seeds' if seeds > 1 else 'splits'}; {outcome.about}"
+    if alone and len(guards) > 1:
+        note += "\n" + next(text for text in outcome.notes if "no prototypes" in text)
+    note = "\n".join(fill(line, int(NOTE_CHARACTERS * width)) for line in note.splitlines())
+    figure.supxlabel(note, color=FAINT, fontsize=8, x=0.01, ha="left")
+    _label_ends(figure, panels)
+    write_file(path, lambda aside: figure.savefig(aside, format="png"))
+
+
+def _draw_lines(panel: Axes, rows: Sequence[Row], shots: Sequence[str], styles: Mapping[str, tuple[str, str]]) -> None:
+    """Means with bars, a little apart so that bars of one place do not cover each other; names stand at their ends."""
+    places = np.log2([float(name.removesuffix("-shot")) for name in shots])
+    gap = min(0.03, 0.24 / len(rows))
+    for number, row in enumerate(rows):
+        x = places + gap * (number - (len(rows) - 1) / 2)
+        means, bars = zip(*(spread(row.figures[name]) for name in shots), strict=True)
+        colour, marker = styles.get(row.arm, (FAINT, ""))
+        look = {"linestyle": DASHES.get(row.arm, "-"), "linewidth": 1.2 if row.arm in DASHES else 1.8}
+        panel.errorbar(
+            x, means, [bar or 0.0 for bar in bars], color=colour, marker=marker or None, markersize=5, capsize=2.5,
+            elinewidth=0.9, **look,
+        )  # fmt: skip
+        text = f"{row.arm} (collapsed)" if row.collapsed else row.arm
+        panel.annotate(
+            text, (places[-1] + 0.12, means[-1]), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9,
+            va="center", annotation_clip=False,
+        )  # fmt: skip
+    panel.set_xticks(places, [name.removesuffix("-shot") for name in shots])
+    panel.set_xlim(places[0] - 0.25, places[-1] + 1.35)
+    panel.set_xlabel("labelled images per class", color=FAINT)
+    _plain(panel)
+
+
+def draw_costs(path: Path, outcome: Outcome) -> None:
+    """A PNG of accuracy against what a run computes: a row of panels for each method, a column for k-NN and one for the most
+    labelled images per class. Arms that differ in epochs alone have one colour and a line: what lies above it is worth more than
+    training as it is for shorter."""
+    arms = {arm.name: arm for arm in outcome.study.arms}
+    shots = [name for name in outcome.names if name.endswith("-shot")]
+    names = [name for name in ("k-NN", *shots[-1:]) if name in outcome.names]
+    done = [row for row in outcome.rows if row.operations and all(row.figures.get(name) for name in names)]
+    methods = list(dict.fromkeys(arms[row.arm].method for row in done))
+    if not names or not methods:
+        return
+    width, height = 4.6 * len(names) + 0.9, max(3.4, 0.2 * len(done) / len(methods) + 1.6) * len(methods) + 0.6
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
+    figure.suptitle(outcome.study.title, color=INK, fontsize=12, x=0.01, ha="left")
+    panels = figure.subplots(len(methods), len(names), sharey="col", squeeze=False)
+    for of_method, method in zip(panels, methods, strict=True):
+        alike: dict[tuple[str, ...], list[Row]] = {}
+        for row in done:
+            if arms[row.arm].method == method:
+                alike.setdefault((*arms[row.arm].flags, arms[row.arm].after), []).append(row)
+        for panel, name in zip(of_method, names, strict=True):
+            _draw_costs(panel, list(alike.values()), name)
+            panel.set_title(f"{method}: {name}", loc="left", fontsize=11, color=INK)
+        of_method[0].set_ylabel("top-1 accuracy (%)", color=FAINT)
+    note = fill(f"bars: standard deviation over seeds; {outcome.about}", int(NOTE_CHARACTERS * width))
+    figure.supxlabel(note, color=FAINT, fontsize=8, x=0.01, ha="left")
+    _label_ends(figure, panels.flat)
+    write_file(path, lambda aside: figure.savefig(aside, format="png"))
+
+
+def _draw_costs(panel: Axes, alike: Sequence[Sequence[Row]], name: str) -> None:
+    """Means with bars; rows that are alike but for their epochs are joined."""
+    for rows, (colour, marker) in zip(alike, cycle(STYLES)):
+        rows = sorted(rows, key=lambda row: row.operations)
+        operations = [row.operations / 1e12 for row in rows]
+        means, bars = zip(*(spread(row.means[name]) for row in rows), strict=True)
+        panel.errorbar(
+            operations, means, [bar or 0.0 for bar in bars], color=colour, marker=marker, markersize=6, capsize=2.5,
+            elinewidth=0.9, linewidth=0.9,
+        )  # fmt: skip
+        for row, mean in zip(rows, means, strict=True):
+            text = f"{row.arm} (collapsed)" if row.collapsed else row.arm
+            panel.annotate(
+                text, (1.0, mean), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
+                color=colour, fontsize=9, va="center", annotation_clip=False,
+            )  # fmt: skip
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set_xlabel("TFLOP", color=FAINT)
+    _plain(panel)
+
+
+def _plain(panel: Axes) -> None:
+    panel.grid(axis="y", alpha=0.25, linewidth=0.6)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.spines[["left", "bottom"]].set_color(FAINT)
+    panel.tick_params(colors=FAINT, labelsize=9)
+
+
+def _label_ends(figure: Figure, panels: Iterable[Axes]) -> None:
+    """Move the labels of a panel apart, in order of height, until none covers another."""
+    figure.canvas.draw()  # only now are places in pixels known
+    points = 72 / figure.dpi
+    for panel in panels:
+        labels = sorted(panel.texts, key=lambda label: label.xy[1]) if panel.axison else []
+        wanted = [panel.transData.transform(label.xy)[1] * points for label in labels]
+        for label, old, new in zip(labels, wanted, apart(wanted, 11.0), strict=True):
+            label.set_position((6, new - old))
+
+
+def apart(heights: Sequence[float], gap: float) -> list[float]:
+    """Ascending heights moved as little as needed (least squares) so that neighbours are `gap` apart or more."""
+    blocks: list[tuple[float, int]] = []  # (mean of height minus place, members): isotonic regression by pooling
+    for number, height in enumerate(heights):
+        blocks.append((height - gap * number, 1))
+        while len(blocks) > 1 and blocks[-2][0] > blocks[-1][0]:
+            (upper, more), (lower, count) = blocks.pop(), blocks.pop()
+            blocks.append(((upper * more + lower * count) / (more + count), more + count))
+    levels = [level for level, count in blocks for _ in range(count)]
+    return [level + gap * number for number, level in enumerate(levels)]

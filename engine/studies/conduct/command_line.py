@@ -26,6 +26,10 @@ class Flags:
     model: str = ""
     """A timm ViT name; default vit_micro_patch8_32 on the embedded digits, vit_base_patch16_224 on a folder, and ViT-S with the
     set's image and patch size on a published set."""
+    image_size: tuple[int, ...] = ()
+    """Height and width of the input, or one number for both; default: the model's."""
+    patch_size: int = 0
+    """Side of a patch in pixels; 0 is the model's."""
     epochs: int = 0
     """Of every run, in a study of equal conditions; 0 is the study's own on the embedded digits, and the recipe's on a folder."""
     batch_size: int = 0
@@ -49,7 +53,7 @@ class Flags:
 
     def check(self, study: Study) -> None:
         """Raise BadInput for a value that cannot be meant."""
-        for name, least in {"epochs": 0, "batch_size": 0, "jobs": 1, "threads": 0}.items():
+        for name, least in {"epochs": 0, "batch_size": 0, "patch_size": 0, "jobs": 1, "threads": 0}.items():
             if getattr(self, name) < least:
                 raise BadInput(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be {least} or more.")
         if not self.seeds or min(self.seeds) < 0:

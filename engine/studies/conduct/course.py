@@ -196,10 +196,15 @@ class Course:
             for run in self.runs
         ]
         yardsticks = [found for found in self.judged.values() if found.collapse is None]
+        plan, flags = self.runs[0].plan, self.flags
+        model = plan.model
+        if flags.image_size or flags.patch_size:
+            height, width = plan.encoder.get("img_size", ()) or vit.without_memory(model).img_size
+            side = plan.encoder.get("patch_size") or vit.without_memory(model).patch_size
+            model += f" of {height} x {width} pixels in patches of {side}"
         about = (
-            f"{self.runs[0].plan.model} on {self.flags.data or 'the embedded digits'} ({len(images[0]):,} training and "
-            f"{len(images[1]):,} test images), {length(self.runs)}, "
-            f"seed{'s' * (len(self.flags.seeds) > 1)} {' '.join(map(str, self.flags.seeds))}"
+            f"{model} on {flags.data or 'the embedded digits'} ({len(images[0]):,} training and {len(images[1]):,} test images), "
+            f"{length(self.runs)}, seed{'s' * (len(flags.seeds) > 1)} {' '.join(map(str, flags.seeds))}"
         )
         return Outcome(self.study, about, tuple(judged), tuple(yardsticks), encoders_differ(self.runs))
 

@@ -51,6 +51,8 @@ def grid(
     *,
     data: str = "",
     model: str = "",
+    image_size: tuple[int, ...] = (),
+    patch_size: int = 0,
     epochs: int = 0,
     batch_size: int = 0,
     seeds: Sequence[int] = (0,),
@@ -61,7 +63,8 @@ def grid(
 
     Args:
         folder: where the runs' folders are.
-        data, model, epochs, batch_size: as the command line has them; "" and 0 are the study's or the recipe's.
+        data, model, image_size, patch_size, epochs, batch_size: as the command line has them; "", () and 0 are the study's or
+            the recipe's.
         arms, collapse: only these (of arms, and those they start from); none are all.
 
     Raises:
@@ -75,7 +78,8 @@ def grid(
     def general(model: str, epochs: int, batch_size: int, encoder: dict[str, Any]) -> list[str]:
         values = {"data": "" if embedded else data, "preset": "digits" if embedded else "", "model": model}
         values |= {"epochs": epochs, "batch-size": batch_size, "pool": encoder.get("global_pool")}
-        values |= {"image-size": tuple(encoder.get("img_size", ())), "patch-size": encoder.get("patch_size")}
+        values |= {"image-size": image_size or tuple(encoder.get("img_size", ()))}
+        values |= {"patch-size": patch_size or encoder.get("patch_size")}
         given = [word for name, value in values.items() if value for word in _words(name, value)]
         return [*given, *study.cadence, "--no-evaluate"]
 

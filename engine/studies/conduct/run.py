@@ -48,7 +48,8 @@ def run(flags: Flags, study: Study, console: Console, again: str) -> int:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     chosen = {
-        name: getattr(flags, name) for name in ("data", "model", "epochs", "batch_size", "seeds", "arms", "collapse")
+        name: getattr(flags, name)
+        for name in ("data", "model", "image_size", "patch_size", "epochs", "batch_size", "seeds", "arms", "collapse")
     }
     folder = Path(flags.out).expanduser() / "runs"
     course = Course(flags, study, grid(study, folder, **chosen), say)

@@ -108,6 +108,13 @@ def test_a_published_set_gives_every_run_its_model_and_sizes():
         assert (run.plan.model, encoder["img_size"], encoder["patch_size"]) == ("vit_small_patch16_224", [64, 64], 8)
 
 
+def test_sizes_are_given_to_every_run():
+    for run in grid.grid(studies.get("tokens"), image_size=(32,), patch_size=4, model="vit_tiny_patch16_224"):
+        assert (run.plan.encoder["img_size"], run.plan.encoder["patch_size"]) == ([32, 32], 4)
+    for run in grid.grid(LOWSHOT, patch_size=4):
+        assert run.plan.encoder["patch_size"] == 4
+
+
 def test_an_arm_may_have_a_share_of_its_recipes_epochs():
     whole, half = grid.grid(studies.get("tokens"), arms=("mae, none", "mae, half"))
     assert half.epochs == -(-whole.epochs // 2)

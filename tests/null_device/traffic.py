@@ -38,7 +38,7 @@ def step_of(options: argparse.Namespace) -> Count:
     if options.drop_path is not None:
         plan = replace(plan, encoder=plan.encoder | {"drop_path": options.drop_path})
     stage = len(plan.stages) - 1 if options.stage is None else options.stage
-    return counted(*stepping(method_of(plan, stage), not options.eager, stage))
+    return counted(*stepping(method_of(plan, stage), not options.eager, stage, logged=not options.unlogged))
 
 
 def show(found: dict[str, Any], options: argparse.Namespace) -> None:
@@ -67,6 +67,7 @@ def main() -> int:
     parser.add_argument(
         "--drops-from", type=float, help="the rate from which rows are dropped, instead of the engine's"
     )
+    parser.add_argument("--unlogged", action="store_true", help="a step that is not logged, so measures no health")
     parser.add_argument("--chip", type=int, choices=device.CHIPS, default=90)
     parser.add_argument("--rows", type=int, default=30)
     options = parser.parse_args()

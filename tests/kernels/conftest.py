@@ -2,10 +2,15 @@
 it found it.
 """
 
+import fcntl
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
 import kernels
+from tests.kernels.emulated import build_library
 
 
 @pytest.fixture(autouse=True)
@@ -24,3 +29,17 @@ def _debug_mode():
 def _choice_restored():
     yield
     kernels.use("auto")
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory, testrun_uid: str) -> Path:
+    """The CUDA library as the README has it built, but elsewhere: once for all workers."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / f"cuda-{testrun_uid}"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = folder / "done"
+        if not done.exists():
+            done.write_text(str(build_library(folder / "build")))
+    return Path(done.read_text())

@@ -28,7 +28,6 @@ from tests.kernels.emulated import (
     ROOT,
     answer,
     build,
-    build_library,
     build_main,
     inspect,
     memory_of,
@@ -258,12 +257,6 @@ def test_missing_library_is_told_in_one_sentence(monkeypatch, tmp_path):
     library.LIBRARY.write_text("not a library")
     with pytest.raises(ValueError, match="the CUDA kernels do not load"):
         kernels.use("cuda", "packed_attention")
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Path:
-    """The library as the README has it built, but elsewhere."""
-    return build_library(tmp_path_factory.mktemp("cuda"))
 
 
 # of a kernel: pass, dtype, head dim, of backward whether all is staged once

@@ -30,7 +30,6 @@ from tests.kernels.emulated import (
     ROOT,
     answer,
     build,
-    build_library,
     build_main,
     inspect,
     memory_of,
@@ -400,11 +399,6 @@ def test_what_cannot_be_done_is_told_in_one_sentence(chosen_cuda):
         kernels.sinkhorn(double, 0.1)
     with pytest.raises(ValueError, match=r"up to 131072 prototypes, got torch.float32 and 131080; the reference takes"):
         kernels.sinkhorn(wide, 0.1)
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory) -> Path:
-    return build_library(tmp_path_factory.mktemp("cuda"))
 
 
 # of a kernel: its name and dtype

@@ -285,8 +285,8 @@ def test_a_few_images_are_not_cut_for_minutes(tmp_path: Path):
             read.append(len(part))
             yield part
 
-    Codebook(600, 8, True).fit(images, minimal((32, 32)), 0, threads=1, watch=watch)
-    assert 32 * 16 * len(images) <= sum(read) <= 33 * 16 * len(images) < 50 * 600
+    Codebook(150, 8, True).fit(images, minimal((32, 32)), 0, threads=1, watch=watch)
+    assert 32 * 16 * len(images) <= sum(read) <= 33 * 16 * len(images) < 50 * 150
     read.clear()
-    Codebook(600, 8, True).fit(images, minimal((32, 32)), 0, 6000, threads=1, watch=watch)
+    Codebook(150, 8, True).fit(images, minimal((32, 32)), 0, 6000, threads=1, watch=watch)
     assert sum(read) >= 6000  # as asked for

@@ -127,8 +127,7 @@ def _draw_costs(panel: Axes, alike: Sequence[Sequence[Row]], name: str) -> None:
                 text, (1.0, mean), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
                 color=colour, fontsize=9, va="center", annotation_clip=False,
             )  # fmt: skip
-    panel.set_xscale("log", base=2)
-    panel.xaxis.set_major_formatter("{x:g}")
+    panel.set_xlim(left=0)
     panel.set_xlabel("TFLOP", color=FAINT)
     _plain(panel)
 

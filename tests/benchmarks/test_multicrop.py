@@ -110,7 +110,7 @@ def test_the_command_times_all_forms_and_writes_a_record(tmp_path, capsys, monke
     assert set(record["median"]) == {"packed", "per-size", "padded"} | ({"lightly"} if installed else set())
     assert ("lightly is left out" in shown) == (not installed)
     assert record["median"]["per-size"]["ratio"] == 1
-    for name, found in record["rounds"].items():
+    for found in record["rounds"].values():
         assert len(found) == 2
         for one, usual in zip(found, record["rounds"]["per-size"], strict=True):
             assert one["ratio"] == pytest.approx(one["images_per_second"] / usual["images_per_second"])

@@ -1,7 +1,7 @@
 """The pictures of a study: accuracy against labelled images, and against what a run computes."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import cycle
+from dataclasses import replace
 from pathlib import Path
 from textwrap import fill
 
@@ -10,16 +10,21 @@ from matplotlib.axes import Axes
 
 from engine.core.durable import write_file
 from engine.core.plotting import Figure
+from engine.studies import Arm
 from engine.studies.conduct.outcome import Outcome, Row, spread
 
 # Okabe and Ito's palette, which people who confuse colours can tell apart; each with a marker and a label of its own.
-STYLES = (
-    *(("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P")),
-    ("#000000", "X"),
-)
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "os^DvPX"
 INK, FAINT = "#222222", "#767676"
 NOTE_CHARACTERS = 18  # of the smallest print, to an inch
 DASHES = {"raw pixels": (0, (4, 2)), "untrained": (0, (1, 1.5))}
+
+
+def style(number: int) -> tuple[str, str]:
+    """A colour and a marker; each of 49 numbers has another pair."""
+    turn, place = divmod(number, len(COLOURS))
+    return COLOURS[place], MARKERS[(place + turn) % len(MARKERS)]
 
 
 def draw(path: Path, outcome: Outcome) -> None:
@@ -33,7 +38,7 @@ def draw(path: Path, outcome: Outcome) -> None:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
     figure.suptitle(outcome.study.title, color=INK, fontsize=12, x=0.01, ha="left")
     panels = figure.subplots(1, len(guards), sharey=True, squeeze=False)[0]
-    styles = {arm.name: STYLES[number % len(STYLES)] for number, arm in enumerate(outcome.study.arms)}
+    styles = {arm.name: style(number) for number, arm in enumerate(outcome.study.arms)}
     alone = any(row.collapse == "" for row in rows)
     for panel, guard in zip(panels, guards, strict=True):
         lines = [
@@ -82,29 +87,34 @@ def _draw_lines(panel: Axes, rows: Sequence[Row], shots: Sequence[str], styles: 
 
 
 def draw_costs(path: Path, outcome: Outcome) -> None:
-    """A PNG of accuracy against what a run computes: a row of panels for each method, a column for k-NN and one for the most
-    labelled images per class. Arms that differ in epochs alone have one colour and a line: what lies above it is worth more than
-    training as it is for shorter."""
+    """A PNG of accuracy against what a run computes: a column of panels for k-NN and one for the most labelled images per class,
+    a row for each method where each has several arms. Arms that differ in epochs alone have one colour and a line: what lies
+    above it is worth more than training as it is for shorter."""
     arms = {arm.name: arm for arm in outcome.study.arms}
     shots = [name for name in outcome.names if name.endswith("-shot")]
     names = [name for name in ("k-NN", *shots[-1:]) if name in outcome.names]
     done = [row for row in outcome.rows if row.operations and all(row.figures.get(name) for name in names)]
-    methods = list(dict.fromkeys(arms[row.arm].method for row in done))
-    if not names or not methods:
+    if not names or not done:
         return
-    width, height = 4.6 * len(names) + 0.9, max(3.4, 0.2 * len(done) / len(methods) + 1.6) * len(methods) + 0.6
+    of_methods: dict[str, list[Row]] = {}
+    for row in done:
+        of_methods.setdefault(arms[row.arm].method, []).append(row)
+    if min(map(len, of_methods.values())) < 2:
+        of_methods = {"": done}
+    highest = max(map(len, of_methods.values()))
+    width, height = 4.6 * len(names) + 0.9, max(3.4, 0.2 * highest + 1.6) * len(of_methods) + 0.6
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
     figure.suptitle(outcome.study.title, color=INK, fontsize=12, x=0.01, ha="left")
-    panels = figure.subplots(len(methods), len(names), sharey="col", squeeze=False)
-    for of_method, method in zip(panels, methods, strict=True):
-        alike: dict[tuple[str, ...], list[Row]] = {}
-        for row in done:
-            if arms[row.arm].method == method:
-                alike.setdefault((*arms[row.arm].flags, arms[row.arm].after), []).append(row)
-        for panel, name in zip(of_method, names, strict=True):
+    panels = figure.subplots(len(of_methods), len(names), sharey="col", squeeze=False)
+    for line, (method, rows) in zip(panels, of_methods.items(), strict=True):
+        alike: dict[tuple[Arm, str | None], list[Row]] = {}
+        for row in rows:
+            arm = replace(arms[row.arm], name="", about="", epochs=1)
+            alike.setdefault((arm, row.collapse), []).append(row)
+        for panel, name in zip(line, names, strict=True):
             _draw_costs(panel, list(alike.values()), name)
-            panel.set_title(f"{method}: {name}", loc="left", fontsize=11, color=INK)
-        of_method[0].set_ylabel("top-1 accuracy (%)", color=FAINT)
+            panel.set_title(": ".join(filter(None, (method, name))), loc="left", fontsize=11, color=INK)
+        line[0].set_ylabel("top-1 accuracy (%)", color=FAINT)
     note = fill(f"bars: standard deviation over seeds; {outcome.about}", int(NOTE_CHARACTERS * width))
     figure.supxlabel(note, color=FAINT, fontsize=8, x=0.01, ha="left")
     _label_ends(figure, panels.flat)
@@ -113,8 +123,8 @@ def draw_costs(path: Path, outcome: Outcome) -> None:
 
 def _draw_costs(panel: Axes, alike: Sequence[Sequence[Row]], name: str) -> None:
     """Means with bars; rows that are alike but for their epochs are joined."""
-    for rows, (colour, marker) in zip(alike, cycle(STYLES)):
-        rows = sorted(rows, key=lambda row: row.operations)
+    for number, rows in enumerate(alike):
+        rows, (colour, marker) = sorted(rows, key=lambda row: row.operations), style(number)
         operations = [row.operations / 1e12 for row in rows]
         means, bars = zip(*(spread(row.means[name]) for row in rows), strict=True)
         panel.errorbar(

@@ -105,6 +105,7 @@ def test_costs_have_a_panel_for_each_method_and_join_what_differs_in_epochs(
     arms = (
         *(Arm("whole", "mae", clusters=False), Arm("half", "mae", clusters=False, epochs=0.5)),
         *(Arm("small", "mae", ("--tokens", "fast"), clusters=False), Arm("crops", "dino", clusters=False)),
+        Arm("more crops", "dino", ("--dino.local-crops", "9"), clusters=False),
     )
     study = Study("costly", "Costly", arms, costs=True)
     judged = [
@@ -124,8 +125,15 @@ def test_costs_have_a_panel_for_each_method_and_join_what_differs_in_epochs(
     assert bars[0].tolist() == [[1, pytest.approx(50)], [1, pytest.approx(60)]], "seeds, not splits"
     assert {text.get_text() for text in of_mae.texts} == {"whole", "half", "small"}
     labels_stand_apart(figure)
-    figures.draw_costs(tmp_path / "y.png", Outcome(study, "on something", (), ()))
-    assert len(drawn) == 1, "nothing is done yet"
+    one = tuple(found for found in judged if found.arm != "more crops")
+    figures.draw_costs(tmp_path / "y.png", Outcome(study, "on something", one, ()))
+    assert [panel.get_title(loc="left") for panel in drawn[1].axes] == ["k-NN", "5-shot"], "dino has one arm"
+    figures.draw_costs(tmp_path / "z.png", Outcome(study, "on something", (), ()))
+    assert len(drawn) == 2, "nothing is done yet"
+
+
+def test_styles_differ():
+    assert len({figures.style(number) for number in range(49)}) == 49
 
 
 def test_labels_move_as_little_as_needed():

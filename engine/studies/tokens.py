@@ -4,7 +4,9 @@ none for half of the epochs, which costs about what the cheaper schedules do."""
 from engine.recipes.token_schedules import SCHEDULES
 from engine.studies import Arm, Study
 
-ABLE = {"mae": tuple(SCHEDULES), "dino": tuple(SCHEDULES), "dinov2": ("none", "progressive", "fast", "flexi", "auto")}
+ABLE = dict.fromkeys(("mae", "maect", "dino"), tuple(SCHEDULES)) | {
+    "dinov2": ("none", "progressive", "fast", "flexi", "auto")
+}
 
 STUDY = Study(
     name="tokens",

@@ -123,11 +123,13 @@ def test_a_file_becomes_a_folder_for_timm_of_another_size(tmp_path, capsys):
 def test_an_export_asks_for_the_preprocessing_that_its_source_asks_for(tmp_path, monkeypatch):
     name = "vit_tiny_patch16_224.augreg_in21k"
     published = timm.get_pretrained_cfg(name)
-    twin, create = shaken("vit_tiny_patch16_224").architecture.twin("cpu"), timm.create_model
+    model, create = shaken("vit_tiny_patch16_224"), timm.create_model
+    twin = model.architecture.twin("cpu")
+    twin.load_state_dict(model.architecture.timm_state(model.state_dict()))
     monkeypatch.setattr(
         timm, "create_model", lambda *args, **options: twin if options.get("pretrained") else create(*args, **options)
     )
-    made = (shaken("vit_tiny_patch16_224"), weights.LoadReport(f"timm:{name}", "*", 1))
+    made = (model, weights.LoadReport(f"timm:{name}", "*", 1))
     monkeypatch.setattr(export.weights, "create", lambda source, **overrides: made)
     assert told(f"timm:{name}", "--to", "timm", tmp_path / "first") == 0
     monkeypatch.undo()

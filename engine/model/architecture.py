@@ -72,8 +72,9 @@ class Architecture:
         return self.class_token + self.reg_tokens
 
     def twin(self, device: str = "meta") -> timm_vit.VisionTransformer | timm_beit.Beit:
-        """timm's own model of this shape, without a head and, on meta, without memory; it takes `timm_state`. With relative
-        positions that is timm's BEiT, with gated MLPs its DINOv2 giant in another size, which alone have them."""
+        """timm's own model of this shape, without a head, of weights that nobody drew and, on meta, without memory; it takes
+        `timm_state`. With relative positions that is timm's BEiT, with gated MLPs its DINOv2 giant in another size, which alone
+        have them."""
         if dict(self.overrides).get("gated_mlp"):
             return timm.create_model(
                 "vit_giant_patch14_dinov2", num_classes=0, device=device, img_size=self.img_size, patch_size=self.patch_size,

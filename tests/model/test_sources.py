@@ -52,11 +52,9 @@ def test_sources_that_are_not_there_are_refused(tmp_path):
 
 
 def test_a_timm_name_takes_its_pretrained_weights(monkeypatch):
-    published, model, asked = (
-        shaken("vit_tiny_patch16_224").architecture.twin("cpu").eval(),
-        shaken("vit_tiny_patch16_224"),
-        [],
-    )
+    other, model, asked = shaken("vit_tiny_patch16_224", seed=1), shaken("vit_tiny_patch16_224"), []
+    published = other.architecture.twin("cpu").eval()
+    published.load_state_dict(other.architecture.timm_state(other.state_dict()))
     monkeypatch.setattr(
         sources.timm, "create_model", lambda name, **options: asked.append((name, options)) or published
     )

@@ -42,7 +42,7 @@ def test_an_earlier_run_goes_on_as_it_did_then(name: str, tmp_path: Path):
     assert found.keys() == expected.keys()
     off = [abs(found[step] / expected[step] - 1) for step in sorted(expected)]
     # a processor that rounds otherwise finds an image another neighbour now and then, which moves a loss by some thousandths
-    assert off[0] < 1e-4 and median(off) < 1e-3 and max(off) < 2e-2, found
+    assert off[0] < 1e-4 and median(off) < 1e-3 and sorted(off)[-2] < 3e-3 and max(off) < 2e-2, found
     last = checkpoint.found(folder / "checkpoints")[0]
     assert last.name == f"step-{max(expected):09d}"
     ended, at = checkpoint.load(last)

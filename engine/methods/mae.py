@@ -70,7 +70,7 @@ class Mae(Method):
 
     @property
     def keep(self) -> int:
-        """How many of them are visible."""
+        """How many patches of a crop are visible."""
         return self.visible_of(self.patches_of_crop)
 
     @property

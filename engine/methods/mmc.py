@@ -229,8 +229,7 @@ class Mmc(Distillation):
         return loss + spread, self.health(targets)
 
     def flops_per_image(self) -> float:
-        s, (rows, columns) = self.settings, self.grid
-        patches = rows * columns
+        s, patches = self.settings, self.patches_of_crop
         crop = 3 * self.encoder_flops(patches, thinned=True)
         if s.contrast_weight or s.distil_weight:
             crop += self.encoder_flops(patches)

@@ -121,7 +121,7 @@ class Nnclr(Comparing):
 
     @property
     def keep(self) -> int:
-        """How many of them the encoder sees."""
+        """How many patches of a crop the encoder sees."""
         return self.kept(self.patches_of_crop)
 
     def views(self) -> tuple[Augmentation, ...]:

@@ -1,6 +1,6 @@
 """Which stages can be shown fewer tokens, in which ways, and why others cannot."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from engine import methods
@@ -54,11 +54,6 @@ def _of_larger_patches(kind: type[Method], form: Phase, encoder: VisionTransform
     if min(form.size(encoder.img_size, own)) < 2 * side:
         return f"of patches of {side} pixels a large crop would have one row."
     return ""
-
-
-def possible(kind: type[Method], phases: Iterable[Phase], encoder: VisionTransformer) -> tuple[Phase, ...]:
-    """Those that a method can show this encoder."""
-    return tuple(phase for phase in phases if not obstacle(kind, phase, encoder))
 
 
 def check(stage: str, settings: StageSettings, encoder: VisionTransformer) -> None:

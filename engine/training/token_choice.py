@@ -36,7 +36,7 @@ from engine.data.batch import Batch
 from engine.methods.base import Method
 from engine.model.vit import VisionTransformer
 from engine.training.drawing import drawn
-from engine.training.fewer_tokens import possible
+from engine.training.fewer_tokens import obstacle
 from engine.training.optimizers import drop_frozen
 from engine.training.step import Update
 
@@ -65,7 +65,7 @@ class Measured:
 
 def candidates(kind: type[Method], encoder: VisionTransformer) -> tuple[Phase, ...]:
     """The phases of fewer tokens that a method can show this encoder."""
-    return possible(kind, CANDIDATES, encoder)
+    return tuple(phase for phase in CANDIDATES if not obstacle(kind, phase, encoder))
 
 
 def in_words(phase: Phase) -> str:

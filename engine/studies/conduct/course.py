@@ -199,9 +199,9 @@ class Course:
         plan, flags = self.runs[0].plan, self.flags
         model = plan.model
         if flags.image_size or flags.patch_size:
-            height, width = plan.encoder.get("img_size", ()) or vit.without_memory(model).img_size
-            side = plan.encoder.get("patch_size") or vit.without_memory(model).patch_size
-            model += f" of {height} x {width} pixels in patches of {side}"
+            encoder = vit.without_memory(model, **plan.encoder)
+            height, width = encoder.img_size
+            model += f" of {height} x {width} pixels in patches of {encoder.patch_size}"
         about = (
             f"{model} on {flags.data or 'the embedded digits'} ({len(images[0]):,} training and {len(images[1]):,} test images), "
             f"{length(self.runs)}, seed{'s' * (len(flags.seeds) > 1)} {' '.join(map(str, flags.seeds))}"

@@ -35,8 +35,7 @@ def draw(path: Path, outcome: Outcome) -> None:
     guards = list(dict.fromkeys(row.collapse for row in rows if row.collapse)) or [""]
     # as high as the labels at the ends of the lines need
     width, height = 4.3 * len(guards) + 0.9, max(4.4, 0.2 * len({(row.arm, row.collapse) for row in rows}) + 1.6)
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
-    figure.suptitle(outcome.study.title, color=INK, fontsize=12, x=0.01, ha="left")
+    figure = _figure(outcome, width, height)
     panels = figure.subplots(1, len(guards), sharey=True, squeeze=False)[0]
     styles = {arm.name: style(number) for number, arm in enumerate(outcome.study.arms)}
     alone = any(row.collapse == "" for row in rows)
@@ -56,10 +55,7 @@ def draw(path: Path, outcome: Outcome) -> None:
     note = f"bars: standard deviation over {'splits and seeds' if seeds > 1 else 'splits'}; {outcome.about}"
     if alone and len(guards) > 1:
         note += "\n" + next(text for text in outcome.notes if "no prototypes" in text)
-    note = "\n".join(fill(line, int(NOTE_CHARACTERS * width)) for line in note.splitlines())
-    figure.supxlabel(note, color=FAINT, fontsize=8, x=0.01, ha="left")
-    _label_ends(figure, panels)
-    write_file(path, lambda aside: figure.savefig(aside, format="png"))
+    _finish(path, figure, panels, note)
 
 
 def _draw_lines(panel: Axes, rows: Sequence[Row], shots: Sequence[str], styles: Mapping[str, tuple[str, str]]) -> None:
@@ -75,11 +71,7 @@ def _draw_lines(panel: Axes, rows: Sequence[Row], shots: Sequence[str], styles: 
             x, means, [bar or 0.0 for bar in bars], color=colour, marker=marker or None, markersize=5, capsize=2.5,
             elinewidth=0.9, **look,
         )  # fmt: skip
-        text = f"{row.arm} (collapsed)" if row.collapsed else row.arm
-        panel.annotate(
-            text, (places[-1] + 0.12, means[-1]), xytext=(6, 0), textcoords="offset points", color=colour, fontsize=9,
-            va="center", annotation_clip=False,
-        )  # fmt: skip
+        _label(panel, row, (places[-1] + 0.12, means[-1]), colour, "data")
     panel.set_xticks(places, [name.removesuffix("-shot") for name in shots])
     panel.set_xlim(places[0] - 0.25, places[-1] + 1.35)
     panel.set_xlabel("labelled images per class", color=FAINT)
@@ -103,8 +95,7 @@ def draw_costs(path: Path, outcome: Outcome) -> None:
         of_methods = {"": done}
     highest = max(map(len, of_methods.values()))
     width, height = 4.6 * len(names) + 0.9, max(3.4, 0.2 * highest + 1.6) * len(of_methods) + 0.6
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
-    figure.suptitle(outcome.study.title, color=INK, fontsize=12, x=0.01, ha="left")
+    figure = _figure(outcome, width, height)
     panels = figure.subplots(len(of_methods), len(names), sharey="col", squeeze=False)
     for line, (method, rows) in zip(panels, of_methods.items(), strict=True):
         alike: dict[tuple[Arm, str | None], list[Row]] = {}
@@ -115,10 +106,7 @@ def draw_costs(path: Path, outcome: Outcome) -> None:
             _draw_costs(panel, list(alike.values()), name)
             panel.set_title(": ".join(filter(None, (method, name))), loc="left", fontsize=11, color=INK)
         line[0].set_ylabel("top-1 accuracy (%)", color=FAINT)
-    note = fill(f"bars: standard deviation over seeds; {outcome.about}", int(NOTE_CHARACTERS * width))
-    figure.supxlabel(note, color=FAINT, fontsize=8, x=0.01, ha="left")
-    _label_ends(figure, panels.flat)
-    write_file(path, lambda aside: figure.savefig(aside, format="png"))
+    _finish(path, figure, panels.flat, f"bars: standard deviation over seeds; {outcome.about}")
 
 
 def _draw_costs(panel: Axes, alike: Sequence[Sequence[Row]], name: str) -> None:
@@ -132,14 +120,32 @@ def _draw_costs(panel: Axes, alike: Sequence[Sequence[Row]], name: str) -> None:
             elinewidth=0.9, linewidth=0.9,
         )  # fmt: skip
         for row, mean in zip(rows, means, strict=True):
-            text = f"{row.arm} (collapsed)" if row.collapsed else row.arm
-            panel.annotate(
-                text, (1.0, mean), xycoords=("axes fraction", "data"), xytext=(6, 0), textcoords="offset points",
-                color=colour, fontsize=9, va="center", annotation_clip=False,
-            )  # fmt: skip
+            _label(panel, row, (1.0, mean), colour, ("axes fraction", "data"))
     panel.set_xlim(left=0)
     panel.set_xlabel("TFLOP", color=FAINT)
     _plain(panel)
+
+
+def _figure(outcome: Outcome, width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=120, layout="constrained", facecolor="white")
+    figure.suptitle(outcome.study.title, color=INK, fontsize=12, x=0.01, ha="left")
+    return figure
+
+
+def _finish(path: Path, figure: Figure, panels: Iterable[Axes], note: str) -> None:
+    """Put the note below, the labels apart, and the file in its place."""
+    characters = int(NOTE_CHARACTERS * figure.get_figwidth())
+    note = "\n".join(fill(line, characters) for line in note.splitlines())
+    figure.supxlabel(note, color=FAINT, fontsize=8, x=0.01, ha="left")
+    _label_ends(figure, panels)
+    write_file(path, lambda aside: figure.savefig(aside, format="png"))
+
+
+def _label(panel: Axes, row: Row, place: tuple[float, float], colour: str, coordinates: str | tuple[str, str]) -> None:
+    panel.annotate(
+        f"{row.arm} (collapsed)" if row.collapsed else row.arm, place, xycoords=coordinates, xytext=(6, 0),
+        textcoords="offset points", color=colour, fontsize=9, va="center", annotation_clip=False,
+    )  # fmt: skip
 
 
 def _plain(panel: Axes) -> None:

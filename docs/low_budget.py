@@ -10,9 +10,10 @@ minutes; counts are kept until the code changes.
 import itertools
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from engine.data.sources import open_images
+from engine.data.sources import open_images, usable_cpus
 from engine.plan import IMAGENET, Asked
 from engine.planning import bill, cards, options
 from engine.planning.bill import Spread
@@ -58,19 +59,25 @@ def main(wanted: tuple[str, ...]) -> int:
     before, _, rest = PAGE.read_text().partition(MARKS[0])
     table, _, after = rest.partition(MARKS[1])
     former = {line.split("|")[1].strip(): line for line in table.splitlines() if line.count("|") > 2}
-    lines = ["| " + " | ".join(["", *(f"{gpus} x {card}" for card in CARDS for gpus in GPUS)]) + " |"]
-    lines.append("| --- |" + " ---: |" * (len(CARDS) * len(GPUS)))
     began = time.monotonic()
-    for name, row in ROWS.items():
-        if wanted and not name.startswith(wanted):
-            lines.append(former[name])
-            continue
-        cells = []
-        for card, gpus in itertools.product(CARDS, GPUS):
-            micro, hours = cell(row, card, gpus)
-            cells.append(f"{hours.likely:.3g} h ({hours.low:.3g} to {hours.high:.3g}){micro}")
-            print(f"{time.monotonic() - began:6.0f} s  {name}, {gpus} x {card}: {cells[-1]}", flush=True)
-        lines.append("| " + " | ".join([name, *cells]) + " |")
+
+    def words(name: str, card: str, gpus: int) -> str:
+        micro, hours = cell(ROWS[name], card, gpus)
+        said = f"{hours.likely:.3g} h ({hours.low:.3g} to {hours.high:.3g}){micro}"
+        print(f"{time.monotonic() - began:6.0f} s  {name}, {gpus} x {card}: {said}", flush=True)
+        return said
+
+    places = list(itertools.product(CARDS, GPUS))
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        counting = {
+            name: [pool.submit(words, name, *place) for place in places]
+            for name in ROWS
+            if not wanted or name.startswith(wanted)
+        }
+        rows = {name: [one.result() for one in cells] for name, cells in counting.items()}
+    lines = ["| " + " | ".join(["", *(f"{gpus} x {card}" for card, gpus in places)]) + " |"]
+    lines.append("| --- |" + " ---: |" * len(places))
+    lines += [f"| {' | '.join([name, *rows[name]])} |" if name in rows else former[name] for name in ROWS]
     PAGE.write_text("\n".join([before.rstrip() + "\n", MARKS[0], *lines, MARKS[1]]) + after)
     return 0
 

@@ -155,7 +155,7 @@ def _planned(flags: Flags, asked: Asked) -> int:
         print(report.between(bills, whole, flags.price))
     found = {"flags": list(asked.flags), "stages": report.as_json(bills, asked.card, flags.price)}
     if flags.options:
-        changed = {option.name: _with(asked, option) for option in options.options(asked.plan)}
+        changed = _with_each(asked, list(options.options(asked.plan)))
         report.show_options(bills, changed, asked.card)
         found["options"] = {
             name: report.as_json(of, asked.card, flags.price) for name, of in changed.items() if not isinstance(of, str)
@@ -186,14 +186,21 @@ def _measured(asked: Asked, bills: Sequence[StageBill]) -> None:
         dist.stop()
 
 
-def _with(asked: Asked, option: options.Option) -> list[StageBill] | str:
-    """The bill under an option, or why it can't be had."""
-    print(f"counting: {option.name} ...")
-    try:
-        changed = asked.with_flags(*option.flags)
-        return changed.bills(changed.counts())
-    except BadInput as error:
-        return str(error)
+def _with_each(asked: Asked, changes: Sequence[options.Option]) -> dict[str, list[StageBill] | str]:
+    """By option's name the bill under it, or why it can't be had; counted side by side."""
+
+    def bills(option: options.Option) -> list[StageBill] | str:
+        try:
+            changed = asked.with_flags(*option.flags)
+            return changed.bills(changed.counts())
+        except BadInput as error:
+            return str(error)
+        finally:
+            print(f"counted: {option.name}")
+
+    print(f"counting {len(changes)} options ...")
+    with ThreadPoolExecutor(usable_cpus()) as pool:
+        return dict(zip((option.name for option in changes), pool.map(bills, changes), strict=True))
 
 
 def _fit(asked: Asked, counts: Sequence[Count], bills: Sequence[StageBill]) -> tuple[int, list[str] | None]:

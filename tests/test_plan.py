@@ -76,7 +76,7 @@ def test_where_nothing_fits_it_says_so(monkeypatch, capsys):
     assert "nothing was found with which it fits" in capsys.readouterr().out
 
 
-def test_options_are_counted_one_by_one(counts, capsys):
+def test_each_option_is_counted(counts, capsys):
     assert plan.main([*RUN, "--options"]) == 0
     said = capsys.readouterr().out
     for name in ("not compiled", "recompute blocks", "residual stream in bf16", "nnclr: features of two crops stored"):

@@ -1,6 +1,6 @@
 """One step of a stage of a run, counted on the device that computes nothing: what it launches, moves, computes and holds.
 
-`count` starts a process that sees the device and runs this file, with torch's own CUDA code and the engine's own update, in the
+`count` asks a process that sees the device and runs this file, with torch's own CUDA code and the engine's own update, in the
 precision and with the options of the run; what it found is kept in the user's cache, under all that it depends on.
 
 Ops run by their reference unless --kernels names others: a card that is calibrated may take better ones. Images are memory that
@@ -12,7 +12,6 @@ import hashlib
 import json
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache as once
@@ -27,9 +26,10 @@ from engine.core.durable import write_file
 from engine.core.errors import BadInput
 from engine.core.phases import Phase
 from engine.data import cache
+from engine.data.sources import usable_cpus
 from engine.methods.base import Method
 from engine.model import recomputing, residual, vit
-from engine.null_device import device
+from engine.null_device import device, forking
 from engine.null_device.record import recorded
 from engine.planning import peak
 from engine.planning.traffic import KINDS, Account, Moved, accounting
@@ -155,39 +155,41 @@ def count(plan: Plan, flags: Sequence[str], portion: Portion, gpus: int, precisi
     Raises:
         BadInput: the device that computes nothing cannot be built here, or the step cannot be taken.
     """
-    kept = cache.folder() / "planned" / f"{_key(plan, portion, gpus, precision, chip)}.json"
+    folder = cache.folder() / "planned"
+    kept = folder / f"{_key(plan, portion, gpus, precision, chip)}.json"
     if kept.exists():
         return Count.from_json(json.loads(kept.read_text()))
-    what = {
+    asked = {
         "flags": list(flags),
         "stage": portion.stage.index,
         "phase": asdict(portion.phase),
         "batch": portion.images_per_step,
+        "gpus": gpus,
+        "precision": precision,
     }
-    asked = json.dumps(what | {"gpus": gpus, "precision": precision})
-    with tempfile.TemporaryDirectory() as scratch:
-        seen = device.environment(_library(), chip, Path(scratch)) | {
-            "NULLCUDA_MEMORY": str(MEMORY),
-            # its own: code that was made for another batch is taken again where sizes vary, and moves other bytes
-            "TORCHINDUCTOR_CACHE_DIR": str(Path(scratch) / "compiled"),
-            "TRITON_CACHE_DIR": str(cache.folder() / "planned" / f"triton_{chip}"),
-        }
-        done = device.process(["-m", "engine.planning.counting", asked], seen)
-    if done.returncode:
-        why = done.stderr.strip().splitlines()[-1] if done.stderr.strip() else f"exit status {done.returncode}"
-        raise BadInput(f"a step of stage {portion.name} cannot be counted: {why}")
-    found = Count.from_json(json.loads(done.stdout.splitlines()[-1]))
+    variables = {"NULLCUDA_SM": str(chip), "TRITON_CACHE_DIR": str(folder / f"triton_{chip}")}
+    try:
+        found = Count.from_json(_workers(folder).answer(asked, variables))
+    except RuntimeError as error:
+        raise BadInput(f"a step of stage {portion.name} cannot be counted: {error}") from error
     write_file(kept, lambda aside: aside.write_text(json.dumps(found.as_json())))
     return found
 
 
-def _library() -> Path:
+@once
+def _workers(folder: Path) -> forking.Workers:
+    """As many as there are cores, each counting one step at a time."""
+    seen = device.environment(_library(folder / "device"), device.CHIPS[0], folder) | {"NULLCUDA_MEMORY": str(MEMORY)}
+    return forking.Workers("engine.planning.counting", seen, usable_cpus())
+
+
+def _library(folder: Path) -> Path:
     if not device.can_be_built():
         raise BadInput(
             "a step can only be counted on Linux, with g++ and the torch wheel for CUDA; g++ may be missing here."
         )
     try:
-        return device.build(cache.folder() / "planned" / "device")
+        return device.build(folder)
     except subprocess.CalledProcessError as error:
         raise BadInput(
             f"the device that steps are counted on could not be built: g++ ended with {error.returncode}."
@@ -217,9 +219,8 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def main() -> int:
-    """On the device: count what is asked for as JSON, and print it."""
-    asked = json.loads(sys.argv[1])
+def answered(asked: dict[str, Any]) -> dict[str, Any]:
+    """On the device: a count, as JSON."""
     plan = config.parse(asked["flags"])
     torch.set_float32_matmul_precision("high")  # as training does
     kernels.use("reference" if plan.train.kernels == "auto" else plan.train.kernels)
@@ -231,9 +232,8 @@ def main() -> int:
         method, train.compile != "off", stage, train.accumulate,
         gpus=asked["gpus"], precision=asked["precision"], logged=False, images_per_step=asked["batch"],
     )  # fmt: skip
-    print(json.dumps(counted(step, update).as_json()))
-    return 0
+    return counted(step, update).as_json()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(forking.serve(answered))

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import tyro
 
 from engine.core.errors import BadInput
 
+_ALONE = threading.Lock()  # tyro's caches, and stderr, belong to all threads
 _SUPPRESSED = tyro.conf.Suppress[int].__metadata__[0]
 
 
@@ -23,7 +25,7 @@ def read(kind: Any, arguments: Sequence[str], **options: Any) -> Any:
     """
     said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with _ALONE, contextlib.redirect_stderr(said):
             return tyro.cli(kind, args=list(arguments), **options)
     except SystemExit as leave:
         if leave.code:

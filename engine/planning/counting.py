@@ -8,7 +8,6 @@ nobody wrote. Of several processes one is counted: what they send each other is 
 others that a loss compares with.
 """
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -21,35 +20,23 @@ from typing import Any
 import torch
 
 import kernels
-from engine.core.draws import Draws
 from engine.core.durable import write_file
 from engine.core.errors import BadInput
 from engine.core.phases import Phase
 from engine.data import cache
 from engine.data.sources import usable_cpus
-from engine.methods.base import Method
-from engine.model import recomputing, residual, vit
 from engine.null_device import device, forking
 from engine.null_device.record import recorded
 from engine.planning import peak
 from engine.planning.traffic import KINDS, Account, Moved, accounting
 from engine.training import config
-from engine.training.build import compile_regions
-from engine.training.calls import without_data
 from engine.training.config import Plan
-from engine.training.drawing import drawn
 from engine.training.portions import Portion
 from engine.training.step import Update
+from engine.training.stepping import fingerprint, method_of, stepping
 
 WARM = 2  # steps until everything is compiled and allocated
-CLASSES = 1000  # of ImageNet
 MEMORY = 2**42  # bytes: also what no card holds is counted
-# settings of a stage that a step costs the same with
-FREE = (
-    "epochs", "base_lr", "start_lr", "end_lr", "weight_decay", "weight_decay_end", "betas", "warmup", "schedule", "drops",
-    "horizon", "crop_scale", "flip", "labels_per_class", "phases", "phase_sides", "phase_keeps", "phase_locals", "phase_patches",
-    "patch_draws", "side_draws", "phase_depths", "phase_clock", "phase_batch", "phase_choice",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -90,49 +77,6 @@ class Count:
         return cls(**saved | {"rows": tuple(map(Moved.from_json, saved["rows"]))})
 
 
-def method_of(plan: Plan, stage: int) -> Method:
-    """What a stage trains, after the stages before it, with the options of the plan; on the CPU, and no image was seen."""
-    encoder = vit.create(plan.model, **plan.encoder)
-    method = None
-    for name, settings in plan.stages[: stage + 1]:
-        earlier, method = method, without_data(name, settings, encoder, CLASSES)
-        if earlier is not None:
-            method.inherit(earlier)
-    recomputing.choose(method, plan.train.recompute)
-    residual.choose(method, plan.train.residual)
-    return method
-
-
-def stepping(
-    method: Method,
-    compiles: bool,
-    stage: int = 0,
-    accumulate: int = 1,
-    *,
-    gpus: int = 1,
-    precision: str = "bf16",
-    graphs: bool = False,
-    logged: bool = True,
-    images_per_step: int = 0,
-) -> tuple[Callable[[int], None], Update]:
-    """On the device: the engine's update of a method as the loop calls it with a step's draws, in one of so many processes; of as
-    many images as its settings have, or as are given."""
-    place, batch = torch.device("cuda", 0), images_per_step or method.settings.batch_size
-    rows = batch // gpus
-    method.to(place).train()
-    if compiles:
-        compile_regions(method)
-    update = Update(method, 1000, precision, accumulate, graphs=graphs)
-    images = tuple(torch.empty(rows, 3, *view.size, device=place) for view in method.views())
-    ids = torch.arange(rows, device=place)
-
-    def step(number: int) -> None:
-        draws = Draws(0, stage, number, batch=batch, rows=slice(0, rows), device=place)
-        update(number, images, ids, drawn(method, draws), logged)
-
-    return step, update
-
-
 def counted(step: Callable[[int], None], update: Update) -> Count:
     """On the device: the step once it is warm."""
     account = Account()
@@ -156,7 +100,8 @@ def count(plan: Plan, flags: Sequence[str], portion: Portion, gpus: int, precisi
         BadInput: the device that computes nothing cannot be built here, or the step cannot be taken.
     """
     folder = cache.folder() / "planned"
-    kept = folder / f"{_key(plan, portion, gpus, precision, chip)}.json"
+    shown = asdict(portion.phase), portion.images_per_step
+    kept = folder / f"{fingerprint(plan, portion.stage.index, *shown, gpus, precision, chip)}.json"
     if kept.exists():
         return Count.from_json(json.loads(kept.read_text()))
     asked = {
@@ -194,29 +139,6 @@ def _library(folder: Path) -> Path:
         raise BadInput(
             f"the device that steps are counted on could not be built: g++ ended with {error.returncode}."
         ) from error
-
-
-def _key(plan: Plan, portion: Portion, gpus: int, precision: str, chip: int) -> str:
-    """All that a count depends on: what is trained, how, and the code that does it."""
-    stages = [
-        (name, {key: value for key, value in asdict(settings).items() if key not in FREE})
-        for name, settings in plan.stages[: portion.stage.index + 1]
-    ]
-    how = {name: getattr(plan.train, name) for name in ("accumulate", "recompute", "residual", "compile", "kernels")}
-    phase = asdict(portion.phase) | {"batch": portion.images_per_step}
-    request = json.dumps([plan.model, plan.encoder, stages, phase, how, gpus, precision, chip, _code()], sort_keys=True)
-    return hashlib.blake2b(request.encode(), digest_size=16).hexdigest()
-
-
-@once
-def _code() -> str:
-    """Of torch and of every file of the engine's and the kernels' that a step may run."""
-    digest = hashlib.blake2b(torch.__version__.encode(), digest_size=16)
-    for folder in ("engine", "kernels"):
-        for path in sorted((device.ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".cpp", ".json"):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def answered(asked: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""Which implementation of each op a run takes: asked for by name, frozen by the run itself, or proved on this very device.
+"""Which implementation of each op a run takes: asked for by name, frozen by the run itself, or proved on this very device; and
+whether its steps are replayed from a CUDA graph, where that is left to a trial.
 
 The order of say: --kernels or TESSERA_KERNELS, then what the run froze when it began (`kernels.json` in its folder), then the
 user's record of this machine, then shipped records, then the reference. What no record knows is measured first, at the first run
@@ -17,6 +18,7 @@ from engine.core import dist
 from engine.core.durable import write_file
 from engine.core.errors import BadInput
 from engine.core.json_text import parsed
+from engine.training import graph_trials
 from engine.training.calls import calls_of
 from engine.training.parts import Parts
 from kernels.calibrate import measure, table
@@ -29,7 +31,7 @@ Say = Callable[[str], None]
 
 
 def choose(parts: Parts, out: Path | None, say: Say) -> None:
-    """Freeze the table of this run, and say how it came about.
+    """Freeze the table of this run, and decide which stages replay their steps; say how either came about.
 
     Args:
         parts: of the run.
@@ -49,9 +51,11 @@ def choose(parts: Parts, out: Path | None, say: Say) -> None:
         if "failed" in found:
             raise BadInput(found["failed"])
         _go_on_with(found, ranks.device, parts.compiles, say)
+        parts.tried = found["graphs"]
         return
     found = dist.from_first(lambda: _found(parts, say))
     kernels.freeze(found["table"], ranks.device.type)
+    parts.tried = found["graphs"] = graph_trials.decide(parts, found["table"], say)
     if ranks.first and out is not None:
         write_file(out / FILE, lambda aside: aside.write_text(json.dumps(found, indent=1)))
 
@@ -86,10 +90,10 @@ def _found(parts: Parts, say: Say) -> dict[str, Any]:
 
 def _saved(path: Path) -> dict[str, Any]:
     if not path.exists():  # the run began before there were tables
-        return {"table": {}, "machine": None}
+        return {"table": {}, "machine": None, "graphs": {}}
     try:
         found = parsed(path.read_text())
-        return {"table": found["table"], "machine": found["machine"]}
+        return {"table": found["table"], "machine": found["machine"], "graphs": dict(found.get("graphs", {}))}
     except (OSError, ValueError, KeyError, TypeError) as error:
         return {"failed": f"{path} is not a table of kernels that this version wrote ({error}); --resume needs it."}
 

@@ -100,13 +100,15 @@ class Train:
     """Compile blocks and losses with torch.compile: on (also --compile alone), off (also --no-compile), or auto: on GPUs."""
     graphs: str = "auto"
     """Replay forward and backward of a step from a CUDA graph, by one launch: on, where the method's step is the same at every
-    replay, or off; auto is off until a GPU has shown that it is right and faster. What keeps a step from it is said."""
+    replay, or off; auto tries it as --calibrate says, and takes it where it is right and faster. What keeps a step from it is
+    said."""
     kernels: str = "auto"
     """Which form of the kernels runs: auto, reference, plain, triton, cuda or another of docs/kernels.md, for all ops that have
     it, or by op, as in packed_attention=cuda,sinkhorn=triton."""
     calibrate: str = "auto"
-    """Prove and time every kernel on this very device before the first step, and take the fastest right one: auto does so at the
-    first run on a GPU and keeps what it found, again measures anew (on a CPU, too), never takes what is known."""
+    """Prove and time every kernel, and CUDA graphs, on this very device before the first step, and take the fastest right one:
+    auto does so at the first run on a GPU and keeps what it found, again measures anew (kernels on a CPU, too), never takes what
+    is known."""
     deterministic: bool = False
     """Take only kernels, torch's own included, that give the same bits at every run; on GPUs some are slower."""
     device: str = "auto"

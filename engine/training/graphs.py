@@ -24,7 +24,7 @@ from engine.training import gradient_cache
 from engine.training.config import Train
 from kernels.checks import checks_values
 
-UNSEEN = "no GPU has shown yet that it is right and faster; --graphs on takes it"
+UNSEEN = "nothing has shown on this GPU that it is right and faster; --graphs on takes it"
 WARM_UP = 2  # updates before the one that is captured: in them code is compiled, kernels are loaded, caches are filled
 Report = dict[str, Tensor | float]
 Backward = Callable[[tuple[Tensor, ...], Tensor, dict[str, Tensor]], Report]
@@ -33,7 +33,7 @@ Backward = Callable[[tuple[Tensor, ...], Tensor, dict[str, Tensor]], Report]
 def obstacle(
     train: Train, settings: StageSettings, encoder: VisionTransformer, ranks: dist.Ranks, precision: str
 ) -> str:
-    """Why a stage's steps are not replayed, in words; "" where they are."""
+    """Why a stage's steps cannot be replayed, or are not to be, in words; "" where they can."""
     if train.graphs == "off":
         return "--graphs off"
     if ranks.device.type != "cuda":
@@ -50,7 +50,7 @@ def obstacle(
         return "micro-batches whose images are compared are represented twice"
     if settings.aspect == "keep":
         return "how many tokens images of their own aspect have differs from step to step"
-    return settings.ungraphed(encoder) or (UNSEEN if train.graphs == "auto" else "")
+    return settings.ungraphed(encoder)
 
 
 def check(graphs: str, obstacles: Sequence[tuple[str, str]]) -> None:

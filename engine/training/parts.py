@@ -54,6 +54,8 @@ class Parts:
     """Of the training images."""
     loaded: str = ""
     """What --weights brought, in words."""
+    tried: dict[str, str] = field(default_factory=dict)
+    """By stage, what a trial on this device says against replaying its steps (`engine.training.graph_trials`), "" for it."""
     started: float = field(default_factory=time.monotonic)
 
     def settings(self, index: int) -> StageSettings:
@@ -61,10 +63,13 @@ class Parts:
 
     def ungraphed(self) -> list[tuple[str, str]]:
         """By stage its name, and why its steps are not replayed from a CUDA graph; "" where they are."""
-        return [
-            (name, graphs.obstacle(self.plan.train, settings, self.encoder, self.ranks, self.precision))
-            for name, settings in self.plan.stages
-        ]
+        train, found = self.plan.train, []
+        for name, settings in self.plan.stages:
+            why = graphs.obstacle(train, settings, self.encoder, self.ranks, self.precision)
+            if not why and train.graphs == "auto":
+                why = self.tried.get(name, graphs.UNSEEN)
+            found.append((name, why))
+        return found
 
     def seed(self, *purpose: int | str) -> int:
         return seed_of(self.plan.train.seed, *purpose)

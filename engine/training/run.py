@@ -82,6 +82,8 @@ def _run(parts: Parts, out: Path, log: RunLog, evaluate: Evaluate) -> int:
     _introduce(parts, out, log)
     choose(parts, out, log.message)
     log.message("kernels: " + "; ".join(" ".join(line.split()) for line in kernels.describe(ranks.device).splitlines()))
+    if ranks.device.type == "cuda":
+        log.message(graphs.described(parts.ungraphed()))
     state = _resumed(parts, out, log) if train.resume else None
     extras, speeds = Extras(log.message), []
     with log, StopRequest() as stop:
@@ -188,8 +190,6 @@ def _introduce(parts: Parts, out: Path, log: RunLog) -> None:
     how = [described(parts.precision, parts.ranks.device), "compiled" if parts.compiles else "not compiled"]
     how += plan.train.in_words()
     log.note("begun", f"{ranks.world} x {device}, {', '.join(how)}; run folder {out}")
-    if ranks.device.type == "cuda":
-        log.message(graphs.described(parts.ungraphed()))
     if parts.loaded:
         log.message(parts.loaded)
     bad = parts.train_images.bad

@@ -8,8 +8,9 @@ import sys
 
 import torch
 
-from engine.planning.counting import WARM, counted, method_of, stepping
+from engine.planning.counting import WARM, counted
 from engine.training import config
+from engine.training.stepping import method_of, stepping
 
 if __name__ == "__main__":
     method, model, batch, compiles = sys.argv[1:]

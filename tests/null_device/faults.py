@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from engine import recipes
 from engine.model import vit
-from engine.planning.counting import CLASSES, stepping
 from engine.training.build import compile_regions
 from engine.training.calls import without_data
+from engine.training.operations import CLASSES
+from engine.training.stepping import stepping
 from tests.methods.small import small
 from tests.null_device.ledger import Report, examine
 from tests.null_device.steps import MODEL

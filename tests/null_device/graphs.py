@@ -24,10 +24,11 @@ from engine.methods.base import Method
 from engine.model import vit
 from engine.null_device import device
 from engine.null_device.record import Event, recorded
-from engine.planning.counting import CLASSES, stepping
 from engine.training import config
 from engine.training.calls import without_data
 from engine.training.graphs import WARM_UP
+from engine.training.operations import CLASSES
+from engine.training.stepping import stepping
 from tests.methods.small import REPLAYED, small
 from tests.null_device.ledger import faults_of_capture
 from tests.null_device.steps import MODEL, flags_of

@@ -15,9 +15,10 @@ from dataclasses import asdict
 import torch
 
 from engine.model import recomputing, vit
-from engine.planning.counting import CLASSES, stepping
 from engine.training import config
 from engine.training.calls import without_data
+from engine.training.operations import CLASSES
+from engine.training.stepping import stepping
 from tests.null_device.ledger import Report, examine
 
 MODEL = "vit_tiny_patch16_224"

@@ -70,9 +70,24 @@ def test_a_run_replays_its_steps_to_its_end(on_device, tmp_path):
     out = tmp_path / "run"
     done = device.process(["-m", "tests.null_device.training", *FLAGS.split(), "--out", str(out)], on_device())
     assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.splitlines()[2] == "steps replayed from a CUDA graph"
+    assert "steps replayed from a CUDA graph" in done.stdout.splitlines()
     trained = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [record["step"] for record in trained if record["kind"] == "train"][-1] == 6
+
+
+def test_a_run_tries_whether_it_replays_its_steps(on_device, tmp_path):
+    """What takes less time is open there; the child that tries, the record and what the run makes of it are not."""
+    out, seen = tmp_path / "run", on_device() | {"TESSERA_CACHE": str(tmp_path / "cache")}
+    flags = [*FLAGS.replace("--graphs on", "--graphs auto --kernels reference").replace("never", "auto").split()]
+    done = device.process(["-m", "tests.null_device.training", *flags, "--out", str(out)], seen)
+    assert done.returncode == 0, done.stderr[-4000:]
+    (record,) = (tmp_path / "cache" / "kernels").glob("nvidia-h200-*.json")
+    ((key, trial),) = json.loads(record.read_text())["trials"].items()
+    assert key.startswith("replayed step | mae | ")
+    assert trial["apart"] == [0.0, 0.0] and trial["forms"].keys() == {"reference", "replayed"}
+    why = json.loads((out / "kernels.json").read_text())["graphs"]["mae"]
+    said = f"no CUDA graph: {why}" if why else "steps replayed from a CUDA graph"
+    assert said in done.stdout.splitlines()
 
 
 def test_graphs_that_cannot_be_had_are_refused_before_a_run_begins(on_device, tmp_path):

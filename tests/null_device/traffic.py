@@ -18,9 +18,10 @@ import kernels
 from engine.model import depth, residual
 from engine.null_device import device
 from engine.planning import bill, cards
-from engine.planning.counting import Count, counted, method_of, stepping
+from engine.planning.counting import Count, counted
 from engine.planning.traffic import total
 from engine.training import config
+from engine.training.stepping import method_of, stepping
 
 CARDS = {80: "A100-80", 90: "H200"}
 

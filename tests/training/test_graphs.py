@@ -286,7 +286,7 @@ def obstacle(method: Method, ranks: dist.Ranks = GPU, precision: str = "bf16", *
     [
         ({}, ""),
         ({"precision": "fp16"}, ""),
-        ({"graphs": "auto"}, graphs.UNSEEN),
+        ({"graphs": "auto"}, ""),
         ({"graphs": "off"}, "--graphs off"),
         ({"ranks": dist.Ranks(0, 1, torch.device("cpu"))}, "graphs are for GPUs"),
         ({"ranks": dist.Ranks(0, 2, torch.device("cuda", 0))}, "not under several processes yet"),

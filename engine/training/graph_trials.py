@@ -31,6 +31,9 @@ SECONDS = 300.0  # after which a stage's trial counts as hanging, compilation in
 STEPS = WARM_UP + 4  # that are compared
 FIRST = TOTAL // 2  # of them: where rates are far from nothing
 ROUNDS, ROUND_SECONDS, MOST = 7, 0.5, 32
+ROOM = (
+    0.1  # of a card's memory, which the trial has to leave for what it does not do: images are decoded, encoders probed
+)
 STORED = "steps on stored features were not tried; --graphs on takes it"
 Say = Callable[[str], None]
 
@@ -116,7 +119,7 @@ def compare(
         two runs of these lie apart.
 
     Raises:
-        WrongAnswer: the first is more than twice the second.
+        WrongAnswer: the first is more than twice the second, or a graph leaves too little memory.
     """
     at, plan = torch.device(device), config.parse(["--resume", run])
     if deterministic:
@@ -155,7 +158,15 @@ def compare(
         raise WrongAnswer(
             f"leaves weights that are {off:.3g} off, and two runs of steps as they are lie {apart:.3g} apart"
         )
+    if at.type == "cuda":
+        _check_room(*torch.cuda.mem_get_info(at))
     return {"forms": forms | {REPLAYED: _timed(step, at)}, "apart": [off, apart]}
+
+
+def _check_room(free: int, total: int) -> None:
+    """Of bytes on the device."""
+    if free < ROOM * total:
+        raise WrongAnswer(f"leaves {free / 2**30:.1f} of {total / 2**30:.1f} GiB for images and probes")
 
 
 def _free(device: torch.device) -> None:

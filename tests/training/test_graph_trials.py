@@ -64,6 +64,12 @@ def test_a_number_that_a_graph_has_frozen_is_found(tmp_path, monkeypatch):
         compared(tmp_path)
 
 
+def test_a_graph_that_fills_the_card_is_none_to_take():
+    graph_trials._check_room(8 * 2**30, 80 * 2**30)
+    with pytest.raises(WrongAnswer, match=r"^leaves 7\.0 of 80\.0 GiB for images and probes$"):
+        graph_trials._check_room(7 * 2**30, 80 * 2**30)
+
+
 @pytest.fixture
 def able(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As on a GPU, with a cache of its own."""

@@ -10,7 +10,8 @@ what crashes, hangs or loses the GPU costs itself alone, and is told in its plac
    ends here);
 2. the ceilings of the card (a large copy, a large matrix product), then all implementations of all ops, timed, and the peers that
    need no compiler; those ops first from which most is expected;
-3. whole steps, compiled and eager, on the reference and on our kernels, those of DINO beside the usual forms of multi-crop;
+3. whole steps, compiled, replayed from CUDA graphs and eager, on the reference and on our kernels, those of DINO beside the usual
+   forms of multi-crop;
 4. the tests marked `gpu`; the peers that torch compiles.
 
 What failed its check is not timed. Every result is appended to `record.jsonl` at once; at the end, or by --fold DIR from what a

@@ -49,13 +49,13 @@ def built(kind: type[Method], encoder: vit.VisionTransformer, settings: StageSet
     return kind(encoder, settings, Labels(torch.arange(settings.batch_size) % CLASSES, names))
 
 
-def training_step(method: Method, device: torch.device, precision: str, compiles: bool) -> Step:
+def training_step(method: Method, device: torch.device, precision: str, compiles: bool, graphs: bool = False) -> Step:
     """The engine's update of a method, on random images of the sizes of its views; the same ones at every call."""
     batch = method.settings.batch_size
     method.to(device).train()
     if compiles:
         compile_regions(method)
-    update = Update(method, 1000, precision)
+    update = Update(method, 1000, precision, graphs=graphs)
     images = tuple(torch.randn(batch, 3, *view.size, device=device) for view in method.views())
     ids = torch.arange(batch, device=device)
     drawn = method.draw(Draws(0, batch=batch, rows=slice(None), device=device))

@@ -21,6 +21,7 @@ from benchmarks.peers.plain_mae import PlainMae
 from benchmarks.rounds import Step, seconds
 from benchmarks.steps import built, published, training_step
 from engine import methods
+from engine.core.errors import BadInput
 from engine.training.precision import AUTOCAST
 
 OURS, PLAIN, LIGHTLY = "ours", "plain MAE, timm blocks", "lightly"
@@ -33,13 +34,18 @@ class Options(rounds.Options):
     method: Annotated[str, tyro.conf.arg(help=f"One of {', '.join(methods.names())}.")] = "mae"
     peer: bool = True
     """Time the peer, too."""
+    graphs: bool = False
+    """Replay ours from a CUDA graph."""
 
 
 def ours(options: Options, device: torch.device, precision: str) -> tuple[Step, float]:
-    """One step of ours, and its floating-point operations per image."""
+    """One step of ours, and its floating-point operations per image. Raises BadInput for graphs that cannot be had."""
     kind, encoder, settings = published(options.method, options.model, options.batch_size)
+    why = settings.ungraphed(encoder) if device.type == "cuda" else "graphs are for GPUs"
+    if options.graphs and why:
+        raise BadInput(f"--graphs cannot be had for {options.method}: {why}.")
     method = built(kind, encoder, settings)
-    return training_step(method, device, precision, options.compile), method.flops_per_image()
+    return training_step(method, device, precision, options.compile, options.graphs), method.flops_per_image()
 
 
 def plain_mae(options: Options, device: torch.device, precision: str) -> Step:

@@ -12,6 +12,7 @@ from benchmarks.kernels.jobs import fresh
 from kernels.choice import AVAILABLE
 
 METHODS = ("mae", "dino", "maect", "relvit")
+GRAPHED = ("mae", "maect")  # of them, those whose published step is replayed from a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Planned:
 
 def planned(device: str) -> Iterator[Planned]:
     """MAE, multi-crop DINO in its forms, two-view tuning and, on a GPU, RelViT: on the reference and on each of our
-    implementations; compiled first, which is how one trains."""
+    implementations; compiled first, which is how one trains; and replayed from CUDA graphs what can be."""
     on_gpu = device == "cuda"
     model, batch = ("vit_large_patch16_224", 256) if on_gpu else ("vit_tiny_patch16_224", 2)
     exist = {one for each in AVAILABLE.values() for one in each}
@@ -46,6 +47,9 @@ def planned(device: str) -> Iterator[Planned]:
                     peer = method == "mae" and implementation == "reference"
                     options = {"method": method, "batch_size": batch, "peer": peer, **common}
                     yield Planned(name, implementation, "throughput", options, 90 if on_gpu else 20)
+                    if on_gpu and compiles and method in GRAPHED and implementation == "reference":
+                        replayed = options | {"peer": False, "graphs": True}
+                        yield Planned(f"{name}, replayed from a graph", implementation, "throughput", replayed, 90)
                 elif compiles == on_gpu:
                     # lightly's form takes minutes to compile: `benchmarks.multicrop` has it
                     forms = ["packed", "per-size", *(("padded",) if implementation == "reference" else ())]

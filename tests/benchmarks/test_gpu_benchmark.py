@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import kernels
-from benchmarks import gpu, whole_steps
+from benchmarks import gpu, steps, whole_steps
 from benchmarks.kernels import bench_packed_attention, bench_sinkhorn, jobs
 from benchmarks.kernels.case import BACKWARD, CPU, FORWARD, GPU, Case, prepared
 from benchmarks.record import LINES, Record, fold
@@ -208,6 +208,15 @@ def test_a_gpu_s_steps_time_dino_in_its_forms_on_every_implementation():
     assert forms.keys() >= {"cuda", "triton"} and all(found == ["packed", "per-size"] for found in forms.values())
     for one in planned:
         assert (one.options["model"], one.options["compile"]) == ("vit_large_patch16_224", True)
+
+
+def test_a_gpu_s_steps_are_replayed_from_graphs_where_they_can_be():
+    planned = [one for one in whole_steps.planned("cuda") if one.options.get("graphs")]
+    assert [one.options["method"] for one in planned] == list(whole_steps.GRAPHED)
+    for one in planned:
+        _, encoder, settings = steps.published(one.options["method"], "vit_tiny_patch16_224", one.options["batch_size"])
+        assert settings.ungraphed(encoder) == "" and one.options["compile"] and not one.options["peer"]
+    assert not any(one.options.get("graphs") for one in whole_steps.planned("cpu"))
 
 
 @pytest.mark.long

@@ -79,3 +79,8 @@ def test_the_help_names_every_method(capsys):
 def test_an_unknown_method_is_refused(capsys):
     assert throughput.main([*SMALL, "--method", "dyno"]) == 2
     assert "method 'dyno' is unknown; choose one of" in capsys.readouterr().err
+
+
+def test_a_graph_that_cannot_be_had_is_refused(capsys):
+    assert throughput.main([*SMALL, "--graphs", "--device", "cpu"]) == 2
+    assert "--graphs cannot be had for mae: graphs are for GPUs." in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,8 @@ def run(flags: Eval, settings: dict[str, Any]) -> int:
             report.show(course.results, ", ".join(dict.fromkeys(map(sets.name, sets.opened))), out)
         elif not flags.out:
             out.rmdir()
+            with suppress(OSError):  # others are in it
+                out.parent.rmdir()
     if course.defects:
         _tell(f"error: {course.failed}")
     elif course.failed:

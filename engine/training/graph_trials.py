@@ -31,9 +31,7 @@ SECONDS = 300.0  # after which a stage's trial counts as hanging, compilation in
 STEPS = WARM_UP + 4  # that are compared
 FIRST = TOTAL // 2  # of them: where rates are far from nothing
 ROUNDS, ROUND_SECONDS, MOST = 7, 0.5, 32
-ROOM = (
-    0.1  # of a card's memory, which the trial has to leave for what it does not do: images are decoded, encoders probed
-)
+ROOM = 0.1  # of a card's memory, to be left for what a trial does not do: images are decoded, encoders probed
 STORED = "steps on stored features were not tried; --graphs on takes it"
 Say = Callable[[str], None]
 
@@ -62,7 +60,7 @@ def decide(parts: Parts, table: Mapping[str, Mapping[str, str]], say: Say) -> di
         trial = known.get(key)
         if train.calibrate == "again" or (trial is None and train.calibrate == "auto"):
             say(
-                f"calibration: a step of stage {name} as it is, and replayed from a CUDA graph, at most {SECONDS:.0f} s"
+                f"calibration: a step of stage {name}, as it is and replayed from a CUDA graph, at most {SECONDS:.0f} s"
             )
             trial = own.trials[key] = _tried(parts, index, how)
             own.save()

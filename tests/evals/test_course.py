@@ -127,6 +127,18 @@ def test_the_failure_of_the_only_protocol_is_its_sentence_and_nothing_is_written
     assert call("--weights", "raw", "--protocol", "cluster") == (2, ["error: the clusters got lost."], None)
 
 
+@pytest.mark.parametrize("others", [(), ("other",)])
+def test_nor_is_a_folder_left_that_the_command_chose(others, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in others:
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    monkeypatch.setattr(evals.protocol("cluster"), "evaluate", failing(BadInput("the clusters got lost.")))
+    arguments = ["--weights", "raw", "--protocol", "cluster", "--data", str(folder), "--threads", "1"]
+    assert command.main(arguments) == 2 and capsys.readouterr().err == "error: the clusters got lost.\n"
+    assert [path.name for path in tmp_path.glob("runs/*")] == list(others)
+    assert (tmp_path / "runs").exists() == bool(others)
+
+
 def test_ctrl_c_keeps_what_is_finished(call, monkeypatch, tmp_path):
     monkeypatch.setattr(evals.protocol("cluster"), "evaluate", failing(KeyboardInterrupt()))
     status, said, whole = call("--weights", "raw", "--protocol", "knn", "cluster")

@@ -105,7 +105,7 @@ def test_a_step_is_tried_once_on_a_machine(trials):
     found, lines = told()
     assert found == {"mae": ""}
     assert lines == [
-        "calibration: a step of stage mae as it is, and replayed from a CUDA graph, at most 300 s",
+        "calibration: a step of stage mae, as it is and replayed from a CUDA graph, at most 300 s",
         "calibration: a step of stage mae takes 3 ms, replayed from a CUDA graph 2",
     ]
     assert told() == (found, lines[1:])  # and nothing is tried

@@ -11,6 +11,7 @@ others that a loss compares with.
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache as once
@@ -37,6 +38,7 @@ from engine.training.stepping import fingerprint, method_of, stepping
 
 WARM = 2  # steps until everything is compiled and allocated
 MEMORY = 2**42  # bytes: also what no card holds is counted
+_TURNS: dict[Path, threading.Lock] = {}
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,6 @@ def count(plan: Plan, flags: Sequence[str], portion: Portion, gpus: int, precisi
     folder = cache.folder() / "planned"
     shown = asdict(portion.phase), portion.images_per_step
     kept = folder / f"{fingerprint(plan, portion.stage.index, *shown, gpus, precision, chip)}.json"
-    if kept.exists():
-        return Count.from_json(json.loads(kept.read_text()))
     asked = {
         "flags": list(flags),
         "stage": portion.stage.index,
@@ -113,12 +113,21 @@ def count(plan: Plan, flags: Sequence[str], portion: Portion, gpus: int, precisi
         "precision": precision,
     }
     variables = {"NULLCUDA_SM": str(chip), "TRITON_CACHE_DIR": str(folder / f"triton_{chip}")}
-    try:
-        found = Count.from_json(_workers(folder).answer(asked, variables))
-    except RuntimeError as error:
-        raise BadInput(f"a step of stage {portion.name} cannot be counted: {error}") from error
-    write_file(kept, lambda aside: aside.write_text(json.dumps(found.as_json())))
-    return found
+    with _turn(kept):
+        if not kept.exists():
+            with _turn(folder):
+                workers = _workers(folder)
+            try:
+                found = json.dumps(workers.answer(asked, variables))
+            except RuntimeError as error:
+                raise BadInput(f"a step of stage {portion.name} cannot be counted: {error}") from error
+            write_file(kept, lambda aside: aside.write_text(found))
+        return Count.from_json(json.loads(kept.read_text()))
+
+
+def _turn(path: Path) -> threading.Lock:
+    """Of the threads that want the same: the first makes it."""
+    return _TURNS.setdefault(path, threading.Lock())
 
 
 @once

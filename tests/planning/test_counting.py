@@ -1,0 +1,75 @@
+"""Counts that several threads want at once. What is counted: tests/null_device/test_counting.py."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from engine.core.errors import BadInput
+from engine.data.sources import open_images
+from engine.planning import counting
+from engine.training import config
+from engine.training.parts import stages_of
+from engine.training.portions import portions
+from tests.planning.counts import made
+
+FLAGS = (
+    "--method",
+    "mae",
+    "--model",
+    "vit_tiny_patch16_224",
+    "--preset",
+    "plain",
+    "--batch-size",
+    "64",
+    "--device",
+    "cuda",
+)
+
+
+class Answering:
+    """In place of processes on the device."""
+
+    def __init__(self, failure: str = ""):
+        self.asked, self.failure = [], failure
+
+    def answer(self, asked, variables):
+        self.asked.append((asked["gpus"], variables["NULLCUDA_SM"]))
+        time.sleep(0.05)
+        if self.failure:
+            raise RuntimeError(self.failure)
+        return made(launches=asked["gpus"]).as_json()
+
+
+@pytest.fixture
+def counted(monkeypatch, tmp_path):
+    monkeypatch.setenv("TESSERA_CACHE", str(tmp_path))
+    plan = config.parse(FLAGS)
+    (portion,) = portions(plan, stages_of(plan, open_images("synthetic:4096", "train")))
+
+    def by(workers: Answering):
+        monkeypatch.setattr(counting, "_workers", lambda folder: workers)
+        return lambda gpus: counting.count(plan, FLAGS, portion, gpus, "bf16", 90)
+
+    return by
+
+
+def test_what_several_want_is_counted_once(counted):
+    workers = Answering()
+    with ThreadPoolExecutor(6) as pool:
+        found = list(pool.map(counted(workers), (1, 2, 1, 2, 1, 2)))
+    assert [one.launches for one in found] == [1, 2, 1, 2, 1, 2]
+    assert sorted(workers.asked) == [(1, "90"), (2, "90")]
+
+
+def test_a_failure_is_told_and_not_kept(counted):
+    with pytest.raises(BadInput, match=r"^a step of stage mae cannot be counted: no such op$"):
+        counted(Answering("no such op"))(1)
+    assert counted(Answering())(1).launches == 1
+
+
+def test_what_is_kept_needs_no_device(counted, monkeypatch):
+    count = counted(Answering())
+    found = count(1)
+    monkeypatch.delattr(counting, "_workers")
+    assert count(1) == found

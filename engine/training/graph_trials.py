@@ -20,10 +20,10 @@ from engine.training import config
 from engine.training.graphs import UNSEEN, WARM_UP
 from engine.training.parts import Parts
 from engine.training.stepping import TOTAL, fingerprint, method_of, stepping
+from kernels.calibration.jobs import start
 from kernels.calibration.records import Key, Record, machine
 from kernels.calibration.tolerance import WrongAnswer
 from kernels.calibration.verdict import INCUMBENT, judge
-from kernels.determinism import same_bits_from_torch
 from kernels.guarded import Guard
 
 NAME, REPLAYED = "replayed step", "replayed"
@@ -119,13 +119,7 @@ def compare(
     Raises:
         WrongAnswer: the first is more than twice the second, or a graph leaves too little memory.
     """
-    at, plan = torch.device(device), config.parse(["--resume", run])
-    if deterministic:
-        same_bits_from_torch(at)
-    torch.set_num_threads(threads)
-    if at.type == "cuda":
-        torch.cuda.set_device(at)
-        torch.set_float32_matmul_precision("high")  # as training does
+    at, plan = start(device, threads, deterministic), config.parse(["--resume", run])
     if plan.train.kernels != "auto":
         kernels.use(plan.train.kernels)
     kernels.freeze(table, at.type)

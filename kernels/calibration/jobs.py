@@ -29,7 +29,7 @@ def prove(
         WrongAnswer: with what is wrong.
         ValueError: the implementation does not take this call, by its own words.
     """
-    at, call = _start(device, threads, deterministic), Call(name, arguments)
+    at, call = start(device, threads, deterministic), Call(name, arguments)
     why = usable(name, implementation, at)
     if why:
         raise ValueError(why)
@@ -67,13 +67,14 @@ def time(
     seconds: float,
 ) -> dict[str, dict[str, float]]:
     """By implementation, see `clock.compare`; values and gradients together where the call has gradients."""
-    at, call = _start(device, threads, deterministic), Call(name, arguments)
+    at, call = start(device, threads, deterministic), Call(name, arguments)
     given = inputs.make(call, at)
     runs = {implementation: _runner(call, implementation, spares=False) for implementation in implementations}
     return clock.compare({one: lambda run=run: run(given) for one, run in runs.items()}, at, seconds)
 
 
-def _start(device: str, threads: int, deterministic: bool) -> torch.device:
+def start(device: str, threads: int, deterministic: bool) -> torch.device:
+    """The device, made ready to compute as a run would."""
     at = torch.device(device)
     if deterministic:
         same_bits_from_torch(at)

@@ -82,7 +82,7 @@ class Asked:
         """Of a step of each portion, as many at once as there are cores; those that show the same are counted once."""
 
         def of(portion: Portion) -> Count:
-            return count(self.plan, self.flags, portion, self.gpus, self.precision, self.card.chip)
+            return count(self.plan, self.flags, portion, self.gpus, self.precision)
 
         every = self.portions()
         shown = [(portion.stage.index, portion.phase, portion.images_per_step) for portion in every]

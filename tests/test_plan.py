@@ -17,8 +17,8 @@ def counts(monkeypatch: pytest.MonkeyPatch) -> list:
     """What was asked to be counted: the flags, the stage and the precision of each."""
     asked = []
 
-    def count(parsed, flags, portion, gpus, precision, chip):
-        asked.append((tuple(flags), portion.name, precision, chip))
+    def count(parsed, flags, portion, gpus, precision):
+        asked.append((tuple(flags), portion.name, precision))
         micro = parsed.train.accumulate * {"none": 1, "selective": 2, "blocks": 5}[parsed.train.recompute]
         return made(peak=made().peak | {"activations": 100 * GB // micro})
 
@@ -41,7 +41,7 @@ def test_the_bill_of_every_stage_is_printed_and_written(counts, tmp_path, capsys
         slow = of["images_per_second"][0]
         assert high == pytest.approx(of["steps"] * of["batch"] / slow / 3600)
     assert stages[0]["steps"] == 800 * (1_281_167 // stages[0]["batch"])
-    assert {name for _, name, _, _ in counts} == {"mae", "nnclr", "maect"}
+    assert {name for _, name, _ in counts} == {"mae", "nnclr", "maect"}
 
 
 def test_portions_that_show_the_same_are_counted_once(counts, tmp_path):
@@ -57,7 +57,7 @@ def test_portions_that_show_the_same_are_counted_once(counts, tmp_path):
 def test_an_old_card_computes_in_fp16(counts, capsys):
     assert plan.main([*RUN, "--gpu", "T4"]) == 0
     assert "does not fit" in capsys.readouterr().out
-    assert {(precision, chip) for _, _, precision, chip in counts} == {("fp16", 80)}
+    assert {precision for _, _, precision in counts} == {"fp16"}
 
 
 def test_a_command_that_fits_is_found(counts, tmp_path, capsys):

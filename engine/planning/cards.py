@@ -33,7 +33,7 @@ LOW, LIKELY, HIGH = Reached(0.60, 0.78, 0.25), Reached(0.80, 0.89, 0.45), Reache
 
 @dataclass(frozen=True)
 class Card:
-    """One GPU: bytes, bytes per second, operations per second, watts; `chip`: whose compiled code its steps are counted with."""
+    """One GPU: bytes, bytes per second, operations per second, watts."""
 
     name: str
     memory: float
@@ -42,7 +42,6 @@ class Card:
     single: float
     link: float
     watts: float
-    chip: int
     bf16: bool = True
     origin: str = NOT_CALIBRATED
     reached: tuple[Reached, Reached, Reached] = (LOW, LIKELY, HIGH)
@@ -52,14 +51,14 @@ GIB = 2**30
 CARDS = {
     card.name: card
     for card in (
-        Card("A100-40", 39.3 * GIB, 1.555e12, 312e12, 156e12, 300e9, 400, 80),
-        Card("A100-80", 79.1 * GIB, 2.039e12, 312e12, 156e12, 300e9, 400, 80),
-        Card("H100", 79.1 * GIB, 3.35e12, 989e12, 494e12, 450e9, 700, 90),
-        Card("H200", 139.7 * GIB, 4.8e12, 989e12, 494e12, 450e9, 700, 90),
-        Card("L40S", 44.3 * GIB, 0.864e12, 362e12, 183e12, 32e9, 350, 80),
-        Card("4090", 23.5 * GIB, 1.008e12, 165e12, 82.6e12, 32e9, 450, 80),
-        Card("V100", 31.7 * GIB, 0.9e12, 125e12, 15.7e12, 150e9, 300, 80, bf16=False),
-        Card("T4", 14.5 * GIB, 0.32e12, 65e12, 8.1e12, 16e9, 70, 80, bf16=False),
+        Card("A100-40", 39.3 * GIB, 1.555e12, 312e12, 156e12, 300e9, 400),
+        Card("A100-80", 79.1 * GIB, 2.039e12, 312e12, 156e12, 300e9, 400),
+        Card("H100", 79.1 * GIB, 3.35e12, 989e12, 494e12, 450e9, 700),
+        Card("H200", 139.7 * GIB, 4.8e12, 989e12, 494e12, 450e9, 700),
+        Card("L40S", 44.3 * GIB, 0.864e12, 362e12, 183e12, 32e9, 350),
+        Card("4090", 23.5 * GIB, 1.008e12, 165e12, 82.6e12, 32e9, 450),
+        Card("V100", 31.7 * GIB, 0.9e12, 125e12, 15.7e12, 150e9, 300, bf16=False),
+        Card("T4", 14.5 * GIB, 0.32e12, 65e12, 8.1e12, 16e9, 70, bf16=False),
     )
 }
 

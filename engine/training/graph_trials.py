@@ -19,7 +19,7 @@ import kernels
 from engine.training import config
 from engine.training.graphs import UNSEEN, WARM_UP
 from engine.training.parts import Parts
-from engine.training.stepping import TOTAL, fingerprint, method_of, stepping
+from engine.training.stepping import TOTAL, fingerprint, made_ready, method_of, stepping
 from kernels.calibration.jobs import start
 from kernels.calibration.records import Key, Record, machine
 from kernels.calibration.tolerance import WrongAnswer
@@ -127,11 +127,8 @@ def compare(
     def after(graphs: bool) -> tuple[list[Tensor], Callable[[int], None]]:
         """The trained weights after some steps, on the host, and what takes another."""
         torch.manual_seed(0)
-        method = method_of(plan, stage)
-        step, update = stepping(
-            method, compiles, stage, plan.train.accumulate,
-            device=at, precision=precision, graphs=graphs, noise=True,
-        )  # fmt: skip
+        method = made_ready(method_of(plan, stage), compiles, at)
+        step, update = stepping(method, stage, plan.train.accumulate, precision=precision, graphs=graphs, noise=True)
         for number in range(FIRST, FIRST + STEPS):
             step(number)
         return [parameter.detach().to("cpu", copy=True) for parameter in update.trained], step

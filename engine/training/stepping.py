@@ -44,43 +44,44 @@ def method_of(plan: Plan, stage: int) -> Method:
     return method
 
 
+def made_ready(method: Method, compiles: bool, device: torch.device | str = "cuda:0") -> Method:
+    """On its device, training, and compiled where that is asked for; the same one."""
+    method.to(device).train()
+    if compiles:
+        compile_regions(method)
+    return method
+
+
 def stepping(
     method: Method,
-    compiles: bool,
     stage: int = 0,
     accumulate: int = 1,
     *,
-    device: torch.device | str = "cuda:0",
-    gpus: int = 1,
     precision: str = "bf16",
     graphs: bool = False,
     logged: bool = True,
-    images_per_step: int = 0,
+    images: int = 0,
     noise: bool = False,
 ) -> tuple[Callable[[int], None], Update]:
-    """The engine's update of a method as the loop calls it with a step's draws, in one of so many processes.
+    """The engine's update of a method that was made ready, as the loop calls it with a step's draws, in one process.
 
     Args:
-        images_per_step: where they are not as many as the settings say.
+        images: of a step, where they are not as many as the settings say.
         noise: images are random numbers of each step's own; else one memory that nobody wrote.
     """
-    place, batch = torch.device(device), images_per_step or method.settings.batch_size
-    rows = batch // gpus
-    method.to(place).train()
-    if compiles:
-        compile_regions(method)
+    place, rows = next(method.parameters()).device, images or method.settings.batch_size
     update = Update(method, TOTAL, precision, accumulate, graphs=graphs)
     sizes = [(rows, 3, *view.size) for view in method.views()]
     unwritten = tuple(torch.empty(size, device=place) for size in sizes if not noise)
     ids = torch.arange(rows, device=place)
 
-    def images(number: int) -> tuple[Tensor, ...]:
+    def shown(number: int) -> tuple[Tensor, ...]:
         generator = torch.Generator(place).manual_seed(number)
         return tuple(torch.randn(size, device=place, generator=generator) for size in sizes)
 
     def step(number: int) -> None:
-        draws = Draws(0, stage, number, batch=batch, rows=slice(0, rows), device=place)
-        update(number, images(number) if noise else unwritten, ids, drawn(method, draws), logged)
+        draws = Draws(0, stage, number, batch=rows, rows=slice(0, rows), device=place)
+        update(number, shown(number) if noise else unwritten, ids, drawn(method, draws), logged)
 
     return step, update
 

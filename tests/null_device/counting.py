@@ -10,13 +10,13 @@ import torch
 
 from engine.planning.counting import WARM, counted
 from engine.training import config
-from engine.training.stepping import method_of, stepping
+from engine.training.stepping import made_ready, method_of, stepping
 
 if __name__ == "__main__":
     method, model, batch, compiles = sys.argv[1:]
     flags = ["--method", method, "--model", model, "--preset", "plain", "--batch-size", batch, "--device", "cuda"]
     torch.set_float32_matmul_precision("high")  # as training does
-    step, update = stepping(method_of(config.parse(flags), 0), compiles == "on", logged=False)
+    step, update = stepping(made_ready(method_of(config.parse(flags), 0), compiles == "on"), logged=False)
     count = counted(step, update)
     torch.cuda.reset_peak_memory_stats()
     step(WARM + 2)

@@ -14,7 +14,7 @@ from engine.model import vit
 from engine.training.build import compile_regions
 from engine.training.calls import without_data
 from engine.training.operations import CLASSES
-from engine.training.stepping import stepping
+from engine.training.stepping import made_ready, stepping
 from tests.methods.small import small
 from tests.null_device.ledger import Report, examine
 from tests.null_device.steps import MODEL
@@ -107,7 +107,7 @@ def in_the_step(plant: Callable[[Tensor], Tensor]) -> Report:
         return report | {"loss": plant(report["loss"])}
 
     planted.forward = with_fault
-    return examine(stepping(planted, compiles=False)[0])
+    return examine(stepping(made_ready(planted, compiles=False))[0])
 
 
 def in_a_region(plant: Callable[[Tensor], Tensor], step_by: float = 0.0) -> Report:

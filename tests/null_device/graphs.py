@@ -28,7 +28,7 @@ from engine.training import config
 from engine.training.calls import without_data
 from engine.training.graphs import WARM_UP
 from engine.training.operations import CLASSES
-from engine.training.stepping import stepping
+from engine.training.stepping import made_ready, stepping
 from tests.methods.small import REPLAYED, small
 from tests.null_device.ledger import faults_of_capture
 from tests.null_device.steps import MODEL, flags_of
@@ -45,12 +45,12 @@ def watched(method: Method, compiles: bool) -> dict[str, object]:
 
     as_it_is, replayed: launches. nodes: of the graph. filled: copies into what it reads. replays: graphs that were launched.
     """
-    plain, _ = stepping(method, compiles)
+    plain, _ = stepping(made_ready(method, compiles))
     for number in range(WARM_UP):
         plain(number)
     with recorded() as as_it_is:
         plain(WARM_UP)
-    step, _ = stepping(method, False, graphs=True)  # of code that is compiled already
+    step, _ = stepping(method, graphs=True)
     for number in range(WARM_UP):
         step(number)
     with recorded() as capturing:
@@ -136,7 +136,7 @@ def planted(plant: Callable[[Tensor], Tensor]) -> dict[str, str | list[str]]:
         return report | {"loss": plant(report["loss"])}
 
     method.forward = with_fault
-    step, _ = stepping(method, False, graphs=True)
+    step, _ = stepping(made_ready(method, False), graphs=True)
     for number in range(WARM_UP):
         step(number)
     torch.cuda.synchronize()

@@ -18,7 +18,7 @@ from engine.model import recomputing, vit
 from engine.training import config
 from engine.training.calls import without_data
 from engine.training.operations import CLASSES
-from engine.training.stepping import stepping
+from engine.training.stepping import made_ready, stepping
 from tests.null_device.ledger import Report, examine
 
 MODEL = "vit_tiny_patch16_224"
@@ -45,7 +45,7 @@ def reports(flags: Sequence[str], compiles: bool) -> Iterator[tuple[str, Report]
             method.inherit(earlier)
         earlier = method
         recomputing.choose(method, plan.train.recompute)
-        step, _ = stepping(method, compiles, index, plan.train.accumulate)
+        step, _ = stepping(made_ready(method, compiles), index, plan.train.accumulate)
         yield f"{index} {kind}, {'compiled' if compiles else 'eager'}", examine(step, ACCEPTED_SPILLS.get(kind, 0))
 
 

@@ -21,7 +21,7 @@ from engine.planning import bill, cards
 from engine.planning.counting import Count, counted
 from engine.planning.traffic import total
 from engine.training import config
-from engine.training.stepping import method_of, stepping
+from engine.training.stepping import made_ready, method_of, stepping
 
 CARDS = {80: "A100-80", 90: "H200"}
 
@@ -39,7 +39,7 @@ def step_of(options: argparse.Namespace) -> Count:
     if options.drop_path is not None:
         plan = replace(plan, encoder=plan.encoder | {"drop_path": options.drop_path})
     stage = len(plan.stages) - 1 if options.stage is None else options.stage
-    return counted(*stepping(method_of(plan, stage), not options.eager, stage, logged=not options.unlogged))
+    return counted(*stepping(made_ready(method_of(plan, stage), not options.eager), stage, logged=not options.unlogged))
 
 
 def show(found: dict[str, Any], options: argparse.Namespace) -> None:

@@ -34,11 +34,11 @@ class Answering:
         self.asked, self.failure = [], failure
 
     def answer(self, asked, variables):
-        self.asked.append((asked["gpus"], variables["NULLCUDA_SM"]))
+        self.asked.append(asked["images"])
         time.sleep(0.05)
         if self.failure:
             raise RuntimeError(self.failure)
-        return made(launches=asked["gpus"]).as_json()
+        return [made(launches=asked["images"]).as_json()]
 
 
 @pytest.fixture
@@ -49,7 +49,7 @@ def counted(monkeypatch, tmp_path):
 
     def by(workers: Answering):
         monkeypatch.setattr(counting, "_workers", lambda folder: workers)
-        return lambda gpus: counting.count(plan, FLAGS, portion, gpus, "bf16", 90)
+        return lambda gpus: counting.count(plan, FLAGS, portion, gpus, "bf16")
 
     return by
 
@@ -58,14 +58,14 @@ def test_what_several_want_is_counted_once(counted):
     workers = Answering()
     with ThreadPoolExecutor(6) as pool:
         found = list(pool.map(counted(workers), (1, 2, 1, 2, 1, 2)))
-    assert [one.launches for one in found] == [1, 2, 1, 2, 1, 2]
-    assert sorted(workers.asked) == [(1, "90"), (2, "90")]
+    assert [one.launches for one in found] == [64, 32, 64, 32, 64, 32]
+    assert sorted(workers.asked) == [32, 64]
 
 
 def test_a_failure_is_told_and_not_kept(counted):
     with pytest.raises(BadInput, match=r"^a step of stage mae cannot be counted: no such op$"):
         counted(Answering("no such op"))(1)
-    assert counted(Answering())(1).launches == 1
+    assert counted(Answering())(1).launches == 64
 
 
 def test_what_is_kept_needs_no_device(counted, monkeypatch):

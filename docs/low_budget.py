@@ -13,7 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from engine.data.sources import open_images, usable_cpus
+from engine.data.sources import open_images
 from engine.plan import IMAGENET, Asked
 from engine.planning import bill, cards, options
 from engine.planning.bill import Spread
@@ -68,7 +68,7 @@ def main(wanted: tuple[str, ...]) -> int:
         return said
 
     places = list(itertools.product(CARDS, GPUS))
-    with ThreadPoolExecutor(usable_cpus()) as pool:
+    with ThreadPoolExecutor(len(ROWS) * len(places)) as pool:  # most wait for a count that another has asked for
         counting = {
             name: [pool.submit(words, name, *place) for place in places]
             for name in ROWS

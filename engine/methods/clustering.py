@@ -17,7 +17,7 @@ from engine.methods.crops import CropSettings, MultiCrop
 from engine.methods.parts.collapse import CHOICES, Collapse, Targets
 from engine.methods.settings import StageSettings, depth_on_host
 from engine.methods.teaching import Taught, TeacherSettings
-from engine.model.heads import DinoHead, head_flops
+from engine.model.heads import DinoHead, WeightNormed, head_flops
 from engine.model.tokens import View
 from engine.model.vit import VisionTransformer
 
@@ -238,6 +238,11 @@ class Distillation(Taught, Clustering):
 
     def scores(self, features: Tensor) -> Tensor:
         return self.teacher.head(features)
+
+    def regions_on_gpus(self) -> Iterator[tuple[object, str]]:
+        yield from super().regions_on_gpus()
+        # where the heads around them are not regions: their numbers of rows may differ from step to step, these shapes don't
+        yield from ((layer, "weight") for layer in self.modules() if isinstance(layer, WeightNormed))
 
     def teacher_flops(self, head: nn.Module) -> float:
         """Operations per image of the large crops through teacher and head."""

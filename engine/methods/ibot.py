@@ -164,7 +164,8 @@ class Ibot(Distillation):
     """Every crop predicts the prototypes that the teacher gives the other large crops, and every masked patch of a large crop
     those that the teacher, which sees all of it, gives that patch.
 
-    Heads are not compiled: how many patches are masked changes from step to step, and with it, padded or not, the shapes in them.
+    Heads are not compiled: how many patches are masked changes from step to step, and with it, padded or not, the shapes in them;
+    but for those of the prototypes' weights.
     """
 
     name = "ibot"
@@ -265,7 +266,9 @@ class Ibot(Distillation):
         if self.settings.patch_prototypes:
             return owner.head(pooled_RC), owner.patch_head(patches_PC)
         scores = owner.head(torch.cat([pooled_RC, patches_PC]))
-        return scores[: len(pooled_RC)], scores[len(pooled_RC) :]
+        return scores.split(
+            [len(pooled_RC), len(patches_PC)]
+        )  # one gradient is written for both, not a padded one for each
 
     def taught_patches(self, taught: list[Tensor], masked: Masked) -> list[Tensor]:
         """Of the teacher's tokens of each large crop [b, L, C] what `patch_scores` takes: masked patches [m, C], or all patches

@@ -350,7 +350,11 @@ class WeightNormed(nn.Module):
         self.weight_v = nn.Parameter(nn.Linear(features, prototypes, bias=False).weight.detach())
 
     def forward(self, x_RE: Tensor) -> Tensor:
-        return F.linear(x_RE, self.weight_g * F.normalize(self.weight_v, dim=1))
+        return F.linear(x_RE, self.weight())
+
+    def weight(self) -> Tensor:
+        """[K, E]."""
+        return self.weight_g * F.normalize(self.weight_v, dim=1)
 
 
 class DinoHead(nn.Module):

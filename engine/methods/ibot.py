@@ -266,9 +266,8 @@ class Ibot(Distillation):
         if self.settings.patch_prototypes:
             return owner.head(pooled_RC), owner.patch_head(patches_PC)
         scores = owner.head(torch.cat([pooled_RC, patches_PC]))
-        return scores.split(
-            [len(pooled_RC), len(patches_PC)]
-        )  # one gradient is written for both, not a padded one for each
+        # backward writes one gradient for both, where slices would write one each, padded with zeros, and add them
+        return scores.split([len(pooled_RC), len(patches_PC)])
 
     def taught_patches(self, taught: list[Tensor], masked: Masked) -> list[Tensor]:
         """Of the teacher's tokens of each large crop [b, L, C] what `patch_scores` takes: masked patches [m, C], or all patches

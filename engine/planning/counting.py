@@ -81,8 +81,8 @@ class Count:
     def as_json(self) -> dict[str, Any]:
         return asdict(self) | {"rows": [row.as_json() for row in self.rows]}
 
-    def further(self, next: "Count", by: int) -> "Count":
-        """A step of `by` more micro-batches than this one, each of which adds what `next`, of one more, adds to this.
+    def further(self, of_one_more: "Count", by: int) -> "Count":
+        """A step of `by` more micro-batches than this one's, each of which adds what one more adds to this.
 
         Of work over the whole batch, which is other work in each, calls may be fewer than none; sums are right.
         """
@@ -90,7 +90,7 @@ class Count:
         def on(one: int, other: int) -> int:
             return one + by * (other - one)
 
-        mine, others = ({(row.part, row.name): row for row in count.rows} for count in (self, next))
+        mine, others = ({(row.part, row.name): row for row in count.rows} for count in (self, of_one_more))
         rows = []
         for part, name in sorted(mine.keys() | others.keys()):
             one, other = (of.get((part, name), Moved(part, name)) for of in (mine, others))
@@ -98,9 +98,9 @@ class Count:
             rows.append(Moved(part, name, on(one.launches, other.launches), work))
         return replace(
             self,
-            launches=on(self.launches, next.launches),
+            launches=on(self.launches, of_one_more.launches),
             rows=tuple(sorted(rows, key=lambda row: -row.bytes)),
-            peak={part: on(held, next.peak[part]) for part, held in self.peak.items()},
+            peak={part: on(held, of_one_more.peak[part]) for part, held in self.peak.items()},
         )
 
     @classmethod

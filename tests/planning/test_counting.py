@@ -1,17 +1,20 @@
-"""Counts that several threads want at once. What is counted: tests/null_device/test_counting.py."""
+"""Counts that several threads want at once, and those of more micro-batches than were counted. What is counted: tests/null_device/test_counting.py."""
 
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from engine.core.errors import BadInput
 from engine.data.sources import open_images
-from engine.planning import counting
+from engine.planning import bill, cards, counting
+from engine.planning.peak import PARTS
+from engine.planning.traffic import Moved, Work
 from engine.training import config
 from engine.training.parts import stages_of
 from engine.training.portions import portions
-from tests.planning.counts import made
+from tests.planning.counts import GB, made
 
 FLAGS = (
     "--method",
@@ -73,3 +76,22 @@ def test_what_is_kept_needs_no_device(counted, monkeypatch):
     found = count(1)
     monkeypatch.delattr(counting, "_workers")
     assert count(1) == found
+
+
+def test_micro_batches_add_what_one_more_adds():
+    """Also of work over the whole batch, `draw`, which is other work each time."""
+
+    def step(micro_batches: int):
+        rows = (
+            Moved("backward", "mm", 2 * micro_batches, Counter({Work(GB, 10**12): 2 * micro_batches})),
+            Moved("forward, update", "adamw", 1, Counter({Work(3 * GB): 1})),
+            Moved("forward, update", "draw", 1, Counter({Work(micro_batches * GB): 1})),
+        )
+        peak = dict.fromkeys(PARTS, GB) | {"temporaries": micro_batches * GB}
+        return made(launches=2 + 2 * micro_batches, rows=rows, peak=peak)
+
+    said, taken = step(2).further(step(3), by=30), step(32)
+    assert (said.launches, said.bytes, said.flops, said.peak) == (taken.launches, taken.bytes, taken.flops, taken.peak)
+    assert {row.name: row.bytes for row in said.rows} == {row.name: row.bytes for row in taken.rows}
+    card = cards.named("H100")
+    assert bill.step_seconds(said, card, 8).likely == pytest.approx(bill.step_seconds(taken, card, 8).likely)

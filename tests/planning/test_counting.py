@@ -1,4 +1,5 @@
-"""Counts that several threads want at once, and those of more micro-batches than were counted. What is counted: tests/null_device/test_counting.py."""
+"""Counts that several threads want at once, and those of more micro-batches than were counted. What is counted:
+tests/null_device/test_counting.py."""
 
 import time
 from collections import Counter

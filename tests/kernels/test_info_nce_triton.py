@@ -32,7 +32,7 @@ def test_widths(dtype, channels):
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 140), st.integers(1, 140), st.integers(1, 40))
 def test_any_shape(batch, count, channels):
-    assert_agrees_with_plain(*random_input(batch, count, channels, torch.float16, DEVICE), 0.1)
+    assert_agrees_with_plain(*random_input(batch, count, channels, torch.float16, DEVICE), 0.1, cancels=True)
 
 
 def test_small_probabilities_survive_half_precision():

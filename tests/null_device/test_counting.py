@@ -19,9 +19,9 @@ pytestmark = [pytest.mark.null_device, pytest.mark.long, pytest.mark.timeout(180
 FLAGS = "--method maect --model vit_tiny_patch16_224 --preset plain --batch-size 256 --weights any --device cuda --no-compile"
 
 
-def counted(*options: str, gpus: int = 1) -> Count:
+def counted(*options: str, of: str = FLAGS, gpus: int = 1) -> Count:
     """Of the last stage."""
-    flags = [*FLAGS.split(), *options]
+    flags = [*of.split(), *options]
     plan = config.parse(flags)
     last = portions(plan, stages_of(plan, open_images("synthetic:4096", "train")))[-1]
     return count(plan, flags, last, gpus, "bf16")
@@ -43,13 +43,10 @@ def test_options_that_save_memory_do_and_what_they_cost_is_seen():
 
 @pytest.mark.parametrize("method", ["mae", "dino", "dinov2"])
 def test_few_micro_batches_say_what_many_take(method: str, monkeypatch: pytest.MonkeyPatch):
-    flags = ["--method", method, "--model", "vit_tiny_patch16_224", "--preset", "plain", "--batch-size", "96"]
-    flags += ["--accumulate", "6", "--device", "cuda", "--compile", "off"]
-    plan = config.parse(flags)
-    (only,) = portions(plan, stages_of(plan, open_images("synthetic:4096", "train")))
-    said = count(plan, flags, only, 1, "bf16")
+    of = f"--method {method} --model vit_tiny_patch16_224 --preset plain --batch-size 96 --device cuda --compile off"
+    said = counted("--accumulate", "6", of=of)
     monkeypatch.setattr(counting, "FEW", (6, 7))
-    taken = count(plan, flags, only, 1, "bf16")
+    taken = counted("--accumulate", "6", of=of)
     assert (said.launches, said.bytes, said.flops) == (taken.launches, taken.bytes, taken.flops)
     assert said.peak_bytes == taken.peak_bytes
     # to which part a block at an address that is used again belongs is not the same each time

@@ -20,6 +20,7 @@ from kernels.calibration.records import Record, machine
 
 MAE = ("--method", "mae", "--epochs", "1", "--device", "cpu")
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -127,16 +128,17 @@ def test_deterministic_takes_what_is_bit_stable(tmp_path, in_cache):
 
 
 TWO_RANKS = """
-import sys, torch
 from engine.core import dist
 from engine.core.errors import BadInput
+from tests.core.ranks_apart import say
 ranks = dist.start("cpu")
 made = []
-print(ranks.rank, dist.from_first(lambda: made.append(1) or {"table": ranks.rank}), len(made))
+table = dist.from_first(lambda: made.append(1) or {"table": ranks.rank})
+say(f"{ranks.rank} {table} {len(made)}")
 try:
     dist.from_first(lambda: 1 / 0)
 except (BadInput, ZeroDivisionError) as error:
-    print(ranks.rank, "ended by", error)
+    say(f"{ranks.rank} ended by {error}")
 dist.stop()
 """
 
@@ -153,7 +155,7 @@ def test_of_two_ranks_one_makes_the_table_and_its_failure_ends_both():
         sys.executable,
         "-c",
     ]
-    done = subprocess.run([*command, TWO_RANKS], capture_output=True, text=True, check=False, timeout=200)
+    done = subprocess.run([*command, TWO_RANKS], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [
         "0 ended by division by zero",

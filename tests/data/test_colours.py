@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from nvidia.dali import fn, pipeline_def
-from nvidia.dali.data_node import DataNode
 from PIL import Image
 from scipy.stats import chisquare
 from sklearn.datasets import load_sample_images
@@ -15,8 +13,7 @@ from torchvision.transforms import functional
 
 from engine.data import sources
 from engine.data.augment import AFTER_HUE, BEFORE_HUE, STEPS, drawn_jitter, jitter_parameters, view_uniforms
-from engine.data.graph import view_graph, view_inputs
-from engine.data.views import Augmentation, byol_views
+from engine.data.views import Augmentation
 from tests.data.loading import loader, pixels
 
 SIDE = 192
@@ -160,17 +157,3 @@ def test_orders_are_drawn_evenly_and_hue_in_pillow_s_steps():
     steps, counts = np.unique((hue[applied] + 128) % 256 - 128, return_counts=True)
     assert steps.tolist() == list(range(-25, 26))
     assert 1.7 < counts[25] / np.median(counts) < 2.3
-
-
-@pytest.mark.parametrize("views", [byol_views((32, 32)), (whole(jitter=1.0, **BEIT),)], ids=["byol", "beit"])
-def test_the_graph_of_a_gpu_is_one_that_dali_takes(views: tuple[Augmentation, ...]):
-    """Laid out, where DALI checks what lies on which device; it is not run."""
-    inputs = view_inputs(views, np.full((4, 2), 40, np.int32), slice(0, 4), 0, 0)
-
-    def define() -> tuple[DataNode, ...]:
-        encoded, *given = fn.external_source(lambda: None, num_outputs=1 + len(inputs), batch=True)
-        outputs = view_graph(views, encoded, dict(zip(inputs, given)), "mixed")
-        assert {output.device for output in outputs} == {"gpu"}
-        return outputs
-
-    pipeline_def(define, enable_conditionals=True)(batch_size=4, num_threads=1, device_id=0)

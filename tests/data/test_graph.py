@@ -1,19 +1,34 @@
 """Views, evaluated crops and colours of every kind of file against plain restatements."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import backend, fn, pipeline_def
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.ops import _OperatorInstance
 from PIL import Image
 from scipy.ndimage import gaussian_filter1d
 from timm.data.auto_augment import AugmentOp, rand_augment_choices
 
 from engine.data import sources
 from engine.data.augment import OPERATIONS, drawn_operations, view_parameters, view_uniforms
+from engine.data.graph import (
+    Graph,
+    Inputs,
+    centre_graph,
+    centre_inputs,
+    decode,
+    view_graph,
+    view_inputs,
+    with_header,
+)
 from engine.data.pipeline import eval_batches
-from engine.data.views import IMAGENET_MEAN, IMAGENET_STD, SWAV_STD, Augmentation, byol_views, minimal
+from engine.data.views import IMAGENET_MEAN, IMAGENET_STD, SWAV_STD, Augmentation, byol_views, minimal, multi_crop
 from tests.data.corpus import picture, png_bytes
 from tests.data.loading import SIZE, STD, assert_same, loader, pixels, take
 
@@ -288,6 +303,63 @@ def test_evaluation_resizes_and_cuts_the_centre_as_torchvision_does(photos, resi
         for index, image in zip(batch.ids.tolist(), batch.images[0], strict=True):
             with Image.open(photos.root / photos.paths[index]) as source:
                 assert np.abs(pixels(image) - np.asarray(transform(source), float)).max() <= 3
+
+
+def laid_out(graph: Graph, inputs: Inputs) -> list[_OperatorInstance]:
+    """The operators of a graph that a GPU decodes for. DALI checks each one's arguments, and what lies on which device; that
+    needs no GPU."""
+
+    def define() -> tuple[DataNode, ...]:
+        encoded, *given = fn.external_source(lambda: None, num_outputs=1 + len(inputs), batch=True)
+        outputs = graph(with_header(encoded), dict(zip(inputs, given)), "mixed")
+        assert {output.device for output in outputs} == {"gpu"}
+        return outputs
+
+    pipeline = pipeline_def(define, enable_conditionals=True)(batch_size=4, num_threads=1, device_id=0)
+    pipeline._build_graph()
+    return pipeline._ops
+
+
+def missing(operators: list[_OperatorInstance]) -> set[tuple[str, str]]:
+    """Those that DALI has not for their device."""
+    has = {
+        "cpu": backend.RegisteredCPUOps(), "gpu": backend.RegisteredGPUOps(), "mixed": backend.RegisteredMixedOps()
+    }  # fmt: skip
+    found = {(one._op.schema.Name(), one._op.device) for one in operators}
+    return {(name, device) for name, device in found if name not in has[device]}
+
+
+@pytest.mark.parametrize(
+    "views",
+    [
+        (minimal((32, 32)),),
+        byol_views((32, 32)),
+        tuple(replace(view, **LINEAR) for view in byol_views((32, 32))),
+        multi_crop((32, 32), (16, 16), 2, 2, (0.3, 1), (0.05, 0.3), "dinov2"),
+        (Augmentation((32, 32), (1, 1), jitter=1.0, hue=0),),
+        (Augmentation((32, 32), (1, 1), pad=4, std=SWAV_STD),),
+        (Augmentation((32, 32), (0.2, 1), patch=8, sides=(0.5, 1)),),
+        (Augmentation((32, 32), (0.2, 1), operations=2, jitter=0.5, blur=0.5, solarize=0.5, grayscale=0.5),),
+    ],
+    ids=["crop", "byol", "linear", "crops", "beit", "pad", "aspect", "randaugment"],
+)
+def test_a_gpu_s_graph_of_views_is_one_that_dali_has(views):
+    inputs = view_inputs(views, np.full((4, 2), 40, np.int32), slice(0, 4), 0, 0)
+    operators = laid_out(partial(view_graph, views), inputs)
+    assert {"gpu", "mixed"} < {one._op.device for one in operators}
+    assert not missing(operators)
+
+
+def test_a_gpu_s_graph_of_evaluated_images_is_one_that_dali_has():
+    inputs = centre_inputs(np.full((4, 2), 300, np.int32), (224, 224))
+    assert not missing(laid_out(partial(centre_graph, (224, 224), "bicubic"), inputs))
+
+
+def test_what_dali_has_on_cpus_alone_is_found():
+    def graph(encoded: DataNode, _: Mapping[str, DataNode], decoder: str) -> tuple[DataNode, ...]:
+        return (fn.zeros_like(decode(encoded, decoder), device="gpu"),)
+
+    assert missing(laid_out(graph, {})) == {("ZerosLike", "gpu")}
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ from engine.data.pipeline import eval_batches
 from engine.data.sources import open_images
 from engine.model import weights
 from engine.training.metrics import TIME_FIELDS, read_metrics
+from tests.ranks import torchrun
 
 ROOT = Path(__file__).parents[1]
 FAST = (
@@ -45,8 +46,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def start(*arguments: object, module: str = "engine.train", launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    command = [sys.executable, "-m", *(launcher or ()), *(("-m",) if launcher else ()), module, *map(str, arguments)]
+def start(*arguments: object, module: str = "engine.train", ranks: int = 1) -> subprocess.Popen:
+    words = ("-m", module, *map(str, arguments))
+    command = torchrun(ranks, *words) if ranks > 1 else [sys.executable, *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -190,10 +192,9 @@ def test_torchrun_trains_with_two_processes_from_earlier_weights(run: tuple[Path
         before = (screened / name).stat()
         (screened / name).write_bytes(bytes(before.st_size))
         os.utime(screened / name, ns=(before.st_atime_ns, before.st_mtime_ns))
-    launcher = ("torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(30000 + os.getpid() % 20000))
     process = start(
         "--data", screened, "--out", tmp_path / "two", "--weights", whole, *FAST, "--epochs", 2, 1, "--bad-limit", 0.2,
-        launcher=launcher,
+        ranks=2,
     )  # fmt: skip
     output = output_of(process)
     assert "2 x CPU" in output

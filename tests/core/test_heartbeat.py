@@ -12,18 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.ranks import group, torchrun
+
 ROOT = Path(__file__).parents[2]
 PART = (sys.executable, "-m", "tests.core.ranks_apart")
-LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", PART[-1])
 
 
-def start(rank: int, port: int, part: str) -> subprocess.Popen:
-    """A rank without a launcher, whose store then lies with rank 0."""
-    told = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    environment = os.environ | {name: str(value) for name, value in told.items()}
-    return subprocess.Popen(
-        [*PART, part], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def both(part: str) -> list[subprocess.Popen]:
+    """Ranks without a launcher, whose store then lies with rank 0."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return [subprocess.Popen([*PART, part], cwd=ROOT, env=os.environ | told, **pipes) for told in group(2)]
 
 
 @pytest.fixture
@@ -35,15 +33,8 @@ def ranks() -> Iterator[list[subprocess.Popen]]:
         process.wait()
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_a_rank_may_work_longer_than_others_are_silent(ranks: list[subprocess.Popen]):
-    port = free_port()
-    ranks += [start(rank, port, "works") for rank in (0, 1)]
+    ranks += both("works")
     for rank, process in enumerate(ranks):
         output, errors = process.communicate(timeout=120)
         assert (process.returncode, errors) == (0, "") and f"rank {rank} met the other" in output
@@ -51,8 +42,7 @@ def test_a_rank_may_work_longer_than_others_are_silent(ranks: list[subprocess.Po
 
 @pytest.mark.parametrize("part", ["stopped", "killed"])
 def test_a_rank_that_is_gone_ends_the_others_with_a_sentence(part: str, ranks: list[subprocess.Popen]):
-    port = free_port()
-    ranks += [start(rank, port, part) for rank in (0, 1)]
+    ranks += both(part)
     _, errors = ranks[0].communicate(timeout=120)
     assert ranks[0].returncode == 2
     silent = f"rank 1 on {socket.gethostname()} has shown no sign of life for 2 s"
@@ -60,7 +50,7 @@ def test_a_rank_that_is_gone_ends_the_others_with_a_sentence(part: str, ranks: l
 
 
 def test_workers_of_a_killed_launcher_are_asked_to_stop_also_where_they_wait(ranks: list[subprocess.Popen]):
-    ranks.append(subprocess.Popen([*LAUNCHER, "waits"], cwd=ROOT, stdout=subprocess.PIPE, text=True))
+    ranks.append(subprocess.Popen(torchrun(2, *PART[1:], "waits"), cwd=ROOT, stdout=subprocess.PIPE, text=True))
     lines = [ranks[0].stdout.readline() for _ in range(2)]
     workers = [int(re.fullmatch(r"rank \d is process (\d+)\n", line)[1]) for line in lines]
     time.sleep(0.5)

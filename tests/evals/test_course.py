@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from engine.evals import Course, registry
 from engine.evals.command_line import Eval
 from engine.evals.encoders import encoder
 from engine.model import vit, weights
+from tests.ranks import torchrun
 
 ROOT = Path(__file__).parents[2]
 FEW = ("attentive", "cluster", "knn", "propagation")
@@ -201,17 +201,9 @@ def test_two_processes_find_what_one_does(call, folder, tmp_path):
     sources = ["--weights", "random:vit_micro_patch8_32", "--protocol", "knn", "attentive"]
     status, _, alone = call(*sources, "--batch-size", "2", "--attentive.epochs", "2")
     assert status == 0
-    launcher = (
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        str(20000 + os.getpid() % 9000),
-    )
     flags = ["--data", folder, "--knn.k", "3", "--out", tmp_path / "both", "--threads", "1", "--batch-size", "2"]
     done = subprocess.run(
-        [sys.executable, *launcher, "-m", "engine.eval", *sources, "--attentive.epochs", "2", *map(str, flags)],
+        torchrun(2, "-m", "engine.eval", *sources, "--attentive.epochs", "2", *map(str, flags)),
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1", "TESSERA_CACHE": str(tmp_path / "cache")},
         capture_output=True,

@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from engine.evals.extraction import extract
 from engine.evals.features import Encoder, Features, encoder_of, raw_pixels
 from engine.evals.subject import Subject
 from engine.model import vit
+from tests.ranks import torchrun
 
 ROOT = Path(__file__).parents[2]
 
@@ -166,9 +166,7 @@ def test_an_image_that_goes_bad_while_encoding_is_left_out(folder, tmp_path):
 @pytest.mark.long
 def test_ranks_share_out_the_shards_and_give_the_same_features(folder, tmp_path):
     ranks = 3  # so that the last takes fewer of the 8 shards
-    port = str(30000 + os.getpid() % 20000 + ranks)
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--master-port", port, "-m")
-    command = [sys.executable, *launcher, "tests.evals.extract_by_ranks", str(folder), str(tmp_path)]
+    command = torchrun(ranks, "-m", "tests.evals.extract_by_ranks", str(folder), str(tmp_path))
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -12,6 +12,7 @@ from engine.core.heartbeat import SILENCE
 from engine.training import checkpoint
 from tests.faults.results import Part
 from tests.faults.runs import End, Ended, Server, Verdict, false_words, flags, images, left_over, logged, lost
+from tests.ranks import group
 
 BOUND = {"killed": 60.0, "cut off": 60.0, "stopped": SILENCE + 60.0}  # seconds in which the other has to end
 STEP = 3  # that has to be logged before
@@ -36,11 +37,7 @@ class Pair:
         return self._scratch / str(self._count) / "run"
 
     def _start(self, arguments: Sequence[str]) -> list[int]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        return [self._server.start(arguments, **group, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
+        return [self._server.start(arguments, **told) for told in group(2)]
 
     def _whole(self, arguments: Sequence[str]) -> tuple[float, list[Ended]]:
         began = time.monotonic()

@@ -1,6 +1,5 @@
 """The device that computes nothing, built once, and what its children compile, shared by the tests of a session."""
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,13 +21,6 @@ def on_device(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Enviro
     """Given a chip, the environment of a process on the device."""
     scratch = tmp_path_factory.mktemp("null_device")
     return lambda chip=90: device.environment(library, chip, scratch)
-
-
-@pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

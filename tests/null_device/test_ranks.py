@@ -8,19 +8,19 @@ import pytest
 
 from engine.null_device import device
 from tests.null_device import figures
+from tests.ranks import group
 
 pytestmark = [pytest.mark.null_device, pytest.mark.exhaustive, pytest.mark.long, pytest.mark.timeout(1800)]
 
 
 @pytest.mark.parametrize("name", ["mae", "dino"])
-def test_two_ranks_under_ddp_are_sound_when_compiled(name, on_device, free_port):
-    group = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+def test_two_ranks_under_ddp_are_sound_when_compiled(name, on_device):
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.null_device.ranks", name], env=on_device() | group | {"RANK": str(rank)},
+            [sys.executable, "-m", "tests.null_device.ranks", name], env=on_device() | told | {"LOCAL_RANK": "0"},
             cwd=device.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
-        for rank in range(2)
+        for told in group(2)
     ]  # fmt: skip
     said = [process.communicate(timeout=device.SECONDS) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], said[0][1][-4000:] + said[1][1][-4000:]

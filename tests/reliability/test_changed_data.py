@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from PIL import Image
 
 from engine.train import main
 from engine.training import checkpoint
+from tests.ranks import torchrun
 from tests.reliability.images import FLAGS, folder_of_images
 from tests.sealed import resealed
 
@@ -102,8 +102,7 @@ def test_ranks_with_copies_of_their_own_must_see_the_same(tmp_path: Path):
     script = tmp_path / "by_ranks.py"
     script.write_text(BY_RANKS)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(one), str(other),
-         *FLAGS, "--out", str(tmp_path / "run")],
+        torchrun(2, str(script), str(one), str(other), *FLAGS, "--out", str(tmp_path / "run")),
         capture_output=True, text=True, check=False, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     told = "ranks see other images than rank 0: rank 1 has other classes ('cow' new, 'cat' gone)"
@@ -117,8 +116,7 @@ def test_what_one_rank_alone_finds_wrong_is_said(tmp_path: Path):
     script = tmp_path / "by_ranks.py"
     script.write_text(BY_RANKS)
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), str(one), "/no/such/folder",
-         *FLAGS, "--out", str(tmp_path / "run")],
+        torchrun(2, str(script), str(one), "/no/such/folder", *FLAGS, "--out", str(tmp_path / "run")),
         capture_output=True, text=True, check=False, timeout=300, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode != 0

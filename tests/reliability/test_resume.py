@@ -2,12 +2,12 @@
 that; and two ranks compute what one process does."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ranks import group
 from tests.reliability.driver import METHODS, drive, finish, state_of, steps_of
 
 # Compiling takes half a minute a method, so one of each kind: a decoder and its loss; a teacher, heads and ragged rows.
@@ -108,26 +108,11 @@ def test_resume_is_bit_exact_with_cached_gradients(tmp_path: Path):
 # with micro-batches each rank's gradients are cached, and the one process sees its batch in one pass
 @pytest.mark.parametrize(("compared", "accumulate"), [(METHODS, 1), (CACHED, 2)], ids=["plain", "cached"])
 def test_two_ranks_equal_one_process(tmp_path: Path, compared: tuple[str, ...], accumulate: int):
-    group = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20000 + os.getpid() % 20000),
-        "WORLD_SIZE": "2",
-        "LOCAL_WORLD_SIZE": "2",
-    }
     # KoLeo seeks neighbours within a rank, as published; stored features have to be put together out of the ranks' shares
     apart = ("--set", "koleo_weight=0", "reuse=2", *(['collapse="sinkhorn"'] if accumulate > 1 else []))
     options = ("--last", 4, "--methods", *compared, *apart)
     alone = drive(tmp_path / "alone", *options)
-    ranks = [
-        drive(
-            tmp_path / "two",
-            *options,
-            "--accumulate",
-            accumulate,
-            environment=group | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
+    ranks = [drive(tmp_path / "two", *options, "--accumulate", accumulate, environment=told) for told in group(2)]
     finish(alone, *ranks)
     for method in compared:
         one, two = steps_of(tmp_path / "alone", method), steps_of(tmp_path / "two", method)

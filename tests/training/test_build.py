@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.training.build import compile_regions
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +42,7 @@ class Wide(nn.Module):
 def alone(monkeypatch):
     """A process group of this process alone."""
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(21000 + os.getpid() % 20000))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
     dist.init_process_group("gloo", rank=0, world_size=1)
     yield
     dist.destroy_process_group()

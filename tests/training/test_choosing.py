@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from engine.training.choosing import FILE, choose
 from engine.training.parts import Parts, prepare
 from kernels.calibrate import key_of
 from kernels.calibration.records import Record, machine
+from tests.ranks import torchrun
 
 MAE = ("--method", "mae", "--epochs", "1", "--device", "cpu")
 CPU = torch.device("cpu")
@@ -145,17 +145,8 @@ dist.stop()
 
 @pytest.mark.long
 def test_of_two_ranks_one_makes_the_table_and_its_failure_ends_both():
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--no-python",
-        sys.executable,
-        "-c",
-    ]
-    done = subprocess.run([*command, TWO_RANKS], cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
+    command = torchrun(2, "-c", TWO_RANKS)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=200)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [
         "0 ended by division by zero",

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from engine.training.saving import NICENESS, Saving, Writer
 from engine.training.state import HostCopy, TrainState, content
 from engine.training.step import Update
 from tests.methods.small import small
+from tests.ranks import group
 from tests.reliability.images import FLAGS, folder_of_images
 
 ROOT = Path(__file__).parents[2]
@@ -190,17 +190,13 @@ sys.exit(train.main(sys.argv[1:]))
 
 @pytest.mark.long
 def test_of_two_ranks_both_end_by_a_sentence_where_a_save_fails_and_the_checkpoint_before_it_is_whole(tmp_path: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     arguments = flags(tmp_path, "--epochs", "1", "--threads", "1", "--out", str(tmp_path / "run"))
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", FULL, *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
-            env=os.environ | group | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
+            env=os.environ | told | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
-        for rank in "01"
+        for told in group(2)
     ]  # fmt: skip
     said = [rank.communicate(timeout=300)[1].splitlines()[-1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]

@@ -31,6 +31,7 @@ from engine.training.step import Update
 from engine.training.token_choice import PAIRS, Measured, best, measured
 from tests.faults.runs import BATCH, ROOT, End, flags, images
 from tests.planning.counts import made
+from tests.ranks import torchrun
 from tests.training.test_phases import assert_equal, tensors
 from tests.training.test_phases import train as trained
 
@@ -206,8 +207,8 @@ def test_two_processes_choose_as_one_does(tmp_path: Path):
     runs = []
     for count in (1, 2):
         out = tmp_path / str(count)
-        start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if count == 2 else []
-        command = [sys.executable, *start, "-m", "engine.train", *words, "--out", str(out)]
+        arguments = ("-m", "engine.train", *words, "--out", str(out))
+        command = torchrun(2, *arguments) if count == 2 else [sys.executable, *arguments]
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr

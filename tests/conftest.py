@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 import torch
+from hypothesis import settings
 
 from engine.null_device import device
 from kernels.choice import AVAILABLE
@@ -24,6 +25,12 @@ with pytest.MonkeyPatch.context() as patch:
     for op, exist in AVAILABLE.items():
         if "triton" in exist:
             importlib.import_module(f"kernels.{op}.triton")
+
+# The suite draws the same examples each time: it fails for what was changed. `explore` draws others at every run. A shared
+# machine makes any example slow at times.
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.register_profile("explore", deadline=None, print_blob=True)
+settings.load_profile("suite")
 
 # two workers share the cores
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))

@@ -142,7 +142,7 @@ def test_gmml_hides_as_much_and_the_same_places_as_the_plain_algorithm(
         assert together[0] == pytest.approx(together[1], rel=0.05)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     cells=st.tuples(st.integers(1, 9), st.integers(1, 9)),
     align=st.sampled_from([1, 2, 4, 5]),

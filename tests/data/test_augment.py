@@ -32,7 +32,7 @@ def parameters(view, size=(500, 375), batch=BATCH, seed=0):
     seed=st.integers(0, 2**40),
     low=st.floats(0.01, 1.0),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_crops_lie_inside_the_image(sizes, seed, low):
     sizes = np.array(sizes, np.int32)
     drawn = view_parameters(minimal((32, 32), (low, 1.0)), sizes, view_uniforms(slice(0, len(sizes)), seed, 0, 0))

@@ -6,7 +6,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -30,7 +30,6 @@ def file(tmp_path_factory):
     return path
 
 
-@settings(deadline=None)
 @given(
     start=st.integers(0, 20_000),
     size=st.integers(0, 480),

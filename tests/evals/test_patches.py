@@ -14,7 +14,7 @@ from engine.model.vit import create
 from tests.evals.painted import paint
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 14), st.integers(1, 14), st.integers(1, 6), st.integers(1, 6), st.integers(0, 10**6))
 def test_shares_equal_those_of_a_mask_drawn_large(height, width, rows, columns, seed):
     masks = np.random.default_rng(seed).random((2, height, width)) < 0.5

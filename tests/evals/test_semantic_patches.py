@@ -22,7 +22,7 @@ def picture(*, at: int, category: int = 0, side: int = 16):
     return [(category, (slice(at, at + side), slice(at, at + side)), False)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 10**6), st.sampled_from([2, 4]), st.integers(1, 4), st.integers(1, 3))
 def test_the_majority_is_that_of_each_patch_and_ties_go_to_the_lower_label(seed, side, rows, larger):
     size = side * rows

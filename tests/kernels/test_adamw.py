@@ -125,7 +125,7 @@ def test_what_is_not_applied_changes_no_bit_even_of_nan(module: ModuleType, devi
     assert all(torch.equal(a, b) for a, b in zip(flagged.compared(), free.compared(), strict=True))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(
     sizes=st.lists(st.integers(0, 2100), min_size=1, max_size=17), shift=st.integers(0, 3), averaged=st.booleans(),
     seed=st.integers(0, 2**16),

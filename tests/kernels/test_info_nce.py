@@ -56,7 +56,7 @@ def test_values_and_gradients(implementation, device, dtype, batch, count, chann
     assert_agrees_with_plain(*random_input(batch, count, channels, dtype, device), temperature)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 20), st.integers(1, 400))
 def test_any_number_of_rows_at_a_time(batch, count, channels, elements):
     queries, keys, targets = random_input(batch, count, channels, torch.float64)

@@ -45,7 +45,7 @@ def test_values(implementation, device, dtype, batch, count, channels, k):
     assert index.dtype == torch.int64
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     batch=st.integers(0, 9),
     count=st.integers(0, 40),

@@ -22,7 +22,7 @@ def small_integers(*shape):
     return torch.randint(-2, 3, shape, device=DEVICE).float()
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     batch=st.sampled_from([0, 1, 15, 33, 100]),
     count=st.integers(0, 400),

@@ -95,7 +95,7 @@ def test_one_key_and_equal_keys(device):
         )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_any_layout(data):
     lengths = data.draw(st.lists(st.integers(0, 20), max_size=6))

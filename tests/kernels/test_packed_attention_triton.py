@@ -104,7 +104,7 @@ def test_every_length_class_at_once(keys):
     check((197, 16, 256, 50, 65, 300), 32, torch.float16, keys)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.data())
 def test_any_layout(data):
     """Short sequences: several in a program; with one longer one: two launches."""

@@ -35,7 +35,7 @@ def random_input(batch, height, width, size, count, dtype=torch.float32, device=
     return images, torch.rand(batch, patches, device=device).argsort(1)[:, :count]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     batch=st.integers(0, 3),
     rows=st.integers(1, 4),

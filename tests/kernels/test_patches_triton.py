@@ -18,7 +18,7 @@ def _in_triton():
     kernels.use("triton", "patches")
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     batch=st.integers(0, 3),
     rows=st.integers(1, 3),

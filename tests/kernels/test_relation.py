@@ -68,7 +68,7 @@ def test_values_and_gradients(implementation, device, dtype, images, tokens, cha
     assert_agrees_with_plain(*random_input(images, tokens, channels, dtype, device), columns)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 9), st.integers(1, 12), st.integers(1, 8), st.integers(1, 30), st.integers(1, 9))
 def test_any_number_of_images_at_a_time(images, tokens, channels, columns, step):
     inputs = random_input(images, tokens, channels, torch.float64)

@@ -102,7 +102,7 @@ def test_a_shift_per_sample_would_be_wrong():
 
 
 @ONLY_REFERENCE
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 20), st.integers(1, 20), st.integers(1, 4), st.integers(1, 7))
 def test_any_number_of_rows_at_a_time(rows, prototypes, iterations, step):
     scores, student = torch.randn(2, rows, prototypes, dtype=torch.float64)

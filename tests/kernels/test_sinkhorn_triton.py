@@ -161,7 +161,7 @@ def test_cross_entropy_of_large_scores_and_logits(dtype):
     assert_close_as_plain(grad, plain_grad, torch.autograd.grad(truth, leaves[0])[0])
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(1, 150), st.integers(1, 150), st.sampled_from(FORMS), st.sampled_from(DTYPES), st.integers(1, 3))
 def test_any_shape(rows, prototypes, form, dtype, iterations):
     with pytest.MonkeyPatch.context() as patch:

@@ -92,7 +92,7 @@ def test_named_teacher_rows(device, dtype, teachers, students, met):
 
 
 @ONLY_REFERENCE
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(1, 9), st.integers(1, 20), st.integers(1, 30), st.integers(0, 3), st.integers(1, 7),
     st.booleans(), st.booleans(),

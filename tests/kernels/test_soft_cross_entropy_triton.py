@@ -68,7 +68,7 @@ def test_named_teacher_rows(dtype, teachers, students, met):
     agrees_poisoned(teacher, student, 0.04, 0.1, weights=weights, teacher_rows=rows[:, 0])
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.integers(1, 9), st.integers(1, 20), st.integers(1, 2100), st.integers(0, 3), st.booleans(), st.booleans()
 )  # fmt: skip

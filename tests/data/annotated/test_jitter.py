@@ -30,7 +30,7 @@ def scene(height: int, width: int, n: int, seed: int = 0) -> tuple[torch.Tensor,
     return torch.from_numpy(pixels), rng.integers(0, 9, len(masks)), masks, boxes
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(20, 90), st.integers(20, 90), st.integers(0, 5), st.integers(0, 10**6), st.integers(8, 70))
 def test_boxes_are_tight_around_the_masks_and_objects_out_of_sight_are_dropped(height, width, n, seed, size):
     pixels, labels, masks, _ = scene(height, width, n, seed)
@@ -118,7 +118,7 @@ def test_numbers_come_from_seed_step_and_row_alone_and_fill_their_ranges():
     assert set(flips) == {0.0, 14.0} and abs(np.mean(flips) / 14 - 0.25) < 0.1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(16, 120), st.integers(16, 120), st.integers(16, 120), st.integers(0, 10**6))
 def test_there_and_back_boxes_and_masks_are_where_they_were(height, width, size, seed):
     pixels, _, masks, boxes = scene(height, width, 3, seed)

@@ -34,7 +34,7 @@ def by_tarfile(content: bytes) -> list[Member]:
         ]
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(files=st.dictionaries(NAMES, st.integers(0, 1500).map(bytes), max_size=6), form=FORMS, folder=st.booleans())
 def test_it_lists_what_python_lists(tmp_path_factory, files, form, folder):
     files = {name: content for name, content in files.items() if name.removeprefix("./")}
@@ -78,7 +78,7 @@ def test_hostile_archives_are_refused_by_name(tmp_path, name):
     assert told.startswith(str(tmp_path / "shard.tar")) and sentence in told and "\n" not in told and len(told) < 500
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_no_damage_gives_anything_but_a_listing_or_a_sentence(tmp_path_factory, data):
     """Nor a member that lies outside the file, nor one that was not there."""

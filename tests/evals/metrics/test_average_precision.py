@@ -5,7 +5,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from sklearn.metrics import average_precision_score
@@ -41,7 +41,6 @@ def restated(scores: np.ndarray, targets: np.ndarray) -> dict[str, float]:
 
 
 @given(RANKED)
-@settings(deadline=None)
 def test_every_form_is_what_its_definition_says(ranked):
     scores_nK, targets_nK = ranked
     found = average_precision(scores_nK, targets_nK)
@@ -59,7 +58,6 @@ def test_every_form_is_what_its_definition_says(ranked):
 
 
 @given(RANKED)
-@settings(deadline=None)
 def test_step_form_equals_torchmetrics(ranked):
     # torchmetrics wants two classes or more, and of each an image that counts
     scores_nK, targets_nK = (np.pad(np.hstack([each, each]), [(1, 0), (0, 0)], constant_values=1) for each in ranked)

@@ -34,7 +34,7 @@ def blobs(seed: int, height: int = 40, width: int = 56) -> np.ndarray:
     return gaussian_filter(np.random.default_rng(seed).normal(size=(height, width)), 3) > 0.03
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.integers(0, 10**6), st.integers(1, 30), st.integers(1, 30), st.sampled_from([0.008, 0.03, 0.1]), st.floats(0, 1)
 )

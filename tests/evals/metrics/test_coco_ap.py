@@ -141,7 +141,7 @@ def test_random_sets_give_what_torchmetrics_gives(kind):
     agrees(coco_ap.coco_ap(truth, found, K, kind), theirs, 1e-6)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(seed=st.integers(0, 10**6), images=st.integers(1, 3))
 def test_the_order_of_images_and_of_detections_of_different_score_does_not_matter(seed, images):
     truth, found = random_case(seed, images)

@@ -24,7 +24,7 @@ def as_labelled(high: Scores, low: Scores) -> tuple[np.ndarray, np.ndarray, np.n
     return labels, np.concatenate([high.values, low.values]), np.concatenate(weights)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 60), st.sampled_from([0, 1, 9]), st.booleans())
 def test_equals_sklearn(seed, n, m, digits, weighted):
     high, low = drawn(seed, n, digits, weighted, 0.5), drawn(seed + 1, m, digits, weighted)
@@ -34,7 +34,7 @@ def test_equals_sklearn(seed, n, m, digits, weighted):
     assert auroc(high, low) == pytest.approx(roc_auc_score(labels, values, sample_weight=weights))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 60), st.sampled_from([1, 2, 9]), st.booleans())
 def test_overlap_and_d_prime_equal_restatements(seed, n, m, digits, weighted):
     high, low = drawn(seed, n, digits, weighted, 0.5), drawn(seed + 1, m, digits, weighted)
@@ -56,7 +56,7 @@ def test_overlap_and_d_prime_equal_restatements(seed, n, m, digits, weighted):
         assert d_prime(high, low) == pytest.approx((mean[0] - mean[1]) / np.sqrt(sum(var) / 2))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(1, 60), st.sampled_from([0, 1, 9]), st.booleans())
 def test_equal_error_equals_the_best_of_the_roc_curve(seed, n, m, digits, weighted):
     high, low = drawn(seed, n, digits, weighted, 0.5), drawn(seed + 1, m, digits, weighted)

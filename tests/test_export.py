@@ -19,6 +19,7 @@ from torch import nn
 from engine import export, train
 from engine.core.errors import BadInput
 from engine.model import hub, onnx, vit, weights
+from engine.model.twins import twin_of
 
 MICRO = "vit_micro_patch8_32"
 CLASSES = ("ant", "bee", "cow")
@@ -124,7 +125,7 @@ def test_an_export_asks_for_the_preprocessing_that_its_source_asks_for(tmp_path,
     name = "vit_tiny_patch16_224.augreg_in21k"
     published = timm.get_pretrained_cfg(name)
     model, create = shaken("vit_tiny_patch16_224"), timm.create_model
-    twin = model.architecture.twin("cpu")
+    twin = twin_of(model.architecture, "cpu")
     twin.load_state_dict(model.architecture.timm_state(model.state_dict()))
     monkeypatch.setattr(
         timm, "create_model", lambda *args, **options: twin if options.get("pretrained") else create(*args, **options)

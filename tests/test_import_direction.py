@@ -1,6 +1,8 @@
 """Imports point one way, down the floors of the house, and nowhere in a circle: neither between rooms nor between files."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -97,3 +99,11 @@ def test_the_root_can_be_taken_in_at_a_glance():
 @pytest.mark.parametrize("module", sorted(module for module in FILES if room_of(module) != "kernels"))
 def test_no_file_is_too_full(module: str):
     assert len(FILES[module].read_text().splitlines()) <= LONGEST
+
+
+def test_what_only_a_model_needs_is_not_waited_for_before_one_is_wanted():
+    """timm brings torchvision and torch's compiler, which take longer than all else that --help needs."""
+    slow = ("timm", "torchvision", "torch._dynamo")
+    code = f"import sys, engine.train, engine.plan; print([name for name in {slow} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

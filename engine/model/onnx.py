@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from engine.core.durable import flush
 from engine.core.errors import BadInput
+from engine.model.twins import twin_of
 from engine.model.vit import VisionTransformer
 
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -97,7 +98,7 @@ class _Traced(nn.Module):
 
     def __init__(self, model: VisionTransformer, classifier: nn.Linear | None) -> None:
         super().__init__()
-        self.twin = model.architecture.twin("cpu")
+        self.twin = twin_of(model.architecture, "cpu")
         state = model.architecture.timm_state(model.state_dict())
         self.twin.load_state_dict(state, assign=True)
         self.classifier = classifier

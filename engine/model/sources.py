@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import timm
 import torch
 from safetensors.torch import load_file
 
@@ -46,6 +45,8 @@ def read(source: str | Path) -> Source:
         raise BadInput(f"{path} is neither an exported folder with model.safetensors nor a run folder that has export/")
     if path.is_file():
         return Source(str(path), _read_file(path))
+    import timm  # here, as in `engine.model.vit`
+
     if text.startswith("timm:") or timm.is_model(text.partition(".")[0]):
         return _read_timm(text.removeprefix("timm:"))
     raise BadInput(f"no weights at {text!r}: give a file, an exported folder, a run folder or a timm model (timm:NAME)")
@@ -106,6 +107,8 @@ def _reason(error: Exception) -> str:
 
 
 def _read_timm(name: str) -> Source:
+    import timm  # here, as in `engine.model.vit`
+
     if not timm.is_model(name.partition(".")[0]):
         raise BadInput(f"timm has no model {name!r} (engine.model.names() lists those that fit)")
     try:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import kernels
 from engine.core.errors import BadInput
 from engine.model import depth, residual
-from engine.model.architecture import Architecture, candidates, check_overrides, exists, read
+from engine.model.architecture import Architecture, check_overrides
 from engine.model.blocks import Block, LayerScale, PatchEmbed
 from engine.model.initialisation import KINDS, initialise
 from engine.model.positions import FixedPositions, RelativePositions, resampled, sincos_positions
@@ -50,8 +50,10 @@ def create(name: str, *, generator: torch.Generator | None = None, **overrides: 
 @lru_cache(maxsize=1)
 def names() -> tuple[str, ...]:
     """Every name `create` accepts without overrides: timm's plain ViTs and our own. Takes seconds the first time."""
+    from engine.model import twins  # here, since timm takes longer than torch, and --help needs no model
+
     found = []
-    for name in candidates():
+    for name in twins.candidates():
         try:
             without_memory(name, depth=1)
         except BadInput:
@@ -62,10 +64,12 @@ def names() -> tuple[str, ...]:
 
 def without_memory(name: str, **overrides: object) -> "VisionTransformer":
     """What `create` makes, on the meta device: shapes without weights. Raises BadInput as that does."""
+    from engine.model import twins  # here, as in `names`
+
     name = name.partition(".")[0]
     overrides = {k: tuple(v) if isinstance(v, list) else v for k, v in overrides.items() if v is not None}
     check_overrides(overrides)
-    if not exists(name):
+    if not twins.exists(name):
         near = difflib.get_close_matches(name, names(), n=4, cutoff=0.5)
         hint = f"close to it are {', '.join(near)}" if near else "names look like vit_large_patch16_224"
         raise BadInput(f"unknown model {name!r}: {hint} (engine.model.names() lists all)")
@@ -79,7 +83,9 @@ def without_memory(name: str, **overrides: object) -> "VisionTransformer":
 @lru_cache(maxsize=256, typed=True)
 def _read(name: str, keys: tuple[str, ...], *values: object) -> Architecture:
     """Of timm's model with these overrides, whose parameters are ours; kept, since timm takes its time to build one."""
-    architecture, twin = read(name, dict(zip(keys, values, strict=True)))
+    from engine.model import twins  # here, as in `names`
+
+    architecture, twin = twins.read(name, dict(zip(keys, values, strict=True)))
     with torch.device("meta"):
         ours, theirs = architecture.timm_state(VisionTransformer(architecture).state_dict()), twin.state_dict()
     shapes = [{key: value.shape for key, value in state.items()} for state in (ours, theirs)]

@@ -5,9 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import save_for_hf
-from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from engine.core.durable import write_folder
@@ -73,6 +70,8 @@ def load(model: vit.VisionTransformer, source: str | Path, *, strict: bool = Tru
 
 
 def _load(model: vit.VisionTransformer, found: Source, backbone: layouts.Backbone, strict: bool = True) -> LoadReport:
+    from timm.models.vision_transformer import checkpoint_filter_fn  # here, as in `engine.model.vit`
+
     state, layout, aside = backbone
     fitting.check_heads(found, layout, model)
     state, decoders_and_heads = layouts.split_off_other_parts(layouts.respell(state))
@@ -184,7 +183,12 @@ def _save(
     classifier: nn.Linear | None,
     classes: Sequence[str],
 ) -> None:
-    architecture, twin = model.architecture, model.architecture.twin()
+    from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD  # here, as in `engine.model.vit`
+    from timm.models import save_for_hf
+
+    from engine.model import twins
+
+    architecture, twin = model.architecture, twins.twin_of(model.architecture)
     described = {}
     if classifier is not None:
         twin.reset_classifier(classifier.out_features)

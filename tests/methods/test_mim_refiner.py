@@ -13,7 +13,7 @@ from engine.methods.mim_heads import LARGE, MimHeads
 from engine.methods.mim_heads import Settings as HeadSettings
 from engine.methods.mim_refiner import MimRefiner, Settings
 from engine.model import vit
-from engine.model.architecture import read
+from engine.model.twins import read
 from engine.recipes import recipe
 from tests.methods.test_nnclr import plain_head
 

@@ -2,10 +2,12 @@ import os
 import pickle
 
 import pytest
+import timm
 import torch
 
 from engine.core.errors import BadInput
-from engine.model import sources, weights
+from engine.model import weights
+from engine.model.twins import twin_of
 from tests.model.seeded import features, shaken
 
 
@@ -53,11 +55,9 @@ def test_sources_that_are_not_there_are_refused(tmp_path):
 
 def test_a_timm_name_takes_its_pretrained_weights(monkeypatch):
     other, model, asked = shaken("vit_tiny_patch16_224", seed=1), shaken("vit_tiny_patch16_224"), []
-    published = other.architecture.twin("cpu").eval()
+    published = twin_of(other.architecture, "cpu").eval()
     published.load_state_dict(other.architecture.timm_state(other.state_dict()))
-    monkeypatch.setattr(
-        sources.timm, "create_model", lambda name, **options: asked.append((name, options)) or published
-    )
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.append((name, options)) or published)
     for source in ("vit_tiny_patch16_224.augreg_in21k", "timm:vit_tiny_patch16_224"):
         report = weights.load(model, source)
         assert report.source == f"timm:{source.removeprefix('timm:')}"
@@ -75,6 +75,6 @@ def test_timm_weights_that_cannot_be_had_are_a_clear_error(error, monkeypatch):
         raise error
 
     model = shaken()
-    monkeypatch.setattr(sources.timm, "create_model", refuse)
+    monkeypatch.setattr(timm, "create_model", refuse)
     with pytest.raises(BadInput, match=f"weights of vit_tiny_patch16_224 cannot be had, give a file.*{error}"):
         weights.load(model, "timm:vit_tiny_patch16_224")

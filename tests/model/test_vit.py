@@ -6,7 +6,7 @@ import torch
 
 import kernels
 from engine.core.errors import BadInput
-from engine.model import vit
+from engine.model import twins, vit
 from engine.model.positions import sincos_positions
 from engine.model.tokens import Group, Layout, View, random_masking
 from tests.model.shaken import MICRO, RELATIVE, draw, shaken
@@ -14,7 +14,7 @@ from tests.model.shaken import MICRO, RELATIVE, draw, shaken
 
 def twin_of(model, **extra):
     """timm's model of the same shape, holding the same parameters."""
-    twin = model.architecture.twin()
+    twin = twins.twin_of(model.architecture)
     if extra:
         twin = timm.create_model(twin.pretrained_cfg["architecture"], device="meta", **twin._model_args | extra)
     twin.load_state_dict(model.state_dict(), assign=True)
@@ -64,7 +64,7 @@ def test_equals_timm(name, overrides):
 def test_with_relative_positions_equals_timm_s_beit(name, overrides):
     model = shaken(name, **overrides, **RELATIVE)
     assert model.rel_pos_bias.relative_position_bias_table.std() > 0.01
-    twin = model.architecture.twin("cpu").eval()
+    twin = twins.twin_of(model.architecture, "cpu").eval()
     assert type(twin).__name__ == "Beit"
     twin.load_state_dict(model.architecture.timm_state(model.state_dict()))
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_with_relative_positions_equals_timm_s_beit(name, overrides):
 
 def test_relative_gradients_equal_timm():
     model, images = shaken(MICRO, depth=2, init_values=0.5, **RELATIVE), torch.randn(2, 3, 32, 32, generator=draw())
-    twin, weight = model.architecture.twin("cpu"), torch.randn(2, 17, 128, generator=draw(1))
+    twin, weight = twins.twin_of(model.architecture, "cpu"), torch.randn(2, 17, 128, generator=draw(1))
     twin.load_state_dict(model.architecture.timm_state(model.state_dict()))
     (model(images) * weight).sum().backward()
     (twin.forward_features(images) * weight).sum().backward()

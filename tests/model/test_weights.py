@@ -126,7 +126,7 @@ def test_an_export_replaces_its_forerunner_whole_or_not_at_all(tmp_path, monkeyp
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "save_for_hf", fail)
+        patch.setattr("timm.models.save_for_hf", fail)
         with pytest.raises(OSError, match="disk full"):
             weights.export(second, folder)
     assert torch.equal(features(weights.create(folder)[0]), features(first))

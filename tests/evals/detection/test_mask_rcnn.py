@@ -12,7 +12,7 @@ from engine.core.errors import BadInput
 from engine.evals.detection import Form, create, undecayed
 from engine.evals.detection.mask_rcnn import AlignedRoIAlign, Anchors
 from engine.evals.detection.pyramid import strides
-from engine.model import architecture, vit
+from engine.model import twins, vit
 
 TINY = replace(
     Form.small(),
@@ -48,14 +48,14 @@ def batch(*scenes: tuple[Tensor, dict[str, Tensor]]) -> tuple[list[Tensor], list
 
 def test_a_vit_b_has_as_many_parameters_as_the_reproduction():
     with torch.device("meta"):
-        encoder = vit.VisionTransformer(architecture.read("vit_base_patch16_224", {})[0])
+        encoder = vit.VisionTransformer(twins.read("vit_base_patch16_224", {})[0])
     model = create(encoder, 80, Form())
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == pytest.approx(118.67e6, rel=1e-3)
 
 
 def test_the_paper_s_constants_reach_their_parts():
     with torch.device("meta"):
-        encoder = vit.VisionTransformer(architecture.read("vit_base_patch16_224", {})[0])
+        encoder = vit.VisionTransformer(twins.read("vit_base_patch16_224", {})[0])
     model = create(encoder, 80, Form())
     rpn, roi = model.rpn, model.roi_heads
     assert rpn._pre_nms_top_n == {"training": 2000, "testing": 1000}

@@ -202,4 +202,6 @@ def answered(asked: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
+    import engine.model.twins  # noqa: F401 (takes seconds: here once, and not in every child)
+
     sys.exit(forking.serve(answered))

@@ -26,6 +26,7 @@ def imports() -> None:
     from torch.utils.tensorboard import SummaryWriter  # noqa: F401
 
     import engine.evals.of_run
+    import engine.model.twins
     import engine.shard
     import engine.train  # noqa: F401
 

@@ -19,6 +19,7 @@ import torch.distributed as td
 from torch import Tensor, nn
 
 from engine.core.errors import BadInput
+from engine.core.gpus import unusable
 from engine.core.heartbeat import Heartbeat, end, stop_with_parent
 from engine.core.host_memory import keep_freed_memory
 
@@ -48,13 +49,13 @@ def start(device: str = "auto") -> Ranks:
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
 
     Raises:
-        BadInput: the device is not one of these, or not on this machine.
+        BadInput: the device is not one of these, or not on this machine; or it has a GPU that torch cannot use.
     """
     if device not in ("auto", "cpu", "cuda"):
         raise BadInput(f"--device {device} is unknown; choose auto, cpu or cuda.")
-    if device == "cuda" and not torch.cuda.is_available():
+    kind = "cpu" if device == "cpu" else _kind()
+    if device == "cuda" and kind != "cuda":
         raise BadInput("--device cuda was asked for, but torch sees no CUDA device; choose auto or cpu.")
-    kind = "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
@@ -70,6 +71,16 @@ def start(device: str = "auto") -> Ranks:
         stop_with_parent()
     rank = td.get_rank() if world > 1 else 0
     return Ranks(rank, world, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
+
+
+def _kind() -> str:
+    """Of the device that is there: "cuda" or "cpu". A GPU that can't be used is not gone round: its owner would wait for days."""
+    if said := unusable():
+        raise BadInput(
+            f"this machine has a GPU that torch {torch.__version__} cannot use: {said}. docs/faq.md says what helps; "
+            "--device cpu goes without."
+        )
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def of_lost_rank(error: Exception) -> str:

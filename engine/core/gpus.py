@@ -1,6 +1,8 @@
-"""What GPUs can do, by the name torch knows them by: rates from the makers' data sheets."""
+"""What GPUs can do, by the name torch knows them by: rates from the makers' data sheets; and why one cannot be used."""
 
 import re
+
+import torch
 
 # Dense bf16 tensor-core peaks per GPU in FLOP/s. Hopper's data sheets print them "with sparsity": twice these.
 PEAKS = (
@@ -19,3 +21,18 @@ def peak_flops(device_name: str) -> float | None:
     if " MIG " in device_name:
         return None
     return next((peak for pattern, peak in PEAKS if re.search(pattern, device_name)), None)
+
+
+# What torch says where there is no GPU, where none is shown to it (CUDA_VISIBLE_DEVICES), and where it was built without CUDA.
+_NONE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA enabled")
+
+
+def unusable() -> str:
+    """What torch says of a GPU that is there and that it cannot use, such as that its driver is too old; "" where there is none,
+    and where it can."""
+    try:
+        torch.cuda.init()
+    except (AssertionError, RuntimeError) as error:
+        said = str(error).partition(". ")[0].strip()
+        return "" if said.startswith(_NONE) else said
+    return ""

@@ -6,8 +6,9 @@
 // What a stream captures is written down as captured, and a replay as one launch of so many nodes; what a driver refuses while a
 // stream captures is refused, and breaks the capture.
 //
-// NULLCUDA_SM: 90, an H200 (the default), or 80, an A100 of 80 GB. Not answered yet: cuDNN, a second device. A library of its
-// own, like cuBLAS, belongs into a file of its own, which writes with nullcuda_put.
+// NULLCUDA_SM: 90, an H200 (the default), or 80, an A100 of 80 GB. NULLCUDA_DRIVER: the CUDA that its driver knows, such as 12040;
+// where that is of an older generation than the runtime, there is no device. Not answered yet: cuDNN, a second device. A library
+// of its own, like cuBLAS, belongs into a file of its own, which writes with nullcuda_put.
 #include <cuda.h>
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
@@ -45,6 +46,10 @@ const Chip& chip() {
 size_t memory() {
   static const size_t bytes = getenv("NULLCUDA_MEMORY") ? strtoull(getenv("NULLCUDA_MEMORY"), nullptr, 10) : chip().memory;
   return bytes;
+}
+int driver() {
+  static const int version = getenv("NULLCUDA_DRIVER") ? atoi(getenv("NULLCUDA_DRIVER")) : CUDART_VERSION;
+  return version;
 }
 constexpr int THREADS = 1024, REGISTERS = 65536, SHARED = 49152, GRID_Y = 65535;
 
@@ -306,10 +311,13 @@ void nullcuda_write(const char* path) {
 }
 
 // ---- runtime: the device
-cudaError_t cudaGetDeviceCount(int* n) { *n = 1; return cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* n) {
+  *n = driver() / 1000 >= CUDART_VERSION / 1000;
+  return *n ? cudaSuccess : cudaErrorInsufficientDriver;
+}
 cudaError_t cudaGetDevice(int* d) { *d = 0; return cudaSuccess; }
 OK(cudaSetDevice(int))
-cudaError_t cudaDriverGetVersion(int* v) { *v = CUDART_VERSION; return cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* v) { *v = driver(); return cudaSuccess; }
 cudaError_t cudaRuntimeGetVersion(int* v) { *v = CUDART_VERSION; return cudaSuccess; }
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int) {
   memset(p, 0, sizeof *p);
@@ -578,7 +586,7 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* n, const
 
 // ---- driver
 DRIVER_OK(cuInit(unsigned))
-CUresult cuDriverGetVersion(int* v) { *v = CUDA_VERSION; return CUDA_SUCCESS; }
+CUresult cuDriverGetVersion(int* v) { *v = driver(); return CUDA_SUCCESS; }
 CUresult cuDeviceGet(CUdevice* d, int) { *d = 0; return CUDA_SUCCESS; }
 CUresult cuDeviceGetCount(int* n) { *n = 1; return CUDA_SUCCESS; }
 CUresult cuDeviceGetName(char* s, int n, CUdevice) { snprintf(s, n, "%s", chip().name); return CUDA_SUCCESS; }

@@ -1,6 +1,9 @@
 import pytest
+import torch
 
-from engine.core.gpus import peak_flops
+from engine.core import dist
+from engine.core.errors import BadInput
+from engine.core.gpus import peak_flops, unusable
 
 
 @pytest.mark.parametrize(
@@ -20,3 +23,26 @@ from engine.core.gpus import peak_flops
 )
 def test_peak_flops(name, peak):
     assert peak_flops(name) == peak
+
+
+def test_one_that_is_there_and_cannot_be_used_is_told_apart_from_none(monkeypatch):
+    def says(error: Exception) -> str:
+        def init():
+            raise error
+
+        monkeypatch.setattr(torch.cuda, "init", init)
+        return unusable()
+
+    assert unusable() == ""
+    assert says(RuntimeError("Found no NVIDIA driver on your system. Please check that you have a GPU")) == ""
+    assert says(RuntimeError("No CUDA GPUs are available")) == ""
+    assert says(AssertionError("Torch not compiled with CUDA enabled")) == ""
+    assert says(RuntimeError("CUDA unknown error - this may be due to a bad setup. Setting the")) == (
+        "CUDA unknown error - this may be due to a bad setup"
+    )
+    for device in ("auto", "cuda"):
+        with pytest.raises(
+            BadInput, match=r"has a GPU that torch .* cannot use: CUDA unknown error .*--device cpu goes"
+        ):
+            dist.start(device)
+    assert dist.start("cpu").device == torch.device("cpu")

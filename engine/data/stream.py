@@ -7,6 +7,7 @@ and waiting for the images take nothing of the time of who trains. What fails th
 import os
 import sys
 import time
+import warnings
 from collections.abc import MutableSequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
@@ -102,7 +103,8 @@ class Stream:
                 self._mend(error)
         step, ids = self._step, self._flying.pop(self._step)
         self._step += 1
-        # the dynamic executor gives the buffers away: they are not written again while a tensor refers to them
+        # the dynamic executor gives the buffers away: they are not written again while a tensor refers to them, nor before a GPU
+        # has done what was launched until then
         views = tuple(torch.from_dlpack(output.as_tensor()) for output in outputs)
         self._coming = self._ask()
         return Batch.of(self._files.images, step, ids, views)
@@ -144,8 +146,7 @@ class Stream:
             prefetch_queue_depth=QUEUE,
             exec_dynamic=True,
         )
-        pipeline.build()
-        return pipeline
+        return _built(pipeline)
 
     @property
     def _decoder(self) -> str:
@@ -206,5 +207,13 @@ def _one_file_pipeline(device_id: int | None, decoder: str) -> Pipeline:
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=device_id, prefetch_queue_depth=1, exec_dynamic=True)
     with pipeline:
         pipeline.set_outputs(decode(with_header(fn.external_source(name="encoded")), decoder))
-    pipeline.build()
+    return _built(pipeline)
+
+
+def _built(pipeline: Pipeline) -> Pipeline:
+    """Before the first one of a process that has a GPU, DALI warns where NPP isn't installed: a library that only two of its
+    operators call (debayer, remap), neither of them here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".* NPP is typically")
+        pipeline.build()
     return pipeline

@@ -1,7 +1,11 @@
 """What a stream keeps and mends: batches that stay as they were, bad files found late, errors that no file explains."""
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
+from nvidia.dali import backend
 
 from engine.core.errors import BadInput
 from engine.data import sources, stream
@@ -137,6 +141,17 @@ def test_an_error_that_no_file_explains_is_tried_once_more_and_then_raised(photo
     with pytest.raises(RuntimeError, match="out of memory"):
         next(batches)
     assert len(failures) == 3
+
+
+def test_a_library_of_dali_that_nothing_here_calls_is_not_missed(monkeypatch):
+    """What DALI says before a process's first pipeline for a GPU, on a machine without NPP and cuFFT."""
+    monkeypatch.setattr(backend, "cuda_checked", False)
+    for name, version in (("GetCudaVersion", 13000), ("GetNppVersion", -1), ("GetCufftVersion", -1)):
+        monkeypatch.setattr(backend, name, lambda version=version: version)
+    with warnings.catch_warnings(record=True) as said:
+        stream._built(SimpleNamespace(build=backend.check_cuda_runtime))
+    (alone,) = (str(warning.message) for warning in said)
+    assert "cuFFT is typically provided" in alone
 
 
 @pytest.mark.gpu

@@ -3,9 +3,11 @@
 import os
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -270,16 +272,25 @@ def _compiles(train: Train, ranks: dist.Ranks) -> bool:
     on_gpu = ranks.device.type == "cuda"
     if train.compile == "off" or (train.compile == "auto" and not on_gpu):
         return False
-    # what is compiled for a GPU is launched by code in C, what is compiled for a CPU is C++
-    compiler, other = (os.environ.get("CC", "gcc"), "clang") if on_gpu else (os.environ.get("CXX", "g++"), "clang++")
-    if not (shutil.which(compiler) or shutil.which(other)):
+    if missing := _missing(on_gpu):
         if ranks.first:
-            print(
-                f"note: compiling needs a C{'' if on_gpu else '++'} compiler and found neither {compiler} nor {other}: running "
-                "uncompiled.",
-                file=sys.stderr,
-            )
+            print(f"note: compiling needs {missing}: running uncompiled.", file=sys.stderr)
         return False
     # the next run finds what this one has compiled, also after a restart has emptied /tmp
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache.folder() / "compiled"))
     return True
+
+
+def _missing(on_gpu: bool) -> str:
+    """What compiling needs and this machine lacks, in words; "" where nothing is missing."""
+    # what is compiled for a GPU is launched by code in C, what is compiled for a CPU is C++
+    compiler, other = (os.environ.get("CC", "gcc"), "clang") if on_gpu else (os.environ.get("CXX", "g++"), "clang++")
+    if not (shutil.which(compiler) or shutil.which(other)):
+        return f"a C{'' if on_gpu else '++'} compiler and found neither {compiler} nor {other}"
+    headers = Path(
+        sysconfig.get_path("include", "posix_prefix")
+    )  # where torch and Triton look, Debian's own scheme or not
+    if not (headers / "Python.h").is_file():
+        package = f"python3.{sys.version_info.minor}-dev"
+        return f"Python's headers (Python.h, of a system's Python in {package} or python3-devel) and found none in {headers}"
+    return ""

@@ -278,6 +278,18 @@ def test_runs_compile_on_gpus_where_a_compiler_is(monkeypatch, capsys, compile_,
     assert ("TORCHINDUCTOR_CACHE_DIR" in os.environ) == compiles
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_runs_do_not_compile_where_python_s_headers_are_missing(monkeypatch, capsys, tmp_path: Path, device: str):
+    train = config.parse(["--method", "mae", "--compile"]).train
+    monkeypatch.setattr(parts.shutil, "which", lambda name: name)
+    monkeypatch.setattr(parts.sysconfig, "get_path", lambda *_: str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert not parts._compiles(train, Ranks(0, 1, torch.device(device)))
+    assert f"-dev or python3-devel) and found none in {tmp_path}: running uncompiled." in capsys.readouterr().err
+    (tmp_path / "Python.h").touch()
+    assert parts._compiles(train, Ranks(0, 1, torch.device(device)))
+
+
 def test_a_home_that_no_shell_expanded_is_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     plan = config.parse(["--method", "mae", "--out=~/mine", "--data=~/images"])

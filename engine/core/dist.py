@@ -53,14 +53,12 @@ def start(device: str = "auto") -> Ranks:
     """
     if device not in ("auto", "cpu", "cuda"):
         raise BadInput(f"--device {device} is unknown; choose auto, cpu or cuda.")
-    kind = "cpu" if device == "cpu" else _kind()
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    kind = "cpu" if device == "cpu" else _kind(local_rank)
     if device == "cuda" and kind != "cuda":
         raise BadInput("--device cuda was asked for, but torch sees no CUDA device; choose auto or cpu.")
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda":
-        if local_rank >= torch.cuda.device_count():
-            raise BadInput(f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}.")
         torch.cuda.set_device(local_rank)
     else:
         keep_freed_memory()
@@ -73,14 +71,18 @@ def start(device: str = "auto") -> Ranks:
     return Ranks(rank, world, torch.device(kind, local_rank) if kind == "cuda" else torch.device("cpu"))
 
 
-def _kind() -> str:
+def _kind(local_rank: int) -> str:
     """Of the device that is there: "cuda" or "cpu". A GPU that can't be used is not gone round: its owner would wait for days."""
-    if said := unusable():
+    if said := unusable(local_rank):
         raise BadInput(
             f"this machine has a GPU that torch {torch.__version__} cannot use: {said}. docs/faq.md says what helps; "
             "--device cpu goes without."
         )
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if not torch.cuda.is_available():
+        return "cpu"
+    if local_rank >= torch.cuda.device_count():
+        raise BadInput(f"local rank {local_rank} has no GPU: this machine shows {torch.cuda.device_count()}.")
+    return "cuda"
 
 
 def of_lost_rank(error: Exception) -> str:

@@ -27,12 +27,24 @@ def peak_flops(device_name: str) -> float | None:
 _NONE = ("Found no NVIDIA driver", "No CUDA GPUs are available", "Torch not compiled with CUDA enabled")
 
 
-def unusable() -> str:
-    """What torch says of a GPU that is there and that it cannot use, such as that its driver is too old; "" where there is none,
-    and where it can."""
+def unusable(index: int = 0) -> str:
+    """Why a GPU that is there cannot be used, such as that its driver is too old, or that this torch has no code for it; "" where
+    there is none, and where it can."""
     try:
         torch.cuda.init()
     except (AssertionError, RuntimeError) as error:
         said = str(error).partition(". ")[0].strip()
         return "" if said.startswith(_NONE) else said
-    return ""
+    if index >= torch.cuda.device_count():
+        return ""
+    built, (major, minor) = torch.cuda.get_arch_list(), torch.cuda.get_device_capability(index)
+    if torch.version.cuda is None or any(_runs(code, major, minor) for code in built):  # None: of another maker
+        return ""
+    return f"{torch.cuda.get_device_name(index)} is sm_{major}{minor}, and it has code for {', '.join(built)}"
+
+
+def _runs(code: str, major: int, minor: int) -> bool:
+    """Whether a GPU takes code for sm_XY (of its generation, and no later than it), or compiles code for compute_XY itself."""
+    kind, of_major, of_minor = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", code).groups()
+    made_for = int(of_major), int(of_minor)
+    return made_for <= (major, minor) and (kind == "compute" or made_for[0] == major)

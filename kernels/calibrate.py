@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from kernels.calibration import inputs, records
+from kernels.calibration import circumstances, inputs, records
 from kernels.calibration.calls import Call
 from kernels.calibration.records import Key, Record
 from kernels.calibration.verdict import INCUMBENT, Verdict, judge
@@ -67,6 +67,15 @@ def measure(
         return record
     where = {"device": str(device), "threads": threads, "deterministic": deterministic}
     with Guard(preload=(JOBS, *preload)) as guard:
+        around = circumstances.look(guard, device)
+        if around.obstacle:
+            say(f"calibration: not now, {around.obstacle}; the next run tries again")
+            return record
+        if around.crowded:
+            taken, total = ((around.total - free) / 2**30 for free in (around.free, 0))
+            say(
+                f"calibration: {taken:.0f} of the card's {total:.0f} GiB are taken; the next run tries again what needs more"
+            )
         for place, call in enumerate(new):
             left = ends - time.monotonic()
             if left <= 0:
@@ -76,7 +85,8 @@ def measure(
                 )
                 break
             trial = _trial(guard, call, where, compiles, min(prove_seconds, left))
-            record.trials[str(key_of(call))] = trial
+            passes = any(around.passes(form.get("failure", "")) for form in trial["forms"].values())
+            record.note(key_of(call), trial, lasts=not passes)
             record.save()
             verdict = judge(trial["forms"], compiles=compiles)
             say(f"calibration {place + 1} of {len(new)}: {line(call.name, call.shape_class, verdict)}")

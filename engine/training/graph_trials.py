@@ -20,6 +20,7 @@ from engine.training import config
 from engine.training.graphs import UNSEEN, WARM_UP
 from engine.training.parts import Parts
 from engine.training.stepping import TOTAL, fingerprint, made_ready, method_of, stepping
+from kernels.calibration import circumstances
 from kernels.calibration.jobs import start
 from kernels.calibration.records import Key, Record, machine
 from kernels.calibration.tolerance import WrongAnswer
@@ -56,13 +57,14 @@ def decide(parts: Parts, table: Mapping[str, Mapping[str, str]], say: Say) -> di
             found[name] = STORED
             continue
         how = {"precision": parts.precision, "compiles": parts.compiles, "table": table}
-        key = str(Key(NAME, name, fingerprint(parts.plan, index, how)))
-        trial = known.get(key)
+        key = Key(NAME, name, fingerprint(parts.plan, index, how))
+        trial = known.get(str(key))
         if train.calibrate == "again" or (trial is None and train.calibrate == "auto"):
             say(
                 f"calibration: a step of stage {name}, as it is and replayed from a CUDA graph, at most {SECONDS:.0f} s"
             )
-            trial = own.trials[key] = _tried(parts, index, how)
+            trial, lasts = _tried(parts, index, how)
+            own.note(key, trial, lasts=lasts)
             own.save()
         if trial is not None:
             found[name] = _why_not(trial)
@@ -70,16 +72,20 @@ def decide(parts: Parts, table: Mapping[str, Mapping[str, str]], say: Say) -> di
     return found
 
 
-def _tried(parts: Parts, stage: int, how: dict[str, Any]) -> dict[str, Any]:
+def _tried(parts: Parts, stage: int, how: dict[str, Any]) -> tuple[dict[str, Any], bool]:
+    """What came of it, and whether that is worth keeping."""
     began, train = time.monotonic(), parts.plan.train
     where = {
         "device": str(parts.ranks.device), "threads": torch.get_num_threads(), "deterministic": train.deterministic,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, Guard() as guard:
         (Path(folder) / "config.json").write_text(parts.plan.as_json())
+        around = circumstances.look(guard, parts.ranks.device)
+        if around.obstacle:
+            return {"failure": f"was not compared: {around.obstacle}"}, False
         outcome = guard.run(f"{__name__}:compare", {"run": folder, "stage": stage} | how | where, SECONDS)
     found = {"failure": outcome.failure.removeprefix("raised WrongAnswer: ")} if outcome.failure else outcome.value
-    return found | {"seconds": round(time.monotonic() - began, 1)}
+    return found | {"seconds": round(time.monotonic() - began, 1)}, not around.passes(outcome.failure)
 
 
 def _why_not(trial: Mapping[str, Any]) -> str:

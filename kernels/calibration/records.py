@@ -47,6 +47,12 @@ class Record:
 
     def __init__(self, machine: Mapping[str, Any], trials: dict[str, dict[str, Any]], path: Path | None) -> None:
         self.machine, self.trials, self.path = dict(machine), trials, path
+        self._passing: set[str] = set()
+
+    def note(self, key: Key, trial: dict[str, Any], *, lasts: bool = True) -> None:
+        """Take up a trial; one that does not last is known as long as this object is, and never written."""
+        self.trials[str(key)] = trial
+        (self._passing.discard if lasts else self._passing.add)(str(key))
 
     @staticmethod
     def of(machine: Mapping[str, Any], home: Path | None = None) -> "Record":
@@ -69,7 +75,8 @@ class Record:
         if self.path is None:
             raise ValueError("a shipped record is not written")
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        trials = _trials(self.path, self.machine, self.machine.keys()) | self.trials
+        lasting = {key: trial for key, trial in self.trials.items() if key not in self._passing}
+        trials = _trials(self.path, self.machine, self.machine.keys()) | lasting
         handle, aside = tempfile.mkstemp(dir=self.path.parent, prefix=f".{self.path.stem}-")
         try:
             with os.fdopen(handle, "w") as file:

@@ -15,6 +15,8 @@ from engine.training.choosing import FILE, choose
 from engine.training.graph_trials import STORED, compare, decide
 from engine.training.graphs import UNSEEN
 from engine.training.parts import Parts, prepare
+from kernels.calibration import circumstances
+from kernels.calibration.circumstances import Circumstances
 from kernels.calibration.records import Record, machine
 from kernels.calibration.tolerance import WrongAnswer
 from tests.played import Played
@@ -81,7 +83,7 @@ def able(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[dict]:
     """What trials will find, the next one last."""
     found: list[dict] = []
-    monkeypatch.setattr(graph_trials, "_tried", lambda *_: found.pop())
+    monkeypatch.setattr(graph_trials, "_tried", lambda *_: (found.pop(), True))
     return found
 
 
@@ -119,6 +121,16 @@ def test_a_step_is_tried_once_on_a_machine(trials):
     assert not trials
     record = Record.of(machine(CPU, torch.get_num_threads()))
     assert len([key for key in record.trials if key.startswith("replayed step | mae | ")]) == 2
+
+
+@pytest.mark.usefixtures("able")
+def test_a_step_that_others_kept_from_the_card_is_tried_by_the_next_run(monkeypatch):
+    monkeypatch.setattr(circumstances, "look", lambda *_: Circumstances("a second process cannot use cuda:0 (busy)"))
+    why = {"mae": "tried here, it was not compared: a second process cannot use cuda:0 (busy)"}
+    for _ in range(2):
+        found, lines = told()
+        assert found == why and len(lines) == 2
+    assert not Record.of(machine(CPU, torch.get_num_threads())).trials
 
 
 @pytest.mark.usefixtures("able", "trials")

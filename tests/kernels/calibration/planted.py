@@ -80,6 +80,10 @@ def _remembered(direction: str) -> Callable:
     return answer
 
 
+def _runs_out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
 def _refuses(*_: Any) -> None:
     raise ValueError("info_nce in this form takes rows of 7 channels, got others")
 
@@ -97,6 +101,7 @@ FORMS: dict[str, dict[str, Callable]] = {
     "trespasses": _always(_trespasses),
     "changes_its_input": _before(_changes_its_input),
     "refuses": _before(_refuses),
+    "runs_out_of_memory": _before(_runs_out_of_memory),
     "differs": _always(_differs),
     "slower": _always(_slowly),
     "faster": {direction: _remembered(direction) for direction in ("forward", "backward")},

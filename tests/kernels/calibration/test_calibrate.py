@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from kernels import calibrate
-from kernels.calibration import records
+from kernels.calibration import circumstances, records
 from kernels.calibration.calls import Call
+from kernels.calibration.circumstances import Circumstances
 from kernels.calibration.records import Record
 from kernels.choice import AVAILABLE
 from tests.kernels.calibration import planted
@@ -52,6 +53,7 @@ def test_each_that_misbehaves_is_caught_by_its_own_reason_and_the_fastest_right_
         "trespasses": "it wrote behind one of its outputs",
         "changes_its_input": "it changed one of its inputs",
         "refuses": "takes rows of 7 channels",
+        "runs_out_of_memory": "OutOfMemoryError: CUDA out of memory",
         "missing": "it cannot be imported: No module named",
     }
     assert reasons.keys() == expected.keys()
@@ -117,6 +119,52 @@ def test_what_is_known_of_this_machine_needs_no_run(tmp_path, monkeypatch):
     record.trials["packed_attention_forward | float32 D32 L5 | other"] = {"forms": {"reference": slow, "flash": fast}}
     record.save()
     assert calibrate.known(CPU) == {"packed_attention_forward": {"float32 D32 L9": "flash"}}
+
+
+@pytest.mark.long
+def test_what_others_memory_made_fail_is_tried_again_by_the_next_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(AVAILABLE, "info_nce", ("reference", "runs_out_of_memory", "refuses"))
+    how = {"preload": ("tests.kernels.calibration.planted_here",)}
+
+    def failures(record: Record) -> list[str]:
+        return [name for trial in record.trials.values() for name, form in trial["forms"].items() if "failure" in form]
+
+    monkeypatch.setattr(circumstances, "look", lambda *_: Circumstances("", 30 * 2**30, 80 * 2**30))
+    for _ in range(2):
+        record, said = measured(tmp_path, **how)
+        assert said[0] == "calibration: 50 of the card's 80 GiB are taken; the next run tries again what needs more"
+        assert sorted(failures(record)) == ["reference", "refuses", "runs_out_of_memory"]
+        assert not Record.of(record.machine, tmp_path).trials
+    monkeypatch.setattr(circumstances, "look", lambda *_: Circumstances("", 78 * 2**30, 80 * 2**30))
+    record, said = measured(tmp_path, **how)
+    assert len(said) == 1 and Record.of(record.machine, tmp_path).trials == record.trials
+    assert measured(tmp_path, **how)[1] == []
+
+
+def test_nothing_is_tried_and_nothing_kept_where_a_second_process_cannot_use_the_device(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONHOME", str(tmp_path))
+    record, (said,) = measured(tmp_path)
+    assert said.startswith("calibration: not now, a second process cannot use cpu (the child process did not start: ")
+    assert not record.trials and not record.path.exists()
+    assert calibrate.table([CALL], [record], compiles=False)[0] == {}
+
+
+def test_what_passes_and_what_stays():
+    crowded, alone = Circumstances("", 10, 100), Circumstances("", 95, 100)
+    for failure in (
+        "raised OutOfMemoryError: CUDA out of memory",
+        "CUDA error: out of memory: the device's context is lost",
+    ):
+        assert crowded.passes(failure) and not alone.passes(failure) and not Circumstances().passes(failure)
+    for failure in ("the child process did not start: took longer than 60 s", "killed by signal SIGKILL"):
+        assert crowded.passes(failure) and alone.passes(failure)
+    for failure in (
+        "",
+        "killed by signal SIGSEGV",
+        "raised OutOfResources: out of resource: shared memory",
+        "it leaks",
+    ):
+        assert not crowded.passes(failure) and not alone.passes(failure)
 
 
 def test_what_does_not_fit_into_the_time_stays_on_the_reference_and_is_told(tmp_path):

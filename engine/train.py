@@ -5,9 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from engine.core import dist
 from engine.core.errors import BadInput
 from engine.core.extras import Extras
+from engine.core.gpus import of_full_memory
 from engine.core.stopping import Interrupted
 from engine.training import config
 from engine.training.dry_run import dry_run
@@ -24,10 +27,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             parts = prepare(plan, ranks)
             return dry_run(parts) if plan.train.dry_run else run(parts, evaluate)
-        except BadInput as error:
+        except (BadInput, torch.OutOfMemoryError) as error:
+            said = str(error) if isinstance(error, BadInput) else of_full_memory(error)
             # any rank may be the only one to see it
-            if dist.first_to_say(str(error)):
-                print(f"error{'' if ranks.first else f' (rank {ranks.rank})'}: {error}", file=sys.stderr, flush=True)
+            if dist.first_to_say(said):
+                print(f"error{'' if ranks.first else f' (rank {ranks.rank})'}: {said}", file=sys.stderr, flush=True)
             return 2
         finally:
             dist.stop()

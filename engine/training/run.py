@@ -15,7 +15,7 @@ from engine.core import dist
 from engine.core.durable import storage_fault
 from engine.core.errors import BadInput
 from engine.core.extras import Extras
-from engine.core.gpus import peak_flops
+from engine.core.gpus import of_full_memory, peak_flops
 from engine.core.owner import owned
 from engine.core.phases import Phase
 from engine.core.stopping import Interrupted, StopRequest
@@ -60,6 +60,12 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
                 raise BadInput(f"{out} cannot be written any more ({fault}). {_how_to_go_on(out)}") from error
             log.note("failed", f"{type(error).__name__}: {error}", shown=False)
             raise
+        except torch.OutOfMemoryError as error:
+            log.note("failed", f"{type(error).__name__}: {error}", shown=False)
+            again = (
+                f". --resume {out} goes on from the last checkpoint." if checkpoint.found(out / "checkpoints") else "."
+            )
+            raise BadInput(of_full_memory(error) + again) from error
         except Exception as error:
             told = f"{type(error).__name__}: {error}"
             if gone := dist.of_lost_rank(error):

@@ -317,3 +317,23 @@ def test_an_error_is_not_hidden_by_that_of_the_save_under_way(tmp_path: Path):
     assert log.messages == ["the save under way failed as well: division by zero"]
     with pytest.raises(ZeroDivisionError), held(tmp_path, log) as saving:
         saving._writer.begin(lambda _: 1 / 0)
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_full_memory_is_told_with_what_needs_less_and_how_to_go_on(tmp_path, monkeypatch, capsys, saved: bool):
+    def full(*_: object) -> None:
+        if saved:
+            (tmp_path / "run" / "checkpoints" / "step-000000002").mkdir(parents=True)
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free. Including 3 GiB"
+        )
+
+    monkeypatch.setattr("engine.training.run._train", full)
+    status = train.main(flags(tmp_path, "--epochs", "1", "--out", str(tmp_path / "run")))
+    (said,) = capsys.readouterr().err.splitlines()[-1:]
+    assert status == 2 and said.startswith(
+        "error: CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free; --accumulate N takes a batch in N parts"
+    )
+    assert said.endswith(f"--resume {tmp_path / 'run'} goes on from the last checkpoint.") == saved
+    last = json.loads((tmp_path / "run" / "events.jsonl").read_text().splitlines()[-1])
+    assert last["event"] == "failed" and "OutOfMemoryError" in json.dumps(last)

@@ -33,6 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if dist.first_to_say(said):
                 print(f"error{'' if ranks.first else f' (rank {ranks.rank})'}: {said}", file=sys.stderr, flush=True)
             return 2
+        except Exception as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                error.add_note(
+                    "Compiling failed, which is worth an issue with the lines above; --compile off goes without."
+                )
+            raise
         finally:
             dist.stop()
     except BadInput as error:  # of the flags, the same on every rank

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from engine import train
 from engine.training.build import compile_regions
 from tests.ranks import free_port
 
@@ -71,6 +72,21 @@ def test_a_region_is_one_graph_under_ddp(monkeypatch, cut: bool):
         torch._dynamo.config.optimize_ddp = before
         torch._dynamo.reset()
     assert (len(graphs) == 1) == (not cut)
+
+
+def test_where_compiling_fails_it_is_said_how_to_go_without(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    def broken(*_: object) -> int:
+        return torch.compile(lambda x: x + 1, backend=lambda graph, inputs: 1 / 0)(torch.ones(2))
+
+    monkeypatch.setattr(train, "run", broken)
+    arguments = ["--method", "mae", "--device", "cpu", "--epochs", "1", "--out", str(tmp_path / "run")]
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed) as failed:
+        train.main(arguments)
+    assert failed.value.__notes__[-1].endswith("--compile off goes without.")
+    monkeypatch.setattr(train, "run", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as failed:
+        train.main(arguments)
+    assert not hasattr(failed.value, "__notes__")
 
 
 FROM_CACHE = """

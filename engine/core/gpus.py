@@ -43,6 +43,13 @@ def unusable(index: int = 0) -> str:
     return f"{torch.cuda.get_device_name(index)} is sm_{major}{minor}, and it has code for {', '.join(built)}"
 
 
+def _runs(code: str, major: int, minor: int) -> bool:
+    """Whether a GPU takes code for sm_XY (of its generation, and no later than it), or compiles code for compute_XY itself."""
+    kind, of_major, of_minor = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", code).groups()
+    made_for = int(of_major), int(of_minor)
+    return made_for <= (major, minor) and (kind == "compute" or made_for[0] == major)
+
+
 def of_full_memory(error: torch.OutOfMemoryError) -> str:
     """What torch said, as far as it is about the memory, and what needs less."""
     said = ". ".join(str(error).split(". ")[:3])
@@ -50,10 +57,3 @@ def of_full_memory(error: torch.OutOfMemoryError) -> str:
         f"{said}; --accumulate N takes a batch in N parts for the same gradients, --recompute selective keeps less of each: "
         "docs/faq.md has more, python -m engine.plan --fit says what fits"
     )
-
-
-def _runs(code: str, major: int, minor: int) -> bool:
-    """Whether a GPU takes code for sm_XY (of its generation, and no later than it), or compiles code for compute_XY itself."""
-    kind, of_major, of_minor = re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", code).groups()
-    made_for = int(of_major), int(of_minor)
-    return made_for <= (major, minor) and (kind == "compute" or made_for[0] == major)

@@ -5,12 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from engine.core import dist
 from engine.core.errors import BadInput
 from engine.core.extras import Extras
-from engine.core.gpus import of_full_memory
 from engine.core.stopping import Interrupted
 from engine.training import config
 from engine.training.dry_run import dry_run
@@ -27,11 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             parts = prepare(plan, ranks)
             return dry_run(parts) if plan.train.dry_run else run(parts, evaluate)
-        except (BadInput, torch.OutOfMemoryError) as error:
-            said = str(error) if isinstance(error, BadInput) else of_full_memory(error)
+        except BadInput as error:
             # any rank may be the only one to see it
-            if dist.first_to_say(said):
-                print(f"error{'' if ranks.first else f' (rank {ranks.rank})'}: {said}", file=sys.stderr, flush=True)
+            if dist.first_to_say(str(error)):
+                print(f"error{'' if ranks.first else f' (rank {ranks.rank})'}: {error}", file=sys.stderr, flush=True)
             return 2
         except Exception as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):

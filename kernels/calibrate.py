@@ -72,7 +72,7 @@ def measure(
             say(f"calibration: not now, {around.obstacle}; the next run tries again")
             return record
         if around.crowded:
-            taken, total = ((around.total - free) / 2**30 for free in (around.free, 0))
+            taken, total = (nbytes / 2**30 for nbytes in (around.total - around.free, around.total))
             say(
                 f"calibration: {taken:.0f} of the card's {total:.0f} GiB are taken; the next run tries again what needs more"
             )

@@ -1,4 +1,5 @@
-"""What GPUs can do, by the name torch knows them by: rates from the makers' data sheets; and why one cannot be used."""
+"""What GPUs can do, by the name torch knows them by: rates from the makers' data sheets; why one cannot be used, and what to do
+where one is full."""
 
 import re
 

@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from engine.core import dist
+from engine.core.errors import BadInput
+from engine.core.gpus import of_full_memory
 from engine.core.host_memory import to_device
 from engine.data.batch import Batch
 from engine.data.stream import QUEUE
@@ -57,7 +59,14 @@ class Planned:
 
 def dry_run(parts: Parts, planned: Sequence[Planned] = ()) -> int:
     """Print images/s, peak memory and hours of every stage and phase, measured on real batches of the data, beside what was
-    planned of each where that is given. Returns the exit status."""
+    planned of each where that is given. Returns the exit status. Raises BadInput where a step does not fit into memory."""
+    try:
+        return _dry_run(parts, planned)
+    except torch.OutOfMemoryError as error:
+        raise BadInput(f"{of_full_memory(error)}.") from error
+
+
+def _dry_run(parts: Parts, planned: Sequence[Planned]) -> int:
     choose(parts, None, lambda line: print(line) if parts.ranks.first else None)
     table = Table(title=f"dry run: {parts.plan.train.method}, {parts.plan.model}, {parts.precision}")
     headings = ["stage", "first step (s)", "images/s", "waiting for data", "steps", "hours", "peak memory (GiB)"]

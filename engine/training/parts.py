@@ -287,9 +287,8 @@ def _missing(on_gpu: bool) -> str:
     compiler, other = (os.environ.get("CC", "gcc"), "clang") if on_gpu else (os.environ.get("CXX", "g++"), "clang++")
     if not (shutil.which(compiler) or shutil.which(other)):
         return f"a C{'' if on_gpu else '++'} compiler and found neither {compiler} nor {other}"
-    headers = Path(
-        sysconfig.get_path("include", "posix_prefix")
-    )  # where torch and Triton look, Debian's own scheme or not
+    # torch and Triton look there, also where Debian has a scheme of its own
+    headers = Path(sysconfig.get_path("include", "posix_prefix"))
     if not (headers / "Python.h").is_file():
         package = f"python3.{sys.version_info.minor}-dev"
         return f"Python's headers (Python.h, of a system's Python in {package} or python3-devel) and found none in {headers}"

@@ -63,9 +63,9 @@ def run(parts: Parts, evaluate: Evaluate) -> int:
         except torch.OutOfMemoryError as error:
             log.note("failed", f"{type(error).__name__}: {error}", shown=False)
             again = (
-                f". --resume {out} goes on from the last checkpoint." if checkpoint.found(out / "checkpoints") else "."
+                f" --resume {out} goes on from the last checkpoint." if checkpoint.found(out / "checkpoints") else ""
             )
-            raise BadInput(of_full_memory(error) + again) from error
+            raise BadInput(f"{of_full_memory(error)}.{again}") from error
         except Exception as error:
             told = f"{type(error).__name__}: {error}"
             if gone := dist.of_lost_rank(error):

@@ -9,7 +9,7 @@ import torch
 from kernels.guarded import Guard
 
 FREE = 0.8  # of a card's memory, where nobody else computes on it; the parent has a part
-START_SECONDS = 60.0  # in which the child has to reach the device
+REACH_SECONDS = 60.0  # in which the child has to reach the device
 # a child that never came to what it was asked, and one that somebody ended: the kernel, for want of memory, or a user
 _FROM_OUTSIDE = ("the child process did not start", "killed by signal SIGKILL", "killed by signal SIGTERM")
 
@@ -40,7 +40,7 @@ class Circumstances:
 
 def look(guard: Guard, device: torch.device) -> Circumstances:
     """Asked of the guard's child."""
-    outcome = guard.run(f"{__name__}:memory", {"device": str(device)}, START_SECONDS)
+    outcome = guard.run(f"{__name__}:memory", {"device": str(device)}, REACH_SECONDS)
     if outcome.failure:
         return Circumstances(f"a second process cannot use {device} ({outcome.failure})")
     return Circumstances("", *outcome.value)

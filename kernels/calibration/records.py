@@ -49,10 +49,11 @@ class Record:
         self.machine, self.trials, self.path = dict(machine), trials, path
         self._passing: set[str] = set()
 
-    def note(self, key: Key, trial: dict[str, Any], *, lasts: bool = True) -> None:
-        """Take up a trial; one that does not last is known as long as this object is, and never written."""
+    def note(self, key: Key, trial: dict[str, Any], *, lasts: bool) -> None:
+        """Take up a new trial; one that does not last is known as long as this object is, and never written."""
         self.trials[str(key)] = trial
-        (self._passing.discard if lasts else self._passing.add)(str(key))
+        if not lasts:
+            self._passing.add(str(key))
 
     @staticmethod
     def of(machine: Mapping[str, Any], home: Path | None = None) -> "Record":
